@@ -1,0 +1,563 @@
+"""What a vit_embed model is: every choice that shapes the weights or the arithmetic, and nothing that needs torch.
+
+One flat config describes the image tower and the heads; a nested `VitEmbedTextConfig` describes the text tower
+of a dual encoder and is None for a vision-only model. Every default is OpenAI CLIP ViT-B/16
+(arXiv:2103.00020, table 20), so `VitEmbedConfig()` is its image tower.
+"""
+
+import copy
+import difflib
+import math
+from typing import Any
+
+from transformers import PretrainedConfig
+
+STEM_TYPES = ("conv", "linear")
+POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
+POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias", "bilinear")
+NORM_TYPES = ("layer_norm", "rms_norm")
+NORM_POSITIONS = ("pre", "post")
+POOLING_TYPES = ("cls", "mean", "map")
+HIDDEN_ACTS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "silu")
+CONTRASTIVE_LOSSES = ("softmax", "sigmoid")
+DEPTH_HEAD_TYPES = ("deconv", "dpt")
+DEPTH_LOSSES = ("silog", "l1", "l2")
+
+# The DPT head reads four depths of the trunk (arXiv:2103.13413, section 3.2).
+NUM_DPT_TAPS = 4
+
+# Every Auto class that a saved folder answers to. A checkpoint with a text tower answers AutoModel with both towers
+# (`VitEmbedConfig.auto_map_of_checkpoint`); all other rows are the same for every checkpoint.
+AUTO_MAP = {
+    "AutoConfig": "configuration_vit_embed.VitEmbedConfig",
+    "AutoModel": "modeling_vit_embed.VitEmbedModel",
+    "AutoModelForImageClassification": "modeling_vit_embed.VitEmbedForImageClassification",
+    "AutoModelForZeroShotImageClassification": "modeling_vit_embed.VitEmbedForContrastive",
+    "AutoModelForDepthEstimation": "modeling_vit_embed.VitEmbedForDepthEstimation",
+    "AutoBackbone": "modeling_vit_embed.VitEmbedBackbone",
+}
+
+# OpenAI's vocabulary has 49,408 tokens, the last of which ends a text. Configs written before transformers 4.31 say
+# `eos_token_id = 2`, which is no end token of it: CLIP then pools at the row's largest id.
+CLIP_VOCAB_SIZE = 49408
+CLIP_EOS_TOKEN_ID = 49407
+LEGACY_EOS_TOKEN_ID = 2
+
+# Fields that a CLIPVisionConfig and a VitEmbedConfig share by name; `to_clip_vision_config` writes them.
+CLIP_VISION_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "layer_norm_eps",
+    "attention_dropout",
+    "initializer_range",
+    "initializer_factor",
+    "projection_dim",
+)
+
+# What stock CLIPModel takes for granted: a model that differs in any of these has no CLIPConfig.
+CLIP_ARCHITECTURE = {
+    "stem_type": "conv",
+    "patch_bias": False,
+    "use_cls_token": True,
+    "num_register_tokens": 0,
+    "position_embedding_type": "learned",
+    "norm_type": "layer_norm",
+    "norm_position": "pre",
+    "use_pre_layernorm": True,
+    "final_norm_type": "layer_norm",
+    "qkv_bias": True,
+    "layer_scale_init_value": None,
+    "pooling_type": "cls",
+    "contrastive_loss": "softmax",
+}
+
+
+def _as_pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
+    """A size given as one number or as (height, width), as (height, width)."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def _reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_name: str) -> None:
+    """Raises TypeError for a keyword that is nearly, but not quite, the name of a field.
+
+    Unknown keywords as such must pass: configs written by another transformers release carry keys of that release.
+    """
+    known_to_transformers = {*PretrainedConfig().to_dict(), "num_labels", "auto_map"}
+    for name in kwargs:
+        close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+        if close and name not in known_to_transformers:
+            raise TypeError(f"{class_name} has no field {name!r}; did you mean {close[0]!r}?")
+
+
+def _check_integers(config: PretrainedConfig, minimum_of: dict[str, int]) -> None:
+    for name, minimum in minimum_of.items():
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
+
+
+def _check_choices(config: PretrainedConfig, choices_of: dict[str, tuple[str, ...]]) -> None:
+    for name, choices in choices_of.items():
+        value = getattr(config, name)
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def _check_rates(config: PretrainedConfig, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ValueError(f"{name} must be a number in [0, 1), got {value!r}")
+
+
+def _check_positive(config: PretrainedConfig, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not (0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_heads(config: PretrainedConfig) -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size must be a multiple of num_attention_heads, got hidden_size={config.hidden_size} and "
+            f"num_attention_heads={config.num_attention_heads}"
+        )
+
+
+class VitEmbedTextConfig(PretrainedConfig):
+    """The text tower of a dual encoder: CLIP's causal transformer, pooled at the end-of-text token.
+
+    Args:
+        vocab_size: tokens in the vocabulary; 49,408 is OpenAI's byte-pair vocabulary.
+        hidden_size: width D of a token.
+        num_hidden_layers: transformer layers.
+        num_attention_heads: heads; must divide hidden_size.
+        intermediate_size: width of the MLP's hidden layer.
+        max_position_embeddings: longest text in tokens, start and end token included.
+        hidden_act: one of HIDDEN_ACTS.
+        layer_norm_eps: added to the variance in every norm.
+        attention_dropout: rate in [0, 1) on the attention weights, in training.
+        projection_dim: width of the joint space; VitEmbedConfig.projection_dim is what a dual encoder uses.
+        initializer_range: standard deviation of the embeddings at initialisation.
+        initializer_factor: multiplies every standard deviation at initialisation.
+        bos_token_id, eos_token_id: first and last token of every text. `eos_token_id=2` is CLIP's legacy value: read as
+            49,407 with OpenAI's vocabulary, as "the largest id of the row" with any other.
+        pad_token_id: fills rows behind their end token; never seen by it.
+
+    Raises:
+        ValueError: a value out of range, or a combination without a meaning; names the field.
+        TypeError: a keyword that is a misspelled field.
+
+    Source: transformers CLIPTextConfig (field names), arXiv:2103.00020 section 2.4 (sizes).
+    """
+
+    model_type = "vit_embed_text"
+    base_config_key = "text_config"
+
+    def __init__(
+        self,
+        vocab_size: int = CLIP_VOCAB_SIZE,
+        hidden_size: int = 512,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 8,
+        intermediate_size: int = 2048,
+        max_position_embeddings: int = 77,
+        hidden_act: str = "quick_gelu",
+        layer_norm_eps: float = 1e-5,
+        attention_dropout: float = 0.0,
+        projection_dim: int = 512,
+        initializer_range: float = 0.02,
+        initializer_factor: float = 1.0,
+        bos_token_id: int | None = 49406,
+        eos_token_id: int = CLIP_EOS_TOKEN_ID,
+        pad_token_id: int | None = 1,
+        **kwargs,
+    ):
+        _reject_misspelled(kwargs, TEXT_FIELDS, type(self).__name__)
+        super().__init__(bos_token_id=bos_token_id, eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+        self.hidden_act = hidden_act
+        self.layer_norm_eps = layer_norm_eps
+        self.attention_dropout = attention_dropout
+        self.projection_dim = projection_dim
+        self.initializer_range = initializer_range
+        self.initializer_factor = initializer_factor
+        self.bos_token_id = bos_token_id
+        self.pad_token_id = pad_token_id
+        if eos_token_id == LEGACY_EOS_TOKEN_ID and vocab_size == CLIP_VOCAB_SIZE:
+            eos_token_id = CLIP_EOS_TOKEN_ID
+        self.eos_token_id = eos_token_id
+        self.validate_architecture()
+
+    def validate_architecture(self) -> None:
+        """Raises ValueError, naming the field, unless every field is in range and the combination has a meaning."""
+        counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        _check_integers(self, dict.fromkeys((*counts, "max_position_embeddings", "projection_dim"), 1))
+        _check_integers(self, {"eos_token_id": 0})
+        _check_choices(self, {"hidden_act": HIDDEN_ACTS})
+        _check_rates(self, ("attention_dropout",))
+        _check_positive(self, ("layer_norm_eps",))
+        _check_heads(self)
+        if self.eos_token_id >= self.vocab_size:
+            raise ValueError(
+                f"eos_token_id must be below vocab_size, got eos_token_id={self.eos_token_id} and "
+                f"vocab_size={self.vocab_size}"
+            )
+
+    # The text tower has no options of its own: it is CLIP's. The layer that both towers share asks for these.
+    norm_type = "layer_norm"
+    norm_position = "pre"
+    qkv_bias = True
+    layer_scale_init_value = None
+    hidden_dropout_prob = 0.0
+    drop_path_rate = 0.0
+
+
+class VitEmbedConfig(PretrainedConfig):
+    """The image tower, the projection and the heads; with `text_config`, a dual encoder.
+
+    Sizes are pixels or counts; a size that is a tuple is (height, width).
+
+    Args:
+        hidden_size: width D of a token. CLIP B 768, L 1024.
+        num_hidden_layers: transformer layers. B 12, L 24.
+        num_attention_heads: heads h; must divide hidden_size. B 12, L 16.
+        intermediate_size: width of the MLP's hidden layer. B 3072, L 4096.
+        hidden_act: one of HIDDEN_ACTS. OpenAI's weights need "quick_gelu", most others "gelu".
+        image_size: height and width in pixels that the position table is made for; other sizes resample it.
+        patch_size: height and width of a patch in pixels; must divide image_size.
+        num_channels: image channels C.
+        stem_type: pixels -> tokens, one of STEM_TYPES.
+        patch_bias: whether the patch projection has a bias. CLIP's has none.
+        use_cls_token: whether a class token is put before the patches.
+        num_register_tokens: learned tokens without position between class token and patches (arXiv:2309.16588).
+        position_embedding_type: one of POSITION_EMBEDDING_TYPES.
+        position_interpolation: how a learned table is resampled to another grid, one of POSITION_INTERPOLATIONS.
+        norm_type: norm of the layers, one of NORM_TYPES.
+        norm_position: "pre" normalises each branch's input, "post" the sum behind it (arXiv:2002.04745).
+        use_pre_layernorm: whether the tokens are normalised before the first layer (CLIP's `pre_layrnorm`).
+        final_norm_type: norm before pooling heads and dense heads; None means norm_type, "none" means no norm.
+        layer_norm_eps: added to the variance in every norm.
+        qkv_bias: whether the query, key and value projections have a bias.
+        layer_scale_init_value: start value of a learned scale on each branch (arXiv:2103.17239); None for no scale.
+        hidden_dropout_prob: rate in [0, 1) on embeddings and branch outputs, in training.
+        attention_dropout: rate in [0, 1) on attention weights, in training.
+        drop_path_rate: rate in [0, 1) of dropping a branch for a sample in the last layer, rising linearly from 0 in
+            the first (arXiv:1603.09382), in training.
+        pooling_type: "cls" takes the class token, "mean" the mean of the patches, each then normalised; "map" is
+            attention pooling over the normalised tokens (arXiv:2106.04560, figure 1).
+        patch_drop_rate: reserved; must be 0 in this release.
+        token_merge_size: reserved; must be 0 in this release.
+        projection_dim: width of the joint image-text space.
+        logit_scale_init_value: natural log of the inverse temperature at initialisation; ln(1 / 0.07) = 2.6592.
+        contrastive_loss: "softmax" is CLIP's, "sigmoid" SigLIP's (arXiv:2303.15343) with a learned logit_bias.
+        depth_head_type: one of DEPTH_HEAD_TYPES.
+        depth_loss: one of DEPTH_LOSSES.
+        max_depth: metres at the far end of the depth head's range; None predicts unitless positive depth.
+        out_features, out_indices: which stages ("stem", "stage1", ...) the backbone returns; None means the last.
+        initializer_range: standard deviation of the embeddings at initialisation.
+        initializer_factor: multiplies every standard deviation at initialisation.
+        text_config: a VitEmbedTextConfig or its dict; None for a vision-only model.
+
+    Raises:
+        ValueError: a value out of range, or a combination without a meaning; names the fields.
+        TypeError: a keyword that is a misspelled field.
+
+    Source: transformers CLIPVisionConfig and CLIPConfig (field names). A CLIPConfig dict is read as it is by
+    `from_dict` and `from_pretrained`.
+    """
+
+    model_type = "vit_embed"
+    sub_configs = {"text_config": VitEmbedTextConfig}
+    # Trainer gathers what evaluation returns over all batches: batch x batch logits do not concatenate.
+    keys_to_ignore_at_inference = [
+        "logits_per_image",
+        "logits_per_text",
+        "hidden_states",
+        "attentions",
+        "text_hidden_states",
+        "text_attentions",
+    ]
+
+    def __init__(
+        self,
+        hidden_size: int = 768,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        intermediate_size: int = 3072,
+        hidden_act: str = "quick_gelu",
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        num_channels: int = 3,
+        stem_type: str = "conv",
+        patch_bias: bool = False,
+        use_cls_token: bool = True,
+        num_register_tokens: int = 0,
+        position_embedding_type: str = "learned",
+        position_interpolation: str = "bicubic",
+        norm_type: str = "layer_norm",
+        norm_position: str = "pre",
+        use_pre_layernorm: bool = True,
+        final_norm_type: str | None = None,
+        layer_norm_eps: float = 1e-5,
+        qkv_bias: bool = True,
+        layer_scale_init_value: float | None = None,
+        hidden_dropout_prob: float = 0.0,
+        attention_dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        pooling_type: str = "cls",
+        patch_drop_rate: float = 0.0,
+        token_merge_size: int = 0,
+        projection_dim: int = 512,
+        logit_scale_init_value: float = 2.6592,
+        contrastive_loss: str = "softmax",
+        depth_head_type: str = "deconv",
+        depth_loss: str = "silog",
+        max_depth: float | None = None,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        initializer_range: float = 0.02,
+        initializer_factor: float = 1.0,
+        text_config: VitEmbedTextConfig | dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        _reject_misspelled(kwargs, FIELDS, type(self).__name__)
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.image_size = tuple(image_size) if isinstance(image_size, list) else image_size
+        self.patch_size = tuple(patch_size) if isinstance(patch_size, list) else patch_size
+        self.num_channels = num_channels
+        self.stem_type = stem_type
+        self.patch_bias = patch_bias
+        self.use_cls_token = use_cls_token
+        self.num_register_tokens = num_register_tokens
+        self.position_embedding_type = position_embedding_type
+        self.position_interpolation = position_interpolation
+        self.norm_type = norm_type
+        self.norm_position = norm_position
+        self.use_pre_layernorm = use_pre_layernorm
+        self.final_norm_type = final_norm_type
+        self.layer_norm_eps = layer_norm_eps
+        self.qkv_bias = qkv_bias
+        self.layer_scale_init_value = layer_scale_init_value
+        self.hidden_dropout_prob = hidden_dropout_prob
+        self.attention_dropout = attention_dropout
+        self.drop_path_rate = drop_path_rate
+        self.pooling_type = pooling_type
+        self.patch_drop_rate = patch_drop_rate
+        self.token_merge_size = token_merge_size
+        self.projection_dim = projection_dim
+        self.logit_scale_init_value = logit_scale_init_value
+        self.contrastive_loss = contrastive_loss
+        self.depth_head_type = depth_head_type
+        self.depth_loss = depth_loss
+        self.max_depth = max_depth
+        self.out_indices = out_indices
+        self.initializer_range = initializer_range
+        self.initializer_factor = initializer_factor
+        self.text_config = VitEmbedTextConfig(**text_config) if isinstance(text_config, dict) else text_config
+        if self.text_config is None:
+            # transformers 4.57 walks into every entry of sub_configs, None included.
+            self.sub_configs = {}
+        super().__init__(**kwargs)
+        self.validate_architecture()
+        self.out_indices = self._stage_indices(out_features, out_indices)
+
+    def validate_architecture(self) -> None:
+        """Raises ValueError, naming the fields, unless every field is in range and the combination has a meaning."""
+        counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+        _check_integers(self, dict.fromkeys((*counts, "projection_dim"), 1))
+        _check_integers(self, {"num_register_tokens": 0, "token_merge_size": 0})
+        _check_choices(
+            self,
+            {
+                "hidden_act": HIDDEN_ACTS,
+                "stem_type": STEM_TYPES,
+                "position_embedding_type": POSITION_EMBEDDING_TYPES,
+                "position_interpolation": POSITION_INTERPOLATIONS,
+                "norm_type": NORM_TYPES,
+                "norm_position": NORM_POSITIONS,
+                "final_norm_type": (None, *NORM_TYPES, "none"),
+                "pooling_type": POOLING_TYPES,
+                "contrastive_loss": CONTRASTIVE_LOSSES,
+                "depth_head_type": DEPTH_HEAD_TYPES,
+                "depth_loss": DEPTH_LOSSES,
+                **dict.fromkeys(("patch_bias", "use_cls_token", "use_pre_layernorm", "qkv_bias"), (True, False)),
+            },
+        )
+        _check_rates(self, ("hidden_dropout_prob", "attention_dropout", "drop_path_rate", "patch_drop_rate"))
+        _check_positive(self, ("layer_norm_eps",))
+        _check_positive(self, tuple(n for n in ("max_depth", "layer_scale_init_value") if getattr(self, n) is not None))
+        _check_heads(self)
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            pair = _as_pair(value) if isinstance(value, (int, tuple, list)) else ()
+            if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+                raise ValueError(f"{name} must be pixels > 0, one integer or (height, width); got {value!r}")
+        if any(size % patch for size, patch in zip(self.image_shape, self.patch_shape)):
+            raise ValueError(
+                f"image_size must be a multiple of patch_size, got image_size={self.image_size!r} and "
+                f"patch_size={self.patch_size!r}"
+            )
+        if self.pooling_type == "cls" and not self.use_cls_token:
+            raise ValueError("pooling_type='cls' needs use_cls_token=True; use pooling_type='mean' or 'map' without it")
+        if self.position_embedding_type == "sinusoidal" and self.hidden_size % 4:
+            raise ValueError(
+                "position_embedding_type='sinusoidal' needs hidden_size to be a multiple of 4 (sine and cosine of two "
+                f"coordinates), got hidden_size={self.hidden_size}"
+            )
+        if self.position_embedding_type != "learned" and self.position_interpolation != "bicubic":
+            raise ValueError(
+                f"position_interpolation={self.position_interpolation!r} resamples a learned table, but "
+                f"position_embedding_type={self.position_embedding_type!r} has none; leave position_interpolation out"
+            )
+        for name in ("patch_drop_rate", "token_merge_size"):
+            if getattr(self, name) != 0:
+                raise ValueError(f"{name} must be 0: this release does not reduce tokens; got {getattr(self, name)!r}")
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels that the position table is made for."""
+        return _as_pair(self.image_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return _as_pair(self.patch_size)
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(gh, gw): rows and columns of patches at the native `image_size`."""
+        return tuple(size // patch for size, patch in zip(self.image_shape, self.patch_shape))
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P: tokens before the first patch (class token and registers)."""
+        return int(self.use_cls_token) + self.num_register_tokens
+
+    @property
+    def resolved_final_norm_type(self) -> str:
+        """`final_norm_type` with its default, the norm of the layers, filled in."""
+        return self.final_norm_type or self.norm_type
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names that `out_features` picks from: the embeddings, then the output of each layer."""
+        return ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages that the backbone returns: those of `out_indices`, or the last one."""
+        return [self.stage_names[-1]] if self.out_indices is None else [self.stage_names[i] for i in self.out_indices]
+
+    def _stage_indices(self, names: list[str] | None, indices: list[int] | None) -> list[int] | None:
+        """`out_indices` counted from 0, from either way to name stages; None for neither."""
+        stages = self.stage_names
+        if wrong := [name for name in names or () if name not in stages]:
+            raise ValueError(f"out_features must be among {stages}, got {wrong}")
+        if wrong := [i for i in indices or () if not -len(stages) <= i < len(stages)]:
+            raise ValueError(f"out_indices must be in [{-len(stages)}, {len(stages) - 1}], got {wrong}")
+        if indices is not None:
+            indices = [i % len(stages) for i in indices]
+        named = None if names is None else [stages.index(name) for name in names]
+        if named is not None and indices is not None and named != indices:
+            raise ValueError(f"out_features={names} and out_indices={indices} name different stages; give one of them")
+        return named if indices is None else indices
+
+    def auto_map_of_checkpoint(self) -> dict[str, str]:
+        """AUTO_MAP, with AutoModel pointing at both towers where there is a text tower."""
+        if self.text_config is None:
+            return dict(AUTO_MAP)
+        return {**AUTO_MAP, "AutoModel": AUTO_MAP["AutoModelForZeroShotImageClassification"]}
+
+    def vision_only(self) -> "VitEmbedConfig":
+        """A copy without the text tower: what a vision-only class saves, so that no Auto class expects a tower."""
+        config = copy.deepcopy(self)
+        config.text_config = None
+        config.sub_configs = {}
+        return config
+
+    def to_clip_vision_config(self) -> dict[str, Any] | None:
+        """The `vision_config` dict of an equal transformers CLIPModel, or None where CLIPModel cannot express this."""
+        own = {**self.__dict__, "final_norm_type": self.resolved_final_norm_type}
+        if any(own[name] != value for name, value in CLIP_ARCHITECTURE.items()):
+            return None
+        return {name: getattr(self, name) for name in CLIP_VISION_FIELDS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, plus the complete auto_map, plus what `CLIPModel.from_pretrained` reads."""
+        output = super().to_dict()
+        output.pop("sub_configs", None)
+        output["auto_map"] = self.auto_map_of_checkpoint()
+        vision_config = self.to_clip_vision_config() if self.text_config is not None else None
+        if vision_config is not None:
+            output["vision_config"] = vision_config
+        return output
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a CLIPConfig found there is translated."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_clip_config(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VitEmbedConfig":
+        """As in transformers; a CLIPConfig dict is translated, and overrides are validated like any other value."""
+        config_dict = from_clip_config(config_dict)
+        for name in [name for name in kwargs if name in FIELDS]:
+            value = kwargs.pop(name)
+            if name == "text_config" and isinstance(value, dict):
+                value = {**(config_dict.get("text_config") or {}), **value}
+            if name == "out_features":
+                config_dict.pop("out_indices", None)
+            config_dict[name] = value
+        return super().from_dict(config_dict, **kwargs)
+
+
+def from_clip_config(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The VitEmbedConfig dict of a transformers CLIPConfig or CLIPVisionConfig dict; any other dict, copied.
+
+    Old checkpoints hold each tower twice, as `vision_config` and `vision_config_dict`; the latter wins, as in CLIP.
+    """
+    vision_defaults = {"patch_size": 32}  # the one default of CLIPVisionConfig that is not ViT-B/16
+    if config_dict.get("model_type") == "clip_vision_model":
+        return {**vision_defaults, **{name: config_dict[name] for name in CLIP_VISION_FIELDS if name in config_dict}}
+    if config_dict.get("model_type") != "clip":
+        return {name: value for name, value in config_dict.items() if name != "vision_config"}
+    towers = {
+        tower: {**(config_dict.get(tower) or {}), **(config_dict.get(f"{tower}_dict") or {})}
+        for tower in ("vision_config", "text_config")
+    }
+    result = {name: value for name, value in towers["vision_config"].items() if name in CLIP_VISION_FIELDS}
+    result = {**vision_defaults, **result}
+    result["text_config"] = {name: value for name, value in towers["text_config"].items() if name in TEXT_FIELDS}
+    shared = ("logit_scale_init_value", "initializer_factor", "id2label", "label2id", "dtype", "torch_dtype")
+    result.update({name: config_dict[name] for name in shared if config_dict.get(name) is not None})
+    result["projection_dim"] = config_dict.get("projection_dim", 512)
+    return result
+
+
+def _field_names(config_class: type) -> tuple[str, ...]:
+    code = config_class.__init__.__code__
+    return code.co_varnames[1 : code.co_argcount]
+
+
+TEXT_FIELDS = _field_names(VitEmbedTextConfig)
+FIELDS = _field_names(VitEmbedConfig)
+
+VitEmbedConfig.register_for_auto_class()
