@@ -8,7 +8,6 @@ The state dict of `VitEmbedForContrastive` is that of `transformers.CLIPModel`, 
 """
 
 import copy
-import json
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from transformers.modeling_outputs import (
     ImageClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from .configuration_vit_embed import (
     LEGACY_EOS_TOKEN_ID,
@@ -49,6 +48,9 @@ from .losses_vit_embed import (
     contrastive_logits,
     gather_batch,
 )
+from .processor_files_vit_embed import (
+    write_processor_files,
+)
 
 NORMS = {
     "layer_norm": nn.LayerNorm,
@@ -59,7 +61,11 @@ NORMS = {
 # Implementations that are told to be causal by a flag; every other one is given the causal mask as a tensor.
 CAUSAL_BY_FLAG = ("sdpa", "flash_attention_2", "flash_attention_3")
 
-# Implementations with which the last layer can run on the pooled rows alone: they take any number of queries and any mask.
+# Where a checkpoint is read from, among the keywords of `from_pretrained`.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+# Implementations with which the last layer can run on the pooled rows alone: they take any number of queries and any
+# mask.
 QUERY_SUBSET = ("eager", "sdpa")
 
 # SigLIP's start: almost every pair of a batch is a negative (arXiv:2303.15343 section 3.2).
@@ -456,8 +462,9 @@ class VitEmbedTextModel(VitEmbedTower):
         """(B, T) token ids -> (B,) place of the first end-of-text token. Raises as `forward` does."""
         config = self.config
         if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise ValueError(f"input_ids must be (batch, tokens) of integers, got {tuple(input_ids.shape)} of "
-                             f"{input_ids.dtype}")
+            raise ValueError(
+                f"input_ids must be (batch, tokens) of integers, got {tuple(input_ids.shape)} of {input_ids.dtype}"
+            )
         if input_ids.shape[1] > config.max_position_embeddings:
             raise ValueError(
                 f"input_ids must have at most max_position_embeddings={config.max_position_embeddings} tokens, got "
@@ -485,9 +492,9 @@ class VitEmbedTextModel(VitEmbedTower):
         if endless.any():
             raise ValueError(
                 f"every row of input_ids needs its end-of-text token {config.eos_token_id}, row "
-                f"{int(endless.int().argmax())} has none; tokenize with add_special_tokens=True and do not cut the end off"
+                f"{int(endless.int().argmax())} has none; tokenize with add_special_tokens=True and keep the last token"
             )
-        if attention_mask is not None and not select_rows(attention_mask.cumprod(1)[..., None], ends[:, None]).all():
+        if attention_mask is not None and not attention_mask.cumprod(dim=1).gather(1, ends[:, None]).all():
             raise ValueError(
                 "attention_mask hides a token before a row's end-of-text token; pad on the right (padding_side='right')"
             )
@@ -515,6 +522,8 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
     ]
     has_text_tower = False
     image_processor_type = "CLIPImageProcessor"
+    # The checkpoint that this model came from, and how it was reached: where `save_pretrained` finds the processor.
+    _loaded_from = (None, {})
 
     @property
     def trunk(self) -> "VitEmbedModel":
@@ -561,11 +570,11 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
         Raises:
             ValueError: `image_size` is not a multiple of the patch.
         """
-        if image_size is None and isinstance(config, VitEmbedConfig):
-            image_size = config.image_size
-        if isinstance(config, VitEmbedConfig) and pretrained_model_name_or_path is not None:
+        hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        # As remote code the config's class may come from another copy of the file than the one imported here.
+        if isinstance(config, PretrainedConfig) and pretrained_model_name_or_path is not None:
+            image_size = config.image_size if image_size is None else image_size
             # Saved beside the weights, so it says what shape they have; absent where only weights were given.
-            hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
             try:
                 stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_options)
             except OSError:
@@ -574,12 +583,14 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             config.image_size = stored.image_size
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if pretrained_model_name_or_path is not None:
+            model._loaded_from = (str(pretrained_model_name_or_path), hub_options)
         if image_size is not None:
             model.set_image_size(image_size)
         return loaded
 
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
-        """Makes (height, width) in pixels the native size: the learned position table is resampled to its grid, in place.
+        """Makes (height, width) in pixels the native size: a learned position table is resampled to its grid, in place.
 
         Raises:
             ValueError: a side is not a multiple of the patch.
@@ -599,25 +610,478 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
         """
         config = self.config
         if not self.has_text_tower:
-            self.config = config.vision_only()  # the weights saved have no text tower, so the config must not ask for one
+            # The weights saved have no text tower, so the config must not ask for one.
+            self.config = config.vision_only()
         try:
             if kwargs.get("is_main_process", True):
                 os.makedirs(save_directory, exist_ok=True)
-                self._save_processor(save_directory)
+                write_processor_files(
+                    save_directory, self.config, self.image_processor_type, self.has_text_tower, *self._loaded_from
+                )
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config = config
 
-    def _save_processor(self, save_directory: str | os.PathLike) -> None:
-        source = self.config._name_or_path
-        names = PROCESSOR_FILES if self.has_text_tower else PROCESSOR_FILES[:1]
-        found = {name: path for name in names if (path := _source_file(source, name)) is not None}
-        image_processor = _image_processor_dict(self.config, self.image_processor_type)
-        if PROCESSOR_FILES[0] in found:
-            with open(found.pop(PROCESSOR_FILES[0]), encoding="utf-8") as file:
-                image_processor = _adapted_image_processor(json.load(file), image_processor)
-        for name, path in found.items():
-            with open(path, "rb") as file:
-                _write_if_absent(os.path.join(save_directory, name), file.read())
-        text = json.dumps(image_processor, indent=2, sort_keys=True) + "\n"
-        _write_if_absent(os.path.join(save_directory, PROCESSOR_FILES[0]), text.encode())
+
+class VisionFeatures(NamedTuple):
+    """What the trunk gives before pooling: last_hidden_state (B, L, D), or (B, 1, D) where only the pooled row was
+    asked for; grid_size (gh, gw); hidden_states and attentions as in EncoderOutput."""
+
+    last_hidden_state: torch.Tensor
+    grid_size: tuple[int, int]
+    hidden_states: tuple[torch.Tensor, ...] | None
+    attentions: tuple[torch.Tensor, ...] | None
+
+
+class VitEmbedModel(VitEmbedPreTrainedModel):
+    """The image tower: pixels, or another encoder's patch features, -> tokens and one pooled vector."""
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__(config)
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.embeddings = VitEmbedEmbeddings(config)
+        # (sic) the name in every CLIP checkpoint
+        self.pre_layrnorm = NORMS[config.norm_type if config.use_pre_layernorm else "none"](width, eps=eps)
+        self.encoder = VitEmbedEncoder(config)
+        self.post_layernorm = NORMS[config.resolved_final_norm_type](width, eps=eps)
+        self.pooler = AttentionPooling(config) if config.pooling_type == "map" else None
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """
+        Args:
+            pixel_values: (B, C, H, W), normalised; H and W any multiples of the patch.
+            patch_embeds: (B, D, gh, gw) of another encoder, in place of pixel_values.
+            output_attentions, output_hidden_states, return_dict: as in transformers.
+
+        Returns:
+            last_hidden_state (B, L, D) before the final norm, pooler_output (B, D) after it; hidden_states, one more
+            than layers, the first of them the input of layer 1; attentions (B, h, L, L) a layer.
+
+        Raises:
+            ValueError: not exactly one input, or one of the wrong shape.
+        """
+        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
+        features = self.forward_features(pixel_values, patch_embeds, output_attentions, output_hidden_states)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=features.last_hidden_state,
+            pooler_output=self.pool(features.last_hidden_state),
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+        )
+        return self._returned(output, return_dict)
+
+    def forward_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        pooled_only: bool = False,
+    ) -> VisionFeatures:
+        """Everything before pooling. With `pooled_only` the last layer computes no row that `pool` does not read."""
+        tokens, grid_size = self.embeddings(pixel_values, patch_embeds)  # (B, L, D)
+        hidden_states = self.pre_layrnorm(tokens)
+        last_rows = None
+        skips = pooled_only and not (output_attentions or output_hidden_states)
+        if skips and self.config.pooling_type == "cls" and self.config._attn_implementation in QUERY_SUBSET:
+            last_rows = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)  # the class token
+        encoded = self.encoder(
+            hidden_states,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            last_rows=last_rows,
+        )
+        return VisionFeatures(encoded.last_hidden_state, grid_size, encoded.hidden_states, encoded.attentions)
+
+    def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (B, D), normalised: after picking ("cls") or averaging ("mean"), before attending ("map")."""
+        if self.config.pooling_type == "map":
+            return self.pooler(self.post_layernorm(last_hidden_state))
+        if self.config.pooling_type == "mean":
+            return self.post_layernorm(last_hidden_state[:, self.config.num_prefix_tokens :].mean(dim=1))
+        return self.post_layernorm(last_hidden_state[:, 0])
+
+    def patch_grid(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
+        """(B, L, D) -> the patches alone, normalised, as (B, gh, gw, D)."""
+        patches = self.post_layernorm(hidden_states[:, self.config.num_prefix_tokens :])
+        return patches.unflatten(1, grid_size)
+
+    def get_class_attentions(
+        self, pixel_values: torch.Tensor | None = None, patch_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """How much the class token looks at each patch: (B, layers, h, gh, gw), weights in [0, 1], at most 1 in sum.
+
+        Raises:
+            ValueError: a model without a class token, or a bad input.
+        """
+        if not self.config.use_cls_token:
+            raise ValueError("class attention needs a class token: use_cls_token is False in this config")
+        features = self.forward_features(pixel_values, patch_embeds, output_attentions=True)
+        attentions = torch.stack(features.attentions, dim=1)  # (B, layers, h, L, L)
+        return attentions[:, :, :, 0, self.config.num_prefix_tokens :].unflatten(-1, features.grid_size)
+
+
+class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
+    """A linear classifier on the pooled vector."""
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__(config)
+        self.vision_model = VitEmbedModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple:
+        """
+        Args:
+            pixel_values, patch_embeds: as in VitEmbedModel.
+            labels: (B,) class numbers, for cross-entropy; (B, num_labels) of 0 and 1 with `problem_type=
+                "multi_label_classification"`, for binary cross-entropy; numbers (B,) or (B, num_labels) with
+                "regression", for the mean squared error.
+
+        Returns:
+            loss if labels were given, logits (B, num_labels).
+
+        Raises:
+            ValueError: labels of the wrong shape, or class numbers outside [0, num_labels).
+        """
+        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
+        features = self.vision_model.forward_features(
+            pixel_values, patch_embeds, output_attentions, output_hidden_states, pooled_only=True
+        )
+        logits = self.classifier(self.vision_model.pool(features.last_hidden_state))
+        output = ImageClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+        )
+        return self._returned(output, return_dict)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        problem = self.config.problem_type or "single_label_classification"
+        if problem == "single_label_classification":
+            self._check_class_numbers(labels, logits)
+            return F.cross_entropy(logits.float(), labels)
+        labels = labels.reshape(logits.shape) if labels.numel() == logits.numel() else labels
+        if labels.shape != logits.shape:
+            raise ValueError(
+                f"labels for problem_type={problem!r} must be {tuple(logits.shape)}, got {tuple(labels.shape)}"
+            )
+        if problem == "regression":
+            return F.mse_loss(logits.float(), labels.float())
+        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
+
+    @staticmethod
+    def _check_class_numbers(labels: torch.Tensor, logits: torch.Tensor) -> None:
+        batch, num_labels = logits.shape
+        if labels.shape != (batch,) or labels.is_floating_point():
+            raise ValueError(
+                f"labels must be ({batch},) class numbers, got {tuple(labels.shape)} of {labels.dtype}; set "
+                "config.problem_type for multi-label or regression targets"
+            )
+        if torch.compiler.is_compiling():
+            return
+        outside = (labels < 0) | (labels >= num_labels)
+        outside &= labels != -100  # cross-entropy's mark for a row to leave out
+        if outside.any():
+            raise ValueError(
+                f"labels must be in [0, num_labels={num_labels}), got {int(labels[outside][0])}; load the model with "
+                "num_labels=... of your data set"
+            )
+
+
+class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
+    """A dense head that predicts a depth for every pixel from the patch grid of one or four layers."""
+
+    image_processor_type = "DPTImageProcessor"
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__(config)
+        self.vision_model = VitEmbedModel(config)
+        self.depth_head = DEPTH_HEADS[config.depth_head_type](config)
+        self.taps = self._evenly_spaced_layers(config.num_hidden_layers, self.depth_head.num_taps)
+        self.post_init()
+
+    @staticmethod
+    def _evenly_spaced_layers(num_layers: int, num_taps: int) -> list[int]:
+        """Which hidden states the head reads; the last one always is among them. 12 layers, 4 taps: 3, 6, 9, 12."""
+        if num_layers < num_taps:
+            raise ValueError(
+                f"depth_head_type='dpt' reads {NUM_DPT_TAPS} layers, but num_hidden_layers={num_layers}; use "
+                "depth_head_type='deconv' or a deeper trunk"
+            )
+        return [round(num_layers * i / num_taps) for i in range(1, num_taps + 1)]
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DepthEstimatorOutput | tuple:
+        """
+        Args:
+            pixel_values, patch_embeds: as in VitEmbedModel.
+            labels: (B, H', W') depths in the unit to be predicted; entries <= 0, NaN or infinite are left out. The
+                prediction is resized to them for the loss.
+
+        Returns:
+            loss if labels were given; predicted_depth (B, H, W) > 0, in metres up to `max_depth`, unitless without one.
+
+        Raises:
+            ValueError: labels that are not one map of depths an image.
+        """
+        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, output_attentions, True)
+        grids = [self.vision_model.patch_grid(features.hidden_states[tap], features.grid_size) for tap in self.taps]
+        raw = self.depth_head(tuple(grid.permute(0, 3, 1, 2) for grid in grids))  # (B, any, any)
+        depth = to_depth(raw, self.config.max_depth)
+        height, width = (g * p for g, p in zip(features.grid_size, self.config.patch_shape))
+        output = DepthEstimatorOutput(
+            loss=None if labels is None else self._loss(depth, labels),
+            predicted_depth=resize_depth(depth, (height, width)),
+            hidden_states=features.hidden_states if output_hidden_states else None,
+            attentions=features.attentions,
+        )
+        return self._returned(output, return_dict)
+
+    def _loss(self, depth: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if labels.dim() != 3 or labels.shape[0] != depth.shape[0]:
+            raise ValueError(
+                f"labels must be (batch={depth.shape[0]}, height, width), one depth a pixel; got {tuple(labels.shape)}"
+            )
+        return DEPTH_LOSSES[self.config.depth_loss](resize_depth(depth, tuple(labels.shape[1:])), labels)
+
+
+def resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, h, w) -> (B, *size), bilinear: no new extremes, so the range of the depths holds."""
+    return F.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+@dataclass
+class VitEmbedContrastiveOutput(ModelOutput):
+    """What two towers say of a batch.
+
+    loss: scalar, where there are as many images as texts.
+    logits_per_image: (images, texts), scaled cosines in float32; logits_per_text: its transpose.
+    image_embeds, text_embeds: (images, projection_dim), (texts, projection_dim), unit length.
+    hidden_states, attentions: of the image tower; text_hidden_states, text_attentions: of the text tower.
+    """
+
+    loss: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    text_hidden_states: tuple[torch.Tensor, ...] | None = None
+    text_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class VitEmbedForContrastive(VitEmbedPreTrainedModel):
+    """CLIP: images and texts in one space, where a cosine says how well they go together."""
+
+    has_text_tower = True
+    input_modalities = ("image", "text")
+    _no_split_modules = ["VitEmbedEmbeddings", "VitEmbedTextEmbeddings", "VitEmbedLayer"]
+    _keys_to_ignore_on_load_unexpected = VitEmbedTower._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__(config)
+        if config.text_config is None:
+            raise ValueError(
+                "VitEmbedForContrastive needs a text tower, but text_config is None; give the config a "
+                "VitEmbedTextConfig, or load a vision-only checkpoint with VitEmbedModel"
+            )
+        self.vision_model = VitEmbedModel(config)
+        self.text_model = VitEmbedTextModel(config.text_config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.logit_bias = (
+            nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS_INIT)) if config.contrastive_loss == "sigmoid" else None
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        return_loss: bool = True,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> VitEmbedContrastiveOutput | tuple:
+        """
+        Args:
+            pixel_values, patch_embeds: images, as in VitEmbedModel. Without images only text_embeds are returned.
+            input_ids, attention_mask: texts, as in VitEmbedTextModel. Without texts only image_embeds are returned.
+            return_loss: whether to return the loss; there is one where image i and text i are a pair, so with
+                as many images as texts. Under torch.distributed it is the loss of the joined batch of all processes.
+
+        Returns:
+            as VitEmbedContrastiveOutput says.
+
+        Raises:
+            ValueError: neither images nor texts, or a bad input to a tower.
+        """
+        if pixel_values is None and patch_embeds is None and input_ids is None:
+            raise ValueError("give images (pixel_values or patch_embeds), texts (input_ids), or both; got neither")
+        wants = self._wants(output_attentions, output_hidden_states)
+        image_embeds = hidden_states = attentions = None
+        if pixel_values is not None or patch_embeds is not None:
+            features = self.vision_model.forward_features(pixel_values, patch_embeds, *wants, pooled_only=True)
+            projected = self.visual_projection(self.vision_model.pool(features.last_hidden_state))
+            image_embeds = F.normalize(projected, dim=-1)  # (images, projection_dim)
+            hidden_states, attentions = features.hidden_states, features.attentions
+        text_embeds = text_hidden_states = text_attentions = None
+        if input_ids is not None:
+            pooled, text_hidden_states, text_attentions = self._read_text(input_ids, attention_mask, *wants)
+            text_embeds = F.normalize(self.text_projection(pooled), dim=-1)  # (texts, projection_dim)
+        loss = logits = None
+        if image_embeds is not None and text_embeds is not None:
+            logits = self._logits(image_embeds, text_embeds)  # (images, texts)
+            if return_loss and logits.shape[0] == logits.shape[1]:
+                loss = self._loss(logits, image_embeds, text_embeds)
+        output = VitEmbedContrastiveOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=None if logits is None else logits.t(),
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            hidden_states=hidden_states,
+            attentions=attentions,
+            text_hidden_states=text_hidden_states,
+            text_attentions=text_attentions,
+        )
+        return self._returned(output, return_dict)
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        normalize: bool = False,
+        patch_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Images in the joint space: (B, projection_dim), of unit length with `normalize`.
+
+        Inputs as in VitEmbedModel.
+        """
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pooled_only=True)
+        projected = self.visual_projection(self.vision_model.pool(features.last_hidden_state))
+        return F.normalize(projected, dim=-1) if normalize else projected
+
+    def get_text_features(
+        self, input_ids: torch.Tensor, normalize: bool = False, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Texts in the joint space: (B, projection_dim), of unit length with `normalize`.
+
+        Inputs as in VitEmbedTextModel.
+        """
+        projected = self.text_projection(self.text_model.pool(input_ids, attention_mask))
+        return F.normalize(projected, dim=-1) if normalize else projected
+
+    def get_patch_features(
+        self, pixel_values: torch.Tensor | None = None, patch_embeds: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Every patch in the joint space, unit length: (B, gh, gw, projection_dim).
+
+        `patches @ text_features.T` is then a similarity map of (B, gh, gw, texts), cosines in [-1, 1].
+        """
+        features = self.vision_model.forward_features(pixel_values, patch_embeds)
+        patches = self.vision_model.patch_grid(features.last_hidden_state, features.grid_size)
+        return F.normalize(self.visual_projection(patches), dim=-1)
+
+    def _read_text(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        output_attentions: bool,
+        output_hidden_states: bool,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
+        """The pooled text (B, D) by the short way, or the long way with what was asked for besides."""
+        if not (output_attentions or output_hidden_states):
+            return self.text_model.pool(input_ids, attention_mask), None, None
+        read = self.text_model(input_ids, attention_mask, output_attentions, output_hidden_states, return_dict=True)
+        return read.pooler_output, read.hidden_states, read.attentions
+
+    def _logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        return contrastive_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)
+
+    def _loss(self, logits: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Of the joined batch of all processes; `logits` are those of this process and serve where it is alone."""
+        all_image_embeds, all_text_embeds = gather_batch(image_embeds), gather_batch(text_embeds)
+        if all_image_embeds is not image_embeds:
+            logits = self._logits(all_image_embeds, all_text_embeds)
+        return CONTRASTIVE_LOSSES[self.config.contrastive_loss](logits)
+
+
+class VitEmbedBackbone(VitEmbedPreTrainedModel):
+    """The trunk as a feature extractor for dense models of transformers (segmentation, detection, depth)."""
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__(config)
+        self.vision_model = VitEmbedModel(config)
+        self.post_init()
+
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the stages returned, among `config.stage_names`."""
+        return self.config.out_features
+
+    @property
+    def channels(self) -> list[int]:
+        """D of each map returned."""
+        return [self.config.hidden_size] * len(self.out_features)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
+        """Inputs as in VitEmbedModel. Returns feature_maps, a tuple of (B, D, gh, gw) after the final norm, one for
+        each of `out_features`."""
+        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, output_attentions, True)
+        stages = [self.config.stage_names.index(name) for name in self.out_features]
+        grids = [self.vision_model.patch_grid(features.hidden_states[stage], features.grid_size) for stage in stages]
+        output = BackboneOutput(
+            feature_maps=tuple(grid.permute(0, 3, 1, 2) for grid in grids),
+            hidden_states=features.hidden_states if output_hidden_states else None,
+            attentions=features.attentions,
+        )
+        return self._returned(output, return_dict)
+
+    def forward_with_filtered_kwargs(self, *args, **kwargs) -> BackboneOutput | tuple:
+        """What transformers' dense models call; the same as calling the backbone."""
+        return self(*args, **kwargs)
+
+
+VitEmbedModel.register_for_auto_class("AutoModel")
+VitEmbedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+VitEmbedForDepthEstimation.register_for_auto_class("AutoModelForDepthEstimation")
+VitEmbedForContrastive.register_for_auto_class("AutoModelForZeroShotImageClassification")
+VitEmbedBackbone.register_for_auto_class("AutoBackbone")
