@@ -50,6 +50,7 @@ class ConvStem(nn.Conv2d):
     def __init__(self, config: VitEmbedConfig):
         patch = config.patch_shape
         super().__init__(config.num_channels, config.hidden_size, patch, stride=patch, bias=config.patch_bias)
+        self.init_std = config.initializer_range * config.initializer_factor
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, C, H, W) -> (B, N, D), (gh, gw)."""
@@ -67,6 +68,7 @@ class LinearStem(nn.Linear):
         patch_values = config.num_channels * math.prod(config.patch_shape)
         super().__init__(patch_values, config.hidden_size, bias=config.patch_bias)
         self.patch_shape = config.patch_shape
+        self.init_std = config.initializer_range * config.initializer_factor
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
         """(B, C, H, W) -> (B, N, D), (gh, gw)."""

@@ -114,6 +114,17 @@ def select_rows(hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch
     return hidden_states.gather(1, rows[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+def linear(width_in: int, width_out: int, std: float, bias: bool = True) -> nn.Linear:
+    """A linear layer that knows the standard deviation its weight starts with.
+
+    It has to know it itself: transformers 5 calls `_init_weights` of custom code only for modules that own parameters, so
+    an attention block is never asked to initialise its projections.
+    """
+    layer = nn.Linear(width_in, width_out, bias=bias)
+    layer.init_std = std
+    return layer
+
+
 class VitEmbedAttention(nn.Module):
     """Multi-head attention with separate q, k, v and output projections (arXiv:1706.03762 section 3.2.2)."""
 
@@ -124,10 +135,12 @@ class VitEmbedAttention(nn.Module):
         self.head_dim = width // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False  # read by transformers' attention functions when a call does not say
-        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(width, width)
+        std = width**-0.5 * config.initializer_factor
+        in_std = std * (2 * config.num_hidden_layers) ** -0.5
+        self.k_proj = linear(width, width, in_std, bias=config.qkv_bias)
+        self.v_proj = linear(width, width, in_std, bias=config.qkv_bias)
+        self.q_proj = linear(width, width, in_std, bias=config.qkv_bias)
+        self.out_proj = linear(width, width, std)
 
     def forward(
         self,
@@ -169,8 +182,10 @@ class VitEmbedMLP(nn.Module):
         super().__init__()
         self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        width, factor = config.hidden_size, config.initializer_factor
+        out_std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5 * factor
+        self.fc1 = linear(width, config.intermediate_size, (2 * width) ** -0.5 * factor)
+        self.fc2 = linear(config.intermediate_size, width, out_std)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
@@ -300,6 +315,7 @@ class VitEmbedTower(PreTrainedModel):
     _supports_flash_attn_2 = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _require_grads_hooks = []
     # Non-persistent tables that CLIP checkpoints of transformers < 4.31 carry.
     _keys_to_ignore_on_load_unexpected = [r"embeddings\.position_ids$"]
 
@@ -310,10 +326,13 @@ class VitEmbedTower(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """CLIP's initialisation, as in its reference code (arXiv:2103.00020 section 2.4), of what is not loaded yet."""
         config, factor = self.config, self.config.initializer_factor
-        width, depth = config.hidden_size, config.num_hidden_layers
+        width = config.hidden_size
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
             _fill(module.weight, nn.init.ones_)
             _fill(getattr(module, "bias", None), nn.init.zeros_)
+        elif hasattr(module, "init_std"):
+            _fill(module.weight, nn.init.normal_, std=module.init_std)
+            _fill(module.bias, nn.init.zeros_)
         elif isinstance(module, nn.Linear):
             _fill(module.weight, nn.init.normal_, std=width**-0.5 * factor)
             _fill(module.bias, nn.init.zeros_)
@@ -322,24 +341,15 @@ class VitEmbedTower(PreTrainedModel):
             _fill(module.bias, nn.init.zeros_)
         elif isinstance(module, nn.Embedding):
             _fill(module.weight, nn.init.normal_, std=config.initializer_range * factor)
-        elif isinstance(module, VitEmbedAttention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                _fill(projection.weight, nn.init.normal_, std=width**-0.5 * (2 * depth) ** -0.5 * factor)
-        elif isinstance(module, VitEmbedMLP):
-            _fill(module.fc1.weight, nn.init.normal_, std=(2 * width) ** -0.5 * factor)
-            _fill(module.fc2.weight, nn.init.normal_, std=width**-0.5 * (2 * depth) ** -0.5 * factor)
         elif isinstance(module, VitEmbedLayer):
             _fill(module.layer_scale1, nn.init.constant_, val=config.layer_scale_init_value)
             _fill(module.layer_scale2, nn.init.constant_, val=config.layer_scale_init_value)
         elif isinstance(module, VitEmbedEmbeddings):
             _fill(module.class_embedding, nn.init.normal_, std=width**-0.5 * factor)
             _fill(module.register_tokens, nn.init.normal_, std=config.initializer_range * factor)
-            _fill(module.patch_embedding.weight, nn.init.normal_, std=config.initializer_range * factor)
         elif isinstance(module, AttentionPooling):
             _fill(module.probe, nn.init.normal_, std=width**-0.5 * factor)
         elif isinstance(module, VitEmbedForContrastive):
-            text_width = config.text_config.hidden_size
-            _fill(module.text_projection.weight, nn.init.normal_, std=text_width**-0.5 * factor)
             _fill(module.logit_scale, nn.init.constant_, val=config.logit_scale_init_value)
             _fill(module.logit_bias, nn.init.constant_, val=SIGMOID_LOGIT_BIAS_INIT)
 
@@ -348,6 +358,25 @@ class VitEmbedTower(PreTrainedModel):
         gradients to adapters on a frozen trunk."""
         chosen = {"use_reentrant": False} if gradient_checkpointing_kwargs is None else gradient_checkpointing_kwargs
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        """Makes the towers' input require a gradient, which reentrant checkpointing of a frozen trunk needs.
+
+        transformers hooks the input embedding's output and takes it for a tensor; a stem's is tokens and their grid.
+        """
+
+        def require_grad(module, inputs, output):
+            (output[0] if isinstance(output, tuple) else output).requires_grad_(True)
+
+        self.disable_input_require_grads()
+        towers = [module for module in self.modules() if isinstance(module, (VitEmbedModel, VitEmbedTextModel))]
+        self._require_grads_hooks = [t.get_input_embeddings().register_forward_hook(require_grad) for t in towers]
+
+    def disable_input_require_grads(self) -> None:
+        """Takes back `enable_input_require_grads`."""
+        for hook in self._require_grads_hooks:
+            hook.remove()
+        self._require_grads_hooks = []
 
     def _wants(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
         """What to return besides the result, from the call or else from the config."""
@@ -535,25 +564,6 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.trunk.embeddings.patch_embedding = value
-
-    def enable_input_require_grads(self) -> None:
-        """Makes the trunk's input require a gradient, which reentrant checkpointing of a frozen trunk needs.
-
-        transformers hooks the input embedding's output, a tensor; a stem's output is tokens and their grid.
-        """
-
-        def require_grad(module, inputs, output):
-            for tensor in output if isinstance(output, tuple) else (output,):
-                if isinstance(tensor, torch.Tensor):
-                    tensor.requires_grad_(True)
-
-        towers = [module for module in self.modules() if isinstance(module, (VitEmbedModel, VitEmbedTextModel))]
-        self._require_grads_hooks = [t.get_input_embeddings().register_forward_hook(require_grad) for t in towers]
-        self._require_grads_hook = self._require_grads_hooks[0]
-
-    def disable_input_require_grads(self) -> None:
-        for hook in self._require_grads_hooks:
-            hook.remove()
 
     @classmethod
     def from_pretrained(
@@ -914,8 +924,10 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
             )
         self.vision_model = VitEmbedModel(config)
         self.text_model = VitEmbedTextModel(config.text_config)
-        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.text_projection = nn.Linear(config.text_config.hidden_size, config.projection_dim, bias=False)
+        width, text_width = config.hidden_size, config.text_config.hidden_size
+        factor = config.initializer_factor
+        self.visual_projection = linear(width, config.projection_dim, width**-0.5 * factor, bias=False)
+        self.text_projection = linear(text_width, config.projection_dim, text_width**-0.5 * factor, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.logit_bias = (
             nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS_INIT)) if config.contrastive_loss == "sigmoid" else None

@@ -43,6 +43,8 @@ def image_processor_dict(config: VitEmbedConfig, image_processor_type: str) -> d
     height, width = config.image_shape
     result = {
         "image_processor_type": image_processor_type,
+        # DPTImageProcessor's own default leaves greyscale and alpha in; its transformers 4 version has no such step.
+        "do_convert_rgb": True,
         "do_resize": True,
         "resample": BICUBIC,
         "size": {"height": height, "width": width},
@@ -59,7 +61,7 @@ def image_processor_dict(config: VitEmbedConfig, image_processor_type: str) -> d
             "keep_aspect_ratio": False,
             "ensure_multiple_of": math.lcm(*config.patch_shape),
         }
-    result.update(do_convert_rgb=True, do_center_crop=height == width, crop_size={"height": height, "width": width})
+    result.update(do_center_crop=height == width, crop_size={"height": height, "width": width})
     if height == width:
         result["size"] = {"shortest_edge": height}
     if config.text_config is not None:

@@ -1,0 +1,220 @@
+"""Against `transformers.CLIPModel` with the same random weights, and against the slower of our own paths.
+
+Tolerances: float32, so 1e-5 relative is rounding of sums in another order. bfloat16: our distance to the float32 result
+is at most what the reference's own bfloat16 run has (times 1.1, as both are roundings of the same size by chance).
+"""
+
+import pytest
+import torch
+from tiny import EOS, clip_model, dual_config, pixels, randomised, tokens
+
+from vit_embed import VitEmbedForContrastive, VitEmbedModel, VitEmbedTextModel
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return clip_model()
+
+
+@pytest.fixture(scope="module")
+def model(reference):
+    ours = VitEmbedForContrastive(dual_config()).eval()
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return ours
+
+
+def clip_features(output):
+    """transformers 5 returns an output object from get_*_features, 4.57 a tensor."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def test_state_dict_is_clips(reference, model):
+    ours = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    assert ours == {name: tensor.shape for name, tensor in reference.state_dict().items()}
+
+
+@torch.no_grad()
+def test_forward_equals_clip(reference, model):
+    theirs = reference(input_ids=tokens(), pixel_values=pixels(), return_loss=True)
+    ours = model(pixels(), tokens())
+    for name in ("loss", "logits_per_image", "logits_per_text", "image_embeds", "text_embeds"):
+        torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
+
+
+@torch.no_grad()
+def test_features_equal_clip_and_are_plain_tensors(reference, model):
+    image, text = model.get_image_features(pixels()), model.get_text_features(tokens())
+    assert type(image) is torch.Tensor and type(text) is torch.Tensor
+    torch.testing.assert_close(image, clip_features(reference.get_image_features(pixel_values=pixels())), **CLOSE)
+    torch.testing.assert_close(text, clip_features(reference.get_text_features(input_ids=tokens())), **CLOSE)
+    normalized = model.get_image_features(pixels(), normalize=True)
+    torch.testing.assert_close(normalized, image / image.norm(dim=-1, keepdim=True), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_every_hidden_state_and_attention_equals_clip(reference, model, implementation):
+    model.set_attn_implementation(implementation)
+    reference.set_attn_implementation("eager")
+    wants = {"output_hidden_states": True, "output_attentions": True}
+    theirs = reference.vision_model(pixels(), **wants)
+    ours = model.vision_model(pixels(), **wants)
+    for name in ("last_hidden_state", "pooler_output"):
+        torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
+    assert len(ours.hidden_states) == 5 and len(ours.attentions) == 4
+    for name in ("hidden_states", "attentions"):
+        for own, their in zip(ours[name], theirs[name], strict=True):
+            torch.testing.assert_close(own, their, **CLOSE)
+    theirs = reference.text_model(tokens(), **wants)
+    ours = model.text_model(tokens(), **wants)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, **CLOSE)
+    torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, **CLOSE)
+    for name in ("hidden_states", "attentions"):
+        for own, their in zip(ours[name], theirs[name], strict=True):
+            torch.testing.assert_close(own, their, **CLOSE)
+    # The same on the outputs of the dual encoder.
+    both = model(pixels(), tokens(), **wants)
+    assert len(both.hidden_states) == 5 and len(both.text_hidden_states) == 4
+    assert both.attentions[0].shape == (3, 4, 17, 17) and both.text_attentions[0].shape == (3, 3, 16, 16)
+    torch.testing.assert_close(both.attentions[-1].sum(-1), torch.ones(3, 4, 17))
+    model.set_attn_implementation("sdpa")
+    reference.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def test_bfloat16_is_no_further_from_float32_than_clips(reference, model):
+    exact_image = clip_features(reference.get_image_features(pixel_values=pixels(8)))
+    exact_text = clip_features(reference.get_text_features(input_ids=tokens(8)))
+    low, low_reference = VitEmbedForContrastive(dual_config()).eval(), clip_model().to(torch.bfloat16)
+    low.load_state_dict(reference.state_dict())
+    low.to(torch.bfloat16)
+
+    def error(found, exact):
+        return (found.float() - exact).norm().item()
+
+    theirs = error(clip_features(low_reference.get_image_features(pixel_values=pixels(8).bfloat16())), exact_image)
+    assert error(low.get_image_features(pixels(8)), exact_image) <= 1.1 * theirs
+    theirs = error(clip_features(low_reference.get_text_features(input_ids=tokens(8))), exact_text)
+    assert error(low.get_text_features(tokens(8)), exact_text) <= 1.1 * theirs
+
+
+def test_gradients_equal_clip(reference, model):
+    reference(input_ids=tokens(), pixel_values=pixels(), return_loss=True).loss.backward()
+    model(pixels(), tokens()).loss.backward()
+    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    for name, parameter in model.named_parameters():
+        # Gradients are sums over batch and tokens of terms up to ~1: rounding of 1e-6 of the largest entry of each.
+        bound = 1e-5 * max(1.0, theirs[name].abs().max().item())
+        torch.testing.assert_close(parameter.grad, theirs[name], rtol=1e-4, atol=bound)
+    reference.zero_grad(), model.zero_grad()
+
+
+@torch.no_grad()
+def test_other_sizes_equal_clip_with_interpolation(reference, model):
+    """CLIP resamples for other square sizes behind a flag; ours needs none."""
+    larger = pixels(2, 48, 48)
+    theirs = reference.vision_model(larger, interpolate_pos_encoding=True)
+    torch.testing.assert_close(model.vision_model(larger).last_hidden_state, theirs.last_hidden_state, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_short_way_to_the_pooled_vector_is_exact(model, implementation):
+    """The last layer on pooled rows alone, and text cut behind the last end token, against the whole computation."""
+    model.set_attn_implementation(implementation)
+    whole = model.vision_model(pixels()).pooler_output
+    torch.testing.assert_close(model.get_image_features(pixels()), model.visual_projection(whole), **CLOSE)
+    short = tokens()
+    short[:, 9:] = EOS
+    whole = model.text_model(short).pooler_output
+    torch.testing.assert_close(model.get_text_features(short), model.text_projection(whole), **CLOSE)
+    seen = []
+    hook = model.text_model.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    model.get_text_features(short)
+    hook.remove()
+    assert seen == [int((short == EOS).int().argmax(1).max()) + 1], "text is cut behind the batch's last end token"
+    model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def test_text_does_not_depend_on_padding(model):
+    ids = tokens()
+    features = model.get_text_features(ids)
+    for padding in (0, 5, EOS):
+        padded = ids.clone()
+        for row in range(len(ids)):
+            padded[row, int((ids[row] == EOS).int().argmax()) + 1 :] = padding
+        torch.testing.assert_close(model.get_text_features(padded), features, **CLOSE)
+        torch.testing.assert_close(model.text_model(padded).pooler_output, model.text_model(ids).pooler_output, **CLOSE)
+    alone = torch.cat([model.get_text_features(row[None, : int((row == EOS).int().argmax()) + 1]) for row in ids])
+    torch.testing.assert_close(alone, features, **CLOSE)
+
+
+@torch.no_grad()
+def test_legacy_end_token_is_read_as_clip_reads_it(reference):
+    """`eos_token_id=2` in a config means the largest id of the row; with OpenAI's vocabulary, 49407."""
+    config = dual_config().text_config
+    config.eos_token_id = 2
+    legacy = VitEmbedTextModel(config).eval()
+    legacy.load_state_dict(reference.text_model.state_dict())
+    reference.text_model.eos_token_id = 2
+    ids = torch.randint(3, 97, (4, 12), generator=torch.Generator().manual_seed(5))
+    theirs = reference.text_model(ids).pooler_output
+    reference.text_model.eos_token_id = EOS
+    torch.testing.assert_close(legacy(ids).pooler_output, theirs, **CLOSE)
+    assert type(config)(eos_token_id=2).eos_token_id == 49407
+
+
+@torch.no_grad()
+def test_tuple_equals_dict_and_rows_equal_the_batch(model):
+    output = model(pixels(), tokens())
+    as_tuple = model(pixels(), tokens(), return_dict=False)
+    assert len(as_tuple) == 5
+    for found, name in zip(as_tuple, ("loss", "logits_per_image", "logits_per_text", "image_embeds", "text_embeds")):
+        assert torch.equal(found, output[name])
+    for row in range(3):
+        alone = model(pixels()[row : row + 1], tokens()[row : row + 1])
+        torch.testing.assert_close(alone.image_embeds[0], output.image_embeds[row], **CLOSE)
+        torch.testing.assert_close(alone.text_embeds[0], output.text_embeds[row], **CLOSE)
+
+
+@torch.no_grad()
+def test_one_side_alone_and_uneven_sides(model):
+    assert model(pixels()).to_tuple()[0].shape == (3, 20), "images alone: their embeddings, and nothing before them"
+    assert model(input_ids=tokens()).to_tuple()[0].shape == (3, 20)
+    uneven = model(pixels(1), tokens(3))
+    assert uneven.logits_per_image.shape == (1, 3) and uneven.loss is None
+    assert model(pixels(), tokens(), return_loss=False).loss is None
+    with pytest.raises(ValueError, match="pixel_values.*input_ids"):
+        model()
+
+
+@torch.no_grad()
+def test_patch_features_are_in_text_space(model):
+    patches = model.get_patch_features(pixels(2, 32, 64))
+    assert patches.shape == (2, 4, 8, 20)
+    torch.testing.assert_close(patches.norm(dim=-1), torch.ones(2, 4, 8))
+    hidden = model.vision_model(pixels(2, 32, 64)).last_hidden_state[:, 1:]
+    by_hand = torch.nn.functional.normalize(model.visual_projection(model.vision_model.post_layernorm(hidden)), dim=-1)
+    torch.testing.assert_close(patches.flatten(1, 2), by_hand, **CLOSE)
+
+
+@torch.no_grad()
+def test_logit_scale_is_bounded_and_logits_are_float32(reference):
+    model = VitEmbedForContrastive(dual_config()).eval()
+    model.load_state_dict(reference.state_dict())
+    model.logit_scale.fill_(50.0)
+    output = model(pixels(), tokens())
+    assert output.logits_per_image.abs().max() <= 100.001 and output.loss.isfinite()
+    low = model.to(torch.bfloat16)
+    assert low(pixels(), tokens()).logits_per_image.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_trunks_of_every_class_share_the_name():
+    model = randomised(VitEmbedForContrastive(dual_config()))
+    trunk = VitEmbedModel(dual_config()).eval()
+    trunk.load_state_dict(model.vision_model.state_dict())
+    torch.testing.assert_close(trunk(pixels()).pooler_output, model.vision_model(pixels()).pooler_output)

@@ -1,0 +1,223 @@
+"""The config: its defaults, what it refuses and how it says so, what it reads of CLIP's, what it writes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import TEXT, VISION, dual_config, vision_config
+from transformers import CLIPConfig
+
+from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel, VitEmbedTextConfig
+from vit_embed.configuration_vit_embed import AUTO_MAP, FIELDS, TEXT_FIELDS
+
+REPO = Path(__file__).parent.parent
+
+
+def test_defaults_are_openai_clip_vit_b_16():
+    config, text = VitEmbedConfig(), VitEmbedTextConfig()
+    sizes = (config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.intermediate_size)
+    assert sizes == (768, 12, 12, 3072) and config.grid_size == (14, 14) and config.text_config is None
+    assert (text.vocab_size, text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (49408, 512, 12, 8)
+    assert (text.max_position_embeddings, text.eos_token_id) == (77, 49407)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be an integer >= 1, got 0"),
+        ({"hidden_size": 33}, "hidden_size.*num_attention_heads.*hidden_size=33.*num_attention_heads=4"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer"),
+        ({"hidden_act": "swish"}, "hidden_act must be one of quick_gelu, gelu.*got 'swish'"),
+        ({"stem_type": "convolution"}, "stem_type must be one of conv, linear; got 'convolution'"),
+        ({"position_embedding_type": "rope"}, "position_embedding_type must be one of learned, sinusoidal, none"),
+        ({"norm_type": "batch_norm"}, "norm_type must be one of layer_norm, rms_norm"),
+        ({"final_norm_type": "no"}, "final_norm_type must be one of"),
+        ({"norm_position": "sandwich"}, "norm_position must be one of pre, post"),
+        ({"pooling_type": "max"}, "pooling_type must be one of cls, mean, map"),
+        ({"contrastive_loss": "triplet"}, "contrastive_loss must be one of softmax, sigmoid"),
+        ({"depth_head_type": "unet"}, "depth_head_type must be one of deconv, dpt"),
+        ({"depth_loss": "huber"}, "depth_loss must be one of silog, l1, l2"),
+        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be a number in \[0, 1\), got 1.0"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate"),
+        ({"attention_dropout": "0.1"}, "attention_dropout"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps must be a positive number"),
+        ({"max_depth": -1.0}, "max_depth must be a positive number, got -1.0"),
+        ({"image_size": 30}, "image_size must be a multiple of patch_size, got image_size=30 and patch_size=8"),
+        ({"image_size": (32, 30)}, r"image_size=\(32, 30\)"),
+        ({"image_size": (32, 32, 32)}, "image_size must be pixels > 0"),
+        ({"patch_size": 0}, "patch_size must be pixels > 0"),
+        ({"use_cls_token": False}, "pooling_type='cls' needs use_cls_token=True"),
+        ({"position_embedding_type": "sinusoidal", "hidden_size": 6, "num_attention_heads": 2}, "multiple of 4"),
+        (
+            {"position_embedding_type": "none", "position_interpolation": "bilinear"},
+            "position_interpolation='bilinear'.*position_embedding_type='none'",
+        ),
+        ({"num_register_tokens": -1}, "num_register_tokens"),
+        ({"patch_drop_rate": 0.5}, "patch_drop_rate must be 0"),
+        ({"token_merge_size": 2}, "token_merge_size must be 0"),
+        ({"out_indices": [9]}, r"out_indices must be in \[-5, 4\], got \[9\]"),
+        ({"out_features": ["stage9"]}, r"out_features must be among .*got \['stage9'\]"),
+        ({"out_features": ["stage1"], "out_indices": [2]}, "name different stages"),
+    ],
+)
+def test_values_without_a_meaning_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        vision_config(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"eos_token_id": 100}, "eos_token_id must be below vocab_size, got eos_token_id=100 and vocab_size=100"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"hidden_size": 25}, "num_attention_heads=3"),
+        ({"hidden_act": "tanh"}, "hidden_act must be one of"),
+    ],
+)
+def test_text_values_without_a_meaning_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        VitEmbedTextConfig(**{**TEXT, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("patchsize", "patch_size"), ("hidden_dropout_probs", "hidden_dropout_prob")]
+)
+def test_a_misspelled_field_is_refused(typo, meant):
+    with pytest.raises(TypeError, match=f"no field '{typo}'; did you mean '{meant}'"):
+        VitEmbedConfig(**{typo: 1})
+
+
+def test_keys_of_another_release_pass():
+    config = VitEmbedConfig(some_future_option=True, transformers_version="9.0", torch_dtype="float32")
+    assert config.some_future_option is True
+
+
+def test_a_field_set_later_is_checked_when_the_model_is_made():
+    config = vision_config()
+    config.stem_type = "typo"
+    with pytest.raises(ValueError, match="stem_type must be one of"):
+        VitEmbedModel(config)
+
+
+def test_overrides_at_load_are_checked(tmp_path):
+    vision_config().save_pretrained(tmp_path)
+    assert VitEmbedConfig.from_pretrained(tmp_path, image_size=[64, 32]).grid_size == (8, 4)
+    with pytest.raises(ValueError, match="image_size=33"):
+        VitEmbedConfig.from_pretrained(tmp_path, image_size=33)
+
+
+@pytest.mark.parametrize("config", [vision_config(), dual_config()], ids=["vision", "dual"])
+def test_saved_config_is_complete_and_read_back_equal(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert set(written["auto_map"]) == set(AUTO_MAP)
+    towers = "VitEmbedForContrastive" if config.text_config is not None else "VitEmbedModel"
+    assert written["auto_map"]["AutoModel"] == f"modeling_vit_embed.{towers}"
+    assert "sub_configs" not in written
+    loaded = VitEmbedConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert (tmp_path / "configuration_vit_embed.py").exists()
+
+
+def test_every_field_survives_saving(tmp_path):
+    """Values other than the defaults, for every field there is."""
+    changed = {
+        **VISION,
+        "hidden_act": "gelu",
+        "image_size": (32, 64),
+        "patch_size": (8, 16),
+        "num_channels": 4,
+        "stem_type": "linear",
+        "patch_bias": True,
+        "use_cls_token": False,
+        "num_register_tokens": 2,
+        "position_embedding_type": "learned",
+        "position_interpolation": "bicubic_antialias",
+        "norm_type": "rms_norm",
+        "norm_position": "post",
+        "use_pre_layernorm": False,
+        "final_norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": False,
+        "layer_scale_init_value": 0.1,
+        "hidden_dropout_prob": 0.1,
+        "attention_dropout": 0.2,
+        "drop_path_rate": 0.3,
+        "pooling_type": "map",
+        "patch_drop_rate": 0.0,
+        "token_merge_size": 0,
+        "projection_dim": 20,
+        "logit_scale_init_value": 2.0,
+        "contrastive_loss": "sigmoid",
+        "depth_head_type": "dpt",
+        "depth_loss": "l1",
+        "max_depth": 10.0,
+        "out_features": ["stem", "stage3"],
+        "out_indices": [0, 3],
+        "initializer_range": 0.01,
+        "initializer_factor": 0.5,
+        "text_config": TEXT,
+    }
+    assert set(changed) == set(FIELDS), "a new field belongs into this list"
+    VitEmbedConfig(**changed).save_pretrained(tmp_path)
+    loaded = VitEmbedConfig.from_pretrained(tmp_path)
+    for name, value in changed.items():
+        if name != "text_config":
+            assert getattr(loaded, name) == value, name
+    for name, value in TEXT.items():
+        assert getattr(loaded.text_config, name) == value, name
+    assert set(TEXT) < set(TEXT_FIELDS)
+
+
+def test_a_clip_config_is_read_as_it_is(tmp_path):
+    clip = CLIPConfig(vision_config={**VISION, "hidden_act": "gelu"}, text_config=TEXT, projection_dim=20)
+    clip.save_pretrained(tmp_path)
+    for config in (VitEmbedConfig.from_dict(clip.to_dict()), VitEmbedConfig.from_pretrained(tmp_path)):
+        for name, value in {**VISION, "hidden_act": "gelu", "projection_dim": 20}.items():
+            assert getattr(config, name) == value, name
+        for name, value in TEXT.items():
+            assert getattr(config.text_config, name) == value, name
+    assert VitEmbedConfig.from_dict({"model_type": "clip"}).patch_size == 32, "CLIPVisionConfig's own default"
+
+
+def test_old_clip_configs_hold_each_tower_twice():
+    """openai/clip-vit-large-patch14 says its sizes in `vision_config_dict`; `vision_config` has other defaults."""
+    config = VitEmbedConfig.from_dict(
+        {
+            "model_type": "clip",
+            "projection_dim": 768,
+            "vision_config": {"hidden_size": 768, "patch_size": 32},
+            "vision_config_dict": {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14},
+            "text_config": {"hidden_size": 512, "eos_token_id": 2},
+            "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12},
+        }
+    )
+    assert (config.hidden_size, config.patch_size, config.projection_dim) == (1024, 14, 768)
+    assert (config.text_config.hidden_size, config.text_config.eos_token_id) == (768, 49407)
+
+
+def test_a_config_outside_clip_says_nothing_to_clip():
+    assert dual_config().to_clip_vision_config()["hidden_size"] == VISION["hidden_size"]
+    assert dual_config(num_register_tokens=2).to_clip_vision_config() is None
+    assert dual_config(final_norm_type="none").to_clip_vision_config() is None
+
+
+def test_contrastive_without_a_text_tower_is_refused():
+    with pytest.raises(ValueError, match="text_config is None"):
+        VitEmbedForContrastive(vision_config())
+
+
+def test_config_needs_no_torch(tmp_path):
+    """The config file imports neither torch nor a sibling: `AutoConfig` works where only transformers is installed."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('c', {str(REPO / 'configuration_vit_embed.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        f"module.VitEmbedConfig(text_config={{}}).save_pretrained({str(tmp_path)!r})\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "config.json").exists()

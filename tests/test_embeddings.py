@@ -1,0 +1,169 @@
+"""Pixels or patch features -> tokens: stems, positions, prefix tokens, and what is refused."""
+
+import math
+
+import pytest
+import torch
+from references import import_without_init
+from tiny import VISION, clip_model, pixels, randomised, vision_config
+from torch.nn import functional as F
+
+from vit_embed import VitEmbedModel
+from vit_embed.configuration_vit_embed import STEM_TYPES
+from vit_embed.embeddings_vit_embed import STEMS, interpolate_positions, patchify, sinusoidal_positions
+
+GRIDS = [(8, 8), (16, 16), (8, 32), (32, 8), (3, 5), (4, 4)]
+
+
+def test_stem_names_are_the_table():
+    assert set(STEMS) == set(STEM_TYPES)
+
+
+def test_patchify_is_row_by_row():
+    image = torch.arange(2 * 3 * 4 * 6, dtype=torch.float32).reshape(2, 3, 4, 6)
+    patches = patchify(image, (2, 3))
+    assert patches.shape == (2, 4, 18)
+    assert torch.equal(patches[1, 1], image[1, :, 0:2, 3:6].flatten())
+    assert torch.equal(patches[0, 2], image[0, :, 2:4, 0:3].flatten())
+
+
+@pytest.mark.parametrize("patch_size", [8, (4, 8)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv_and_linear_stems_equal_a_convolution(patch_size, bias):
+    """float32, sums of 192 products in another order: 1e-5."""
+    config = vision_config(patch_size=patch_size, patch_bias=bias)
+    conv, linear = STEMS["conv"](config), STEMS["linear"](config)
+    linear.load_state_dict({**conv.state_dict(), "weight": conv.weight.flatten(1)})
+    tokens, grid_size = conv(pixels(2, 32, 48))
+    ph, pw = config.patch_shape
+    assert grid_size == (32 // ph, 48 // pw)
+    expected = F.conv2d(pixels(2, 32, 48), conv.weight, conv.bias, stride=(ph, pw)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(linear(pixels(2, 32, 48))[0], tokens)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_resampling_equals_timm_with_antialias(grid):
+    resample = import_without_init("timm.layers.pos_embed").resample_abs_pos_embed
+    table = torch.randn(64, 12)
+    expected = resample(table[None], list(grid), old_size=[8, 8], num_prefix_tokens=0)[0]
+    found = interpolate_positions(table, (8, 8), grid, "bicubic_antialias")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [2, 5, 8])
+def test_resampling_equals_clip_without_antialias(side):
+    embeddings = clip_model().vision_model.embeddings
+    table = embeddings.position_embedding.weight
+    blank = torch.zeros(1, 1 + side * side, VISION["hidden_size"])
+    expected = embeddings.interpolate_pos_encoding(blank, side * 8, side * 8)[0, 1:]
+    found = interpolate_positions(table[1:], (4, 4), (side, side), "bicubic")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_resampling_to_the_native_grid_is_the_table_itself():
+    table = torch.randn(16, 12)
+    for interpolation in ("bicubic", "bicubic_antialias", "bilinear"):
+        assert interpolate_positions(table, (4, 4), (4, 4), interpolation) is table
+
+
+def test_grids_of_equal_count_get_different_positions():
+    table = torch.randn(64, 12)
+    wide, tall, square = (interpolate_positions(table, (8, 8), g, "bicubic") for g in ((8, 32), (32, 8), (16, 16)))
+    assert wide.shape == tall.shape == square.shape == (256, 12)
+    assert not torch.allclose(wide, tall) and not torch.allclose(wide, square) and not torch.allclose(tall, square)
+
+
+def test_resampling_of_bfloat16_is_computed_in_float32():
+    table = torch.randn(64, 12).bfloat16()
+    found = interpolate_positions(table, (8, 8), (16, 16), "bicubic")
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, interpolate_positions(table.float(), (8, 8), (16, 16), "bicubic").bfloat16())
+
+
+def test_sinusoidal_positions_follow_the_formula():
+    found = sinusoidal_positions((3, 5), 16, torch.device("cpu"))
+    row, column, quarter = 2, 4, 4
+    frequencies = [10000 ** (-k / quarter) for k in range(quarter)]
+    expected = [f(n * w) for n in (row, column) for f in (math.sin, math.cos) for w in frequencies]
+    torch.testing.assert_close(found[row * 5 + column], torch.tensor(expected))
+    assert len(torch.unique(found, dim=0)) == 15, "no two patches share a position"
+
+
+@pytest.mark.parametrize("position_embedding_type", ["learned", "sinusoidal", "none"])
+@pytest.mark.parametrize(("use_cls_token", "registers"), [(True, 0), (True, 2), (False, 0), (False, 3)])
+def test_token_order_and_count(position_embedding_type, use_cls_token, registers):
+    config = vision_config(
+        position_embedding_type=position_embedding_type,
+        use_cls_token=use_cls_token,
+        num_register_tokens=registers,
+        pooling_type="cls" if use_cls_token else "mean",
+    )
+    embeddings = randomised(VitEmbedModel(config)).embeddings
+    tokens, grid_size = embeddings(pixels(2, 32, 64))
+    prefix = int(use_cls_token) + registers
+    assert config.num_prefix_tokens == prefix
+    assert tokens.shape == (2, prefix + 32, 32) and grid_size == (4, 8)
+    class_position, patch_positions = embeddings.positions((4, 8), tokens)
+    patches, _ = embeddings.patch_embedding(pixels(2, 32, 64))
+    torch.testing.assert_close(tokens[:, prefix:], patches if patch_positions is None else patches + patch_positions)
+    if use_cls_token:
+        expected = embeddings.class_embedding + (0 if class_position is None else class_position[0])
+        torch.testing.assert_close(tokens[0, 0], expected)
+    if registers:
+        assert torch.equal(tokens[1, prefix - registers : prefix], embeddings.register_tokens)
+
+
+@torch.no_grad()
+def test_patch_embeds_replace_the_stem():
+    model = randomised(VitEmbedModel(vision_config()))
+    patches, grid_size = model.embeddings.patch_embedding(pixels(2, 32, 64))
+    grid = patches.transpose(1, 2).unflatten(2, grid_size)  # (B, D, gh, gw)
+    torch.testing.assert_close(model(patch_embeds=grid).pooler_output, model(pixels(2, 32, 64)).pooler_output)
+
+
+@torch.no_grad()
+def test_rectangles_are_not_transposed_squares():
+    model = randomised(VitEmbedModel(vision_config()))
+    image = pixels(1, 32, 64)
+    wide, tall = model(image).pooler_output, model(image.transpose(2, 3)).pooler_output
+    assert wide.shape == tall.shape and not torch.allclose(wide, tall, atol=1e-3)
+
+
+def test_inputs_are_cast_at_the_stem():
+    model = VitEmbedModel(vision_config()).to(torch.bfloat16)
+    assert model(pixels()).pooler_output.dtype == torch.bfloat16
+    assert model(patch_embeds=torch.randn(1, 32, 4, 4)).pooler_output.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, "exactly one of pixel_values and patch_embeds, got neither"),
+        ({"pixel_values": pixels(), "patch_embeds": torch.randn(3, 32, 4, 4)}, "got both"),
+        ({"pixel_values": pixels(1, 36, 32)}, r"multiples of patch_size \(8, 8\), got \(36, 32\)"),
+        ({"pixel_values": pixels(1, 32, 31)}, r"multiples of patch_size \(8, 8\), got \(32, 31\)"),
+        ({"pixel_values": pixels(1, 0, 32)}, "multiples of patch_size"),
+        ({"pixel_values": pixels()[:, :1]}, r"num_channels=3.*got \(3, 1, 32, 32\)"),
+        ({"pixel_values": pixels()[0]}, r"got \(3, 32, 32\)"),
+        ({"patch_embeds": torch.randn(3, 31, 4, 4)}, r"hidden_size=32.*got \(3, 31, 4, 4\)"),
+        ({"patch_embeds": torch.randn(3, 16, 32)}, r"got \(3, 16, 32\)"),
+    ],
+)
+def test_bad_images_are_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        VitEmbedModel(vision_config())(**inputs)
+
+
+@torch.no_grad()
+def test_set_image_size_keeps_what_the_model_computes():
+    """Resampling once at load or at every call is the same map."""
+    model = randomised(VitEmbedModel(vision_config()))
+    image = pixels(2, 48, 64)
+    before = model(image).last_hidden_state
+    model.set_image_size((48, 64))
+    assert model.config.grid_size == (6, 8) and model.embeddings.position_embedding.weight.shape == (49, 32)
+    assert torch.equal(model(image).last_hidden_state, before)
+    with pytest.raises(ValueError, match="image_size must be a multiple of patch_size"):
+        model.set_image_size(50)
+    assert model.config.image_size == (48, 64), "a refused size changes nothing"

@@ -1,0 +1,132 @@
+"""`configs/*.json`: the systems that the project was made from, by their published figures."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit_embed import (
+    VitEmbedConfig,
+    VitEmbedForContrastive,
+    VitEmbedForDepthEstimation,
+    VitEmbedForImageClassification,
+    VitEmbedModel,
+)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def config_of(name: str, **overrides) -> VitEmbedConfig:
+    config = VitEmbedConfig.from_json_file(CONFIGS / f"{name}.json")
+    for field, value in overrides.items():
+        setattr(config, field, value)
+    return config
+
+
+def build(model_class, config: VitEmbedConfig):
+    """The model with no memory behind its weights: only shapes and counts."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_system_loads_and_saves_unchanged(path, tmp_path):
+    config = VitEmbedConfig.from_json_file(path)
+    config.save_pretrained(tmp_path)
+    assert VitEmbedConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    build(VitEmbedForContrastive if config.text_config is not None else VitEmbedModel, config)
+
+
+def test_deepseek_ocr_clip_l():
+    config = config_of("deepseek-ocr-clip-l")
+    model = build(VitEmbedModel, config)
+    embeddings = model.embeddings
+    assert embeddings.class_embedding.numel() == 1_024
+    assert embeddings.patch_embedding.weight.numel() == 602_112
+    assert embeddings.position_embedding.weight.numel() == 263_168
+    assert count(embeddings) == 866_304
+    assert count(model.post_layernorm) == 0, "the system has no norm behind its last layer"
+    # Another encoder's features (SAM's are 1024 wide) at 224 and 448 pixels, and a rectangle of as many patches.
+    for grid in ((16, 16), (32, 32), (8, 32)):
+        tokens, grid_size = embeddings(None, torch.empty(2, 1024, *grid, device="meta"))
+        assert tokens.shape == (2, 1 + grid[0] * grid[1], 1024) and grid_size == grid
+    tokens, _ = embeddings(torch.empty(1, 3, 224, 224, device="meta"))
+    assert tokens.shape == (1, 257, 1024)
+
+
+def test_deepseek_ocr_patch_convolution_is_308_mflop():
+    config = config_of("deepseek-ocr-clip-l")
+    with FlopCounterMode(display=False) as counter:
+        build(VitEmbedModel, config).embeddings.patch_embedding(torch.empty(1, 3, 224, 224, device="meta"))
+    assert counter.get_total_flops() == 2 * 16 * 16 * 14 * 14 * 3 * 1024
+
+
+def test_vit_tiny_muomni():
+    model = build(VitEmbedModel, config_of("vit-tiny-muomni"))
+    assert count(model.encoder.layers[0]) == 198_272
+    assert count(model.embeddings.patch_embedding) == 98_432
+    assert model.embeddings.position_embedding.weight.numel() == 197 * 128
+    assert count(model) == 4 * 198_272 + 98_432 + 197 * 128 + 128 + 128  # and class token, final RMSNorm: 0.92 M
+    assert isinstance(model.post_layernorm, torch.nn.RMSNorm)
+    assert isinstance(model.encoder.layers[0].layer_norm1, torch.nn.LayerNorm)
+    tokens = model(torch.empty(2, 3, 224, 224, device="meta")).last_hidden_state
+    assert tokens[:, :1].shape == (2, 1, 128) and tokens[:, 1:].shape == (2, 196, 128)
+
+
+@pytest.mark.parametrize(("name", "text_layers"), [("clip-vit-b-16", 12), ("clip-vit-b-16-text8", 8)])
+def test_clip_vit_b_16(name, text_layers):
+    model = build(VitEmbedForContrastive, config_of(name))
+    assert count(model.vision_model.embeddings.patch_embedding) == 589_824
+    assert count(model.vision_model.encoder) == 85_054_464
+    assert count(model.visual_projection) == 393_216
+    assert 86.0e6 < count(model.vision_model) + count(model.visual_projection) < 86.3e6
+    assert len(model.text_model.encoder.layers) == text_layers
+    assert model.text_model.embeddings.token_embedding.weight.shape == (49_408, 512)
+    if text_layers == 12:
+        assert count(model) == 149_620_737  # OpenAI's ViT-B/16, every tensor of its state dict
+
+
+def test_minivit():
+    model = build(VitEmbedForImageClassification, config_of("minivit", num_labels=10))
+    layer = torch.nn.TransformerEncoderLayer(768, 8, 2048, device="meta")
+    assert count(model.vision_model.encoder) == 6 * count(layer)
+    assert count(model.vision_model.embeddings) == 768 + 768 * 768 + 768 + 197 * 768
+    assert count(model.vision_model.post_layernorm) + count(model.classifier) == 2 * 768 + 768 * 10 + 10
+    assert model(torch.empty(2, 3, 224, 224, device="meta")).logits.shape == (2, 10)
+
+
+def test_minivit_depth():
+    model = build(VitEmbedForDepthEstimation, config_of("minivit-depth"))
+    head = model.depth_head
+    assert head.deconv1.weight.shape[:2] == (768, 384) and head.deconv2.weight.shape[:2] == (384, 192)
+    assert head.projection.weight.shape == (1, 192, 1, 1)
+    assert model(torch.empty(2, 3, 224, 320, device="meta")).predicted_depth.shape == (2, 224, 320)
+
+
+def test_minivit_layer_equals_torch_encoder_layer():
+    """Post-norm with ReLU is `torch.nn.TransformerEncoderLayer`; float32, so 1e-5 is rounding in another order."""
+    config = config_of("minivit", hidden_size=32, num_attention_heads=4, intermediate_size=48, num_hidden_layers=2)
+    layer = VitEmbedModel(config).encoder.layers[0].eval()
+    reference = torch.nn.TransformerEncoderLayer(32, 4, 48, activation="relu", batch_first=True).eval()
+    attention = layer.self_attn
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+        reference.self_attn.in_proj_weight.copy_(
+            torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        )
+        reference.self_attn.in_proj_bias.copy_(
+            torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias])
+        )
+        reference.self_attn.out_proj.load_state_dict(attention.out_proj.state_dict())
+        for ours, theirs in (("layer_norm1", "norm1"), ("layer_norm2", "norm2")):
+            getattr(reference, theirs).load_state_dict(getattr(layer, ours).state_dict())
+        reference.linear1.load_state_dict(layer.mlp.fc1.state_dict())
+        reference.linear2.load_state_dict(layer.mlp.fc2.state_dict())
+        hidden_states = torch.randn(3, 7, 32)
+        torch.testing.assert_close(layer(hidden_states)[0], reference(hidden_states), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,73 @@
+"""Small models and inputs that the tests share: big enough that every shape differs from every other."""
+
+import torch
+from transformers import CLIPConfig, CLIPModel
+
+from vit_embed import VitEmbedConfig
+
+EOS = 99  # the end-of-text token of the tiny vocabulary, its last id as in CLIP
+
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "intermediate_size": 40,
+    "max_position_embeddings": 16,
+    "bos_token_id": 98,
+    "eos_token_id": EOS,
+    "pad_token_id": EOS,
+}
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def vision_config(**overrides) -> VitEmbedConfig:
+    """A vision-only config: 32 x 32 pixels, 4 x 4 patches, 4 layers of 32."""
+    return VitEmbedConfig(**{**VISION, "projection_dim": 20, **overrides})
+
+
+def dual_config(**overrides) -> VitEmbedConfig:
+    """A dual encoder's config: the same trunk and a text tower of 3 layers of 24, 100 tokens."""
+    return vision_config(text_config=dict(TEXT), **overrides)
+
+
+def clip_model() -> CLIPModel:
+    """A stock CLIPModel of the sizes of `dual_config`, every weight random and of a size that shows in the output."""
+    config = CLIPConfig(vision_config=dict(VISION), text_config=dict(TEXT), projection_dim=20)
+    return randomised(CLIPModel(config))
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """The model in eval mode with no weight left at zero or one, so that no wrong path hides behind an idle weight."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            elif name.endswith(("logit_scale", "logit_bias")):
+                parameter.add_(0.1 * noise)
+            else:
+                parameter.copy_(0.15 * noise)
+    return model.eval()
+
+
+def pixels(batch: int = 3, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
+    """(batch, 3, height, width) of standard normal values."""
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(batch: int = 3, length: int = 16, seed: int = 2) -> torch.Tensor:
+    """(batch, length) ids: a start token, words, an end token at another place in every row, end tokens as padding."""
+    ids = torch.randint(1, 90, (batch, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = TEXT["bos_token_id"]
+    for row in range(batch):
+        ids[row, 4 + 3 * row % (length - 4) :] = EOS
+    return ids
