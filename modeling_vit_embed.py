@@ -117,8 +117,8 @@ def select_rows(hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch
 def linear(width_in: int, width_out: int, std: float, bias: bool = True) -> nn.Linear:
     """A linear layer that knows the standard deviation its weight starts with.
 
-    It has to know it itself: transformers 5 calls `_init_weights` of custom code only for modules that own parameters, so
-    an attention block is never asked to initialise its projections.
+    It has to know it itself: transformers 5 calls `_init_weights` of custom code only for modules that own parameters,
+    so an attention block is never asked to initialise its projections.
     """
     layer = nn.Linear(width_in, width_out, bias=bias)
     layer.init_std = std
@@ -352,6 +352,11 @@ class VitEmbedTower(PreTrainedModel):
         elif isinstance(module, VitEmbedForContrastive):
             _fill(module.logit_scale, nn.init.constant_, val=config.logit_scale_init_value)
             _fill(module.logit_bias, nn.init.constant_, val=SIGMOID_LOGIT_BIAS_INIT)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """True: every attention call looks the implementation up. transformers guesses from the text of the file."""
+        return True
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """As in transformers, with the non-reentrant checkpoint unless told otherwise: the reentrant one gives no

@@ -6,7 +6,7 @@ is at most what the reference's own bfloat16 run has (times 1.1, as both are rou
 
 import pytest
 import torch
-from tiny import EOS, clip_model, dual_config, pixels, randomised, tokens
+from tiny import EOS, clip_model, dual_config, pixels, randomised, tokens, use_attention
 
 from vit_embed import VitEmbedForContrastive, VitEmbedModel, VitEmbedTextModel
 
@@ -56,8 +56,8 @@ def test_features_equal_clip_and_are_plain_tensors(reference, model):
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_every_hidden_state_and_attention_equals_clip(reference, model, implementation):
-    model.set_attn_implementation(implementation)
-    reference.set_attn_implementation("eager")
+    use_attention(model, implementation)
+    use_attention(reference, "eager")
     wants = {"output_hidden_states": True, "output_attentions": True}
     theirs = reference.vision_model(pixels(), **wants)
     ours = model.vision_model(pixels(), **wants)
@@ -79,8 +79,8 @@ def test_every_hidden_state_and_attention_equals_clip(reference, model, implemen
     assert len(both.hidden_states) == 5 and len(both.text_hidden_states) == 4
     assert both.attentions[0].shape == (3, 4, 17, 17) and both.text_attentions[0].shape == (3, 3, 16, 16)
     torch.testing.assert_close(both.attentions[-1].sum(-1), torch.ones(3, 4, 17))
-    model.set_attn_implementation("sdpa")
-    reference.set_attn_implementation("sdpa")
+    use_attention(model, "sdpa")
+    use_attention(reference, "sdpa")
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_other_sizes_equal_clip_with_interpolation(reference, model):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_short_way_to_the_pooled_vector_is_exact(model, implementation):
     """The last layer on pooled rows alone, and text cut behind the last end token, against the whole computation."""
-    model.set_attn_implementation(implementation)
+    use_attention(model, implementation)
     whole = model.vision_model(pixels()).pooler_output
     torch.testing.assert_close(model.get_image_features(pixels()), model.visual_projection(whole), **CLOSE)
     short = tokens()
@@ -135,7 +135,7 @@ def test_the_short_way_to_the_pooled_vector_is_exact(model, implementation):
     model.get_text_features(short)
     hook.remove()
     assert seen == [int((short == EOS).int().argmax(1).max()) + 1], "text is cut behind the batch's last end token"
-    model.set_attn_implementation("sdpa")
+    use_attention(model, "sdpa")
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ def test_config_needs_no_torch(tmp_path):
         "import sys; sys.modules['torch'] = None\n"
         "import importlib.util\n"
         f"spec = importlib.util.spec_from_file_location('c', {str(REPO / 'configuration_vit_embed.py')!r})\n"
-        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
+        "module = sys.modules['c'] = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)\n"
         f"module.VitEmbedConfig(text_config={{}}).save_pretrained({str(tmp_path)!r})\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import dual_config, pixels, randomised, tokens, vision_config
+from tiny import dual_config, pixels, randomised, tokens, use_attention, vision_config
 from torch import nn
 
 from vit_embed import (
@@ -107,7 +107,7 @@ def test_sdpa_equals_eager(name):
     model, inputs = build(name)
     results = {}
     for implementation in ("eager", "sdpa"):
-        model.set_attn_implementation(implementation)
+        use_attention(model, implementation)
         results[implementation] = gradients(model, inputs)
     assert results["eager"].keys() == results["sdpa"].keys()
     for parameter, gradient in results["eager"].items():
@@ -173,7 +173,7 @@ def test_hidden_states_and_attentions_on_request(name):
     model, inputs = build(name)
     plain = model(**inputs)
     assert plain.get("hidden_states") is None and plain.get("attentions") is None
-    model.set_attn_implementation("sdpa")
+    use_attention(model, "sdpa")
     full = model(**inputs, output_hidden_states=True, output_attentions=True)
     layers = model.config.num_hidden_layers
     assert len(full.hidden_states) == layers + 1 and len(full.attentions) == layers

@@ -59,6 +59,14 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+def use_attention(model: torch.nn.Module, implementation: str) -> None:
+    """Sets the attention implementation of every tower, and sees to it that it is set."""
+    model.set_attn_implementation(implementation)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        assert config is None or config._attn_implementation == implementation
+
+
 def pixels(batch: int = 3, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
     """(batch, 3, height, width) of standard normal values."""
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,48 @@
+# `make demo` and `make test` set up all they need in .venv; they need Python >= 3.10, make and the package registry.
+PYTHON ?= python3
+VENV := .venv
+OLD_VENV := .venv-4.57
+BIN := $(VENV)/bin
+# Tests are many small models: two processes of one thread each.
+PYTEST := -m pytest -n 2 --dist loadfile
+# What must hold on every supported transformers release.
+OLD_TESTS := tests/test_configuration.py tests/test_clip_equality.py tests/test_models.py tests/test_losses.py \
+	tests/test_loading.py tests/test_pipelines.py
+
+.PHONY: demo test test-4.57 style format bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/python examples/search_pictures.py
+
+test: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
+
+test-4.57: $(OLD_VENV)/ready $(VENV)/ready
+	OMP_NUM_THREADS=1 VIT_EMBED_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLD_VENV)/bin/python $(PYTEST) $(OLD_TESTS)
+
+style: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/ready
+	$(BIN)/python benchmarks/bench_clip.py
+
+$(VENV)/ready: requirements.txt requirements-references.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-references.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+$(OLD_VENV)/ready: requirements-4.57.txt setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/pip install --quiet -r requirements-4.57.txt
+	$(OLD_VENV)/bin/pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLD_VENV) build *.egg-info demo_output
