@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -58,7 +59,7 @@ NORMS = {
     "none": lambda width, eps: nn.Identity(),
 }
 
-# Implementations that are told to be causal by a flag; every other one is given the causal mask as a tensor.
+# Implementations that are told to be causal by a flag; every other one is given a causal mask.
 CAUSAL_BY_FLAG = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 # Where a checkpoint is read from, among the keywords of `from_pretrained`.
@@ -396,10 +397,20 @@ class VitEmbedTower(PreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-def causal_mask(length: int, like: torch.Tensor) -> torch.Tensor:
-    """(1, 1, T, T) in the dtype and on the device of `like`: 0 where a token may look, its lowest number elsewhere."""
-    lowest = torch.finfo(like.dtype).min
-    return torch.full((1, 1, length, length), lowest, dtype=like.dtype, device=like.device).triu(diagonal=1)
+def causal_mask(hidden_states: torch.Tensor, implementation: str) -> torch.Tensor | BlockMask | None:
+    """What tells an attention implementation that a token sees itself and those before it, for states (B, T, D).
+
+    None where a flag says so; a BlockMask for flex attention; else (1, 1, T, T) to add to the scores, of the states'
+    dtype: 0 where a token may look, the lowest number elsewhere.
+    """
+    length = hidden_states.shape[1]
+    if implementation in CAUSAL_BY_FLAG:
+        return None
+    if implementation == "flex_attention":
+        device = hidden_states.device.type
+        return create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device=device)
+    lowest = torch.finfo(hidden_states.dtype).min
+    return hidden_states.new_full((1, 1, length, length), lowest).triu(diagonal=1)
 
 
 class VitEmbedTextModel(VitEmbedTower):
@@ -458,7 +469,9 @@ class VitEmbedTextModel(VitEmbedTower):
         hidden_states = self.embeddings(input_ids)
         encoded = self.encoder(
             hidden_states,
-            attention_mask=self._causal_mask(hidden_states, output_attentions),
+            attention_mask=causal_mask(
+                hidden_states, "eager" if output_attentions else self.config._attn_implementation
+            ),
             is_causal=True,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
@@ -486,9 +499,8 @@ class VitEmbedTextModel(VitEmbedTower):
             seen = torch.arange(length, device=rows.device) <= rows  # (B, T)
             lowest = torch.finfo(hidden_states.dtype).min
             last_mask = torch.zeros_like(seen, dtype=hidden_states.dtype).masked_fill(~seen, lowest)[:, None, None]
-        encoded = self.encoder(
-            hidden_states, self._causal_mask(hidden_states, False), True, last_rows=rows, last_mask=last_mask
-        )
+        mask = causal_mask(hidden_states, self.config._attn_implementation)
+        encoded = self.encoder(hidden_states, mask, is_causal=True, last_rows=rows, last_mask=last_mask)
         ended = encoded.last_hidden_state if rows is not None else select_rows(encoded.last_hidden_state, ends[:, None])
         return self.final_layer_norm(ended)[:, 0]
 
@@ -532,11 +544,6 @@ class VitEmbedTextModel(VitEmbedTower):
             raise ValueError(
                 "attention_mask hides a token before a row's end-of-text token; pad on the right (padding_side='right')"
             )
-
-    def _causal_mask(self, hidden_states: torch.Tensor, output_attentions: bool) -> torch.Tensor | None:
-        if self.config._attn_implementation in CAUSAL_BY_FLAG and not output_attentions:
-            return None
-        return causal_mask(hidden_states.shape[1], hidden_states)
 
 
 class VitEmbedPreTrainedModel(VitEmbedTower):

@@ -4,6 +4,8 @@ Tolerances: float32, so 1e-5 relative is rounding of sums in another order. bflo
 is at most what the reference's own bfloat16 run has (times 1.1, as both are roundings of the same size by chance).
 """
 
+import shutil
+
 import pytest
 import torch
 from tiny import EOS, clip_model, dual_config, pixels, randomised, tokens, use_attention
@@ -218,3 +220,15 @@ def test_trunks_of_every_class_share_the_name():
     trunk = VitEmbedModel(dual_config()).eval()
     trunk.load_state_dict(model.vision_model.state_dict())
     torch.testing.assert_close(trunk(pixels()).pooler_output, model.vision_model(pixels()).pooler_output)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention on a CPU is compiled by g++, which is not here")
+def test_flex_attention_equals_eager(model):
+    """float32 through a compiled kernel that sums in blocks: 1e-4."""
+    expected = model(pixels(), tokens())
+    use_attention(model, "flex_attention")
+    found = model(pixels(), tokens())
+    use_attention(model, "sdpa")
+    torch.testing.assert_close(found.image_embeds, expected.image_embeds, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.text_embeds, expected.text_embeds, rtol=1e-4, atol=1e-4)
