@@ -83,6 +83,12 @@ def _as_pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+def as_size(value: Any) -> Any:
+    """One number for a square, else (height, width): JSON has no tuples, and stock CLIPModel knows squares only."""
+    value = tuple(value) if isinstance(value, list) else value
+    return value[0] if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1] else value
+
+
 def _reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_name: str) -> None:
     """Raises TypeError for a keyword that is nearly, but not quite, the name of a field.
 
@@ -216,6 +222,18 @@ class VitEmbedTextConfig(PretrainedConfig):
                 f"vocab_size={self.vocab_size}"
             )
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a CLIPConfig found there is translated, and one without a text tower is a ValueError."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config_dict = from_clip_config(config_dict)
+        if "text_config" in config_dict and config_dict["text_config"] is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no text tower: its text_config is None; load the text tower from "
+                "a checkpoint that VitEmbedForContrastive saved"
+            )
+        return config_dict, kwargs
+
     # The text tower has no options of its own: it is CLIP's. The layer that both towers share asks for these.
     norm_type = "layer_norm"
     norm_position = "pre"
@@ -339,8 +357,8 @@ class VitEmbedConfig(PretrainedConfig):
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = intermediate_size
         self.hidden_act = hidden_act
-        self.image_size = tuple(image_size) if isinstance(image_size, list) else image_size
-        self.patch_size = tuple(patch_size) if isinstance(patch_size, list) else patch_size
+        self.image_size = as_size(image_size)
+        self.patch_size = as_size(patch_size)
         self.num_channels = num_channels
         self.stem_type = stem_type
         self.patch_bias = patch_bias
@@ -495,7 +513,8 @@ class VitEmbedConfig(PretrainedConfig):
     def to_clip_vision_config(self) -> dict[str, Any] | None:
         """The `vision_config` dict of an equal transformers CLIPModel, or None where CLIPModel cannot express this."""
         own = {**self.__dict__, "final_norm_type": self.resolved_final_norm_type}
-        if any(own[name] != value for name, value in CLIP_ARCHITECTURE.items()):
+        square = isinstance(self.image_size, int) and isinstance(self.patch_size, int)
+        if not square or any(own[name] != value for name, value in CLIP_ARCHITECTURE.items()):
             return None
         return {name: getattr(self, name) for name in CLIP_VISION_FIELDS}
 

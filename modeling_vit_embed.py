@@ -33,6 +33,7 @@ from .configuration_vit_embed import (
     NUM_DPT_TAPS,
     VitEmbedConfig,
     VitEmbedTextConfig,
+    as_size,
 )
 from .embeddings_vit_embed import (
     VitEmbedEmbeddings,
@@ -618,7 +619,7 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             ValueError: a side is not a multiple of the patch.
         """
         changed = copy.deepcopy(self.config)
-        changed.image_size = tuple(image_size) if isinstance(image_size, list) else image_size
+        changed.image_size = as_size(image_size)
         changed.validate_architecture()
         if changed.grid_size != self.config.grid_size:
             self.trunk.embeddings.resize_positions(changed.grid_size)

@@ -198,7 +198,15 @@ def test_old_clip_configs_hold_each_tower_twice():
     assert (config.text_config.hidden_size, config.text_config.eos_token_id) == (768, 49407)
 
 
+def test_square_sizes_are_one_number(tmp_path):
+    config = dual_config(image_size=[32, 32], patch_size=(8, 8))
+    assert (config.image_size, config.patch_size) == (32, 8)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["vision_config"]["image_size"] == 32
+
+
 def test_a_config_outside_clip_says_nothing_to_clip():
+    assert dual_config(image_size=(32, 64)).to_clip_vision_config() is None
     assert dual_config().to_clip_vision_config()["hidden_size"] == VISION["hidden_size"]
     assert dual_config(num_register_tokens=2).to_clip_vision_config() is None
     assert dual_config(final_norm_type="none").to_clip_vision_config() is None

@@ -1,0 +1,323 @@
+"""Build a labelled picture dataset from emoji art in npm packages, and a small tokenizer for it.
+
+    python examples/build_emoji_dataset.py --output_dir data/emoji
+    python examples/build_emoji_dataset.py --bpe_file bpe_simple_vocab_16e6.txt.gz --tokenizer_dir data/tokenizer
+
+Splits: `train` holds art under licences that allow a trained checkpoint to be redistributed, `validation` is OpenMoji
+(CC-BY-SA, for choosing settings only) and `test` is Twemoji (never trained on, never tuned on). Every picture is joined
+to its Unicode emoji by codepoint; labels and tags are the English ones of emojibase-data. Flags, keycaps, skin tones,
+regional indicators and hair components are dropped.
+
+Needs: `pip install datasets pillow resvg-py tqdm` and the `npm` command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+logger = logging.getLogger("build_emoji_dataset")
+
+TRAIN_LICENSES = {"Apache-2.0", "MIT", "CC-BY-4.0"}
+EVALUATION_LICENSES = TRAIN_LICENSES | {"CC-BY-SA-4.0"}
+NAMES_PACKAGE = "emojibase-data@17.0.0"
+# Sets without a codepoint table of their own share the icon names of these two.
+JOIN_VENDORS = ("noto", "fluent-flat")
+DROPPED_GROUPS = {"component", "flags"}
+KEYCAP = "20E3"
+VARIATION_SELECTOR = "fe0f"
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """One set of emoji art: the npm package, the split that it belongs to and how the pictures lie in the package."""
+
+    name: str
+    package: str
+    split: str
+    kind: str = "iconify"
+
+
+VENDORS = (
+    Vendor("noto", "@iconify-json/noto@1.2.9", "train"),
+    Vendor("noto-v1", "@iconify-json/noto-v1@1.2.5", "train"),
+    Vendor("fluent-flat", "@iconify-json/fluent-emoji-flat@1.2.6", "train"),
+    Vendor("fluent-color", "@iconify-json/fluent-emoji@1.2.7", "train"),
+    Vendor("fluent-3d", "@lobehub/fluent-emoji-3d@1.1.0", "train", kind="webp"),
+    Vendor("emojione", "@iconify-json/emojione@1.2.3", "train"),
+    Vendor("openmoji", "@iconify-json/openmoji@1.2.29", "validation"),
+    Vendor("twemoji", "@iconify-json/twemoji@1.2.5", "test"),
+)
+
+
+class Package:
+    """The files of one npm tarball, read without unpacking it to disk."""
+
+    def __init__(self, spec: str, path: Path) -> None:
+        self.spec = spec
+        self.archive = tarfile.open(path)  # noqa: SIM115, read until the script ends
+        self.names = [name.removeprefix("package/") for name in self.archive.getnames()]
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one file; a missing one is a ValueError."""
+        if name not in self.names:
+            raise ValueError(
+                f"expected a file {name!r} in {self.spec}, found {sorted(self.names)[:8]}...; "
+                "the version pinned in this script no longer has that layout"
+            )
+        return self.archive.extractfile(f"package/{name}").read()
+
+    def json(self, name: str) -> dict | list:
+        """Return one parsed JSON file."""
+        return json.loads(self.read(name))
+
+    def license(self) -> str:
+        """Return the SPDX name of the art: `info.license` of an iconify set, else `license` of package.json."""
+        if "info.json" in self.names:
+            return self.json("info.json")["license"]["spdx"]
+        return self.json("package.json")["license"]
+
+
+def check_absent(folder: Path) -> None:
+    """Refuse to write over an existing folder."""
+    if folder.exists():
+        raise ValueError(f"expected {folder} not to exist; remove it or name another folder")
+
+
+@contextmanager
+def written_aside(folder: Path) -> Iterator[Path]:
+    """Give a path beside `folder` to write to; it becomes `folder` at the end, and is removed after an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        yield Path(scratch) / folder.name
+        os.rename(Path(scratch) / folder.name, folder)
+
+
+def fetch(spec: str, cache_dir: Path) -> Package:
+    """Fetch `NAME@VERSION` with `npm pack` into `cache_dir`, unless it is already there."""
+    name, version = spec.rsplit("@", 1)
+    path = cache_dir / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
+    if not path.exists():
+        if shutil.which("npm") is None:
+            raise ValueError(
+                f"expected the command `npm` to fetch {spec}, found none on PATH; install Node.js, "
+                f"or put {path.name} into {cache_dir} yourself"
+            )
+        with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
+            command = ["npm", "pack", spec, "--pack-destination", scratch, "--silent"]
+            result = subprocess.run(command, check=False, capture_output=True, text=True)
+            if result.returncode or not (Path(scratch) / path.name).exists():
+                raise ValueError(
+                    f"expected `{' '.join(command)}` to write {path.name}, got exit code "
+                    f"{result.returncode}: {result.stderr.strip()[-500:]}"
+                )
+            os.replace(Path(scratch) / path.name, path)
+    return Package(spec, path)
+
+
+def join_key(codepoints: str) -> str:
+    """Normalise "1F441-FE0F" to "1f441": vendors disagree about the variation selector."""
+    return "-".join(point for point in codepoints.lower().split("-") if point != VARIATION_SELECTOR)
+
+
+def read_names(package: Package) -> dict[str, dict]:
+    """Return {join key: {"name", "codepoints", "captions"}}; captions are the label, then tags, then the subgroup."""
+    messages = package.json("en/messages.json")
+    groups = {group["order"]: group["key"] for group in messages["groups"]}
+    subgroups = {group["order"]: group["message"] for group in messages["subgroups"]}
+    emojis, dropped = {}, 0
+    for entry in package.json("en/data.json"):
+        # Regional indicators have no group.
+        if "group" not in entry or groups[entry["group"]] in DROPPED_GROUPS or KEYCAP in entry["hexcode"]:
+            dropped += 1
+            continue
+        captions = [entry["label"], *entry.get("tags", ()), subgroups[entry["subgroup"]]]
+        emojis[join_key(entry["hexcode"])] = {
+            "name": entry["label"],
+            "codepoints": entry["hexcode"],
+            "captions": list(dict.fromkeys(captions)),
+        }
+    logger.info(
+        "%s: %d emoji kept; %d flags, keycaps, components and indicators dropped, skin tones never listed",
+        package.spec,
+        len(emojis),
+        dropped,
+    )
+    return emojis
+
+
+def read_codepoints(package: Package) -> dict[str, str]:
+    """Return {join key: icon name} from an iconify set's own codepoint table."""
+    return {join_key(codepoints): name for codepoints, name in package.json("chars.json").items()}
+
+
+def iconify_pictures(package: Package, keys_by_name: dict[str, str], keys: set[str], size: int) -> Iterator[tuple]:
+    """Yield (join key, PNG bytes of a `size` x `size` picture with alpha) for each wanted icon of an iconify set."""
+    import resvg_py
+
+    icons = package.json("icons.json")
+    if "chars.json" in package.names and package.json("chars.json"):
+        table = read_codepoints(package)
+    else:
+        table = {keys_by_name[name]: name for name in icons["icons"] if name in keys_by_name}
+    for key in sorted(keys & table.keys()):
+        icon = icons["icons"].get(table[key])
+        if icon is None:
+            logger.warning("%s: codepoint %s points to %r, which the set does not have", package.spec, key, table[key])
+            continue
+        left, top = icon.get("left", 0), icon.get("top", 0)
+        width = icon.get("width", icons.get("width", 16))
+        height = icon.get("height", icons.get("height", 16))
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+        yield key, bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
+
+
+def webp_pictures(package: Package, keys: set[str], size: int) -> Iterator[tuple]:
+    """Yield (join key, PNG bytes) for each wanted `assets/CODEPOINTS.webp` of a package."""
+    from PIL import Image
+
+    table = {join_key(Path(name).stem): name for name in package.names if name.endswith(".webp")}
+    for key in sorted(keys & table.keys()):
+        image = Image.open(io.BytesIO(package.read(table[key]))).convert("RGBA")
+        buffer = io.BytesIO()
+        image.resize((size, size), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        yield key, buffer.getvalue()
+
+
+def check_license(vendor: Vendor, package: Package) -> str:
+    """Return the SPDX licence of a vendor's art; one that its split does not allow is a ValueError."""
+    allowed = TRAIN_LICENSES if vendor.split == "train" else EVALUATION_LICENSES
+    spdx = package.license()
+    if spdx not in allowed:
+        raise ValueError(
+            f"expected a licence out of {sorted(allowed)} for the {vendor.split} split, {vendor.package} "
+            f"states {spdx!r}; take the vendor out of VENDORS"
+        )
+    return spdx
+
+
+def build(output_dir: Path, cache_dir: Path, size: int) -> None:
+    """Render every vendor and save a DatasetDict with columns image, captions, name, vendor, codepoints."""
+    from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
+    check_absent(output_dir)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    packages = {vendor.name: fetch(vendor.package, cache_dir) for vendor in tqdm(VENDORS, desc="npm packages")}
+    licenses = {vendor.name: check_license(vendor, packages[vendor.name]) for vendor in VENDORS}
+    emojis = read_names(fetch(NAMES_PACKAGE, cache_dir))
+    keys_by_name = {}
+    for name in JOIN_VENDORS:
+        keys_by_name.update({icon: key for key, icon in read_codepoints(packages[name]).items() if key in emojis})
+
+    rows = {split: [] for split in ("train", "validation", "test")}
+    for vendor in VENDORS:
+        package = packages[vendor.name]
+        if vendor.kind == "webp":
+            pictures = webp_pictures(package, set(emojis), size)
+        else:
+            pictures = iconify_pictures(package, keys_by_name, set(emojis), size)
+        before = len(rows[vendor.split])
+        for key, png in tqdm(pictures, desc=f"render {vendor.name}", total=len(emojis)):
+            rows[vendor.split].append({"image": {"bytes": png, "path": None}, "vendor": vendor.name, **emojis[key]})
+        logger.info(
+            "%s (%s, %s): %d of %d emoji in the %s split",
+            vendor.name,
+            vendor.package,
+            licenses[vendor.name],
+            len(rows[vendor.split]) - before,
+            len(emojis),
+            vendor.split,
+        )
+
+    features = Features(
+        image=Image(),
+        captions=List(Value("string")),
+        name=Value("string"),
+        vendor=Value("string"),
+        codepoints=Value("string"),
+    )
+    dataset = DatasetDict({split: Dataset.from_list(part, features=features) for split, part in rows.items()})
+    with written_aside(output_dir) as aside:
+        dataset.save_to_disk(str(aside))
+    logger.info("saved %s to %s", {split: len(part) for split, part in dataset.items()}, output_dir)
+
+
+def build_tokenizer(bpe_file: Path, tokenizer_dir: Path, vocab_size: int, max_length: int) -> None:
+    """Write a CLIP tokenizer with CLIP's first merges only: a prefix of a BPE merge list is itself a valid BPE.
+
+    The token order is CLIP's: 256 bytes, the same 256 ending a word, one token a merge, start of text, end of text.
+    """
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    check_absent(tokenizer_dir)
+    with gzip.open(bpe_file, "rt", encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    num_merges = vocab_size - 2 * 256 - 2
+    if not 0 < num_merges < len(lines):
+        raise ValueError(
+            f"expected --vocab_size between 515 and {len(lines) + 513}, the merges in {bpe_file.name}, got {vocab_size}"
+        )
+    merges = lines[1 : num_merges + 1]  # the first line is a comment
+    characters = list(bytes_to_unicode().values())
+    tokens = characters + [character + "</w>" for character in characters]
+    tokens += ["".join(merge.split()) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != vocab_size:
+        raise ValueError(f"expected {vocab_size} distinct tokens, got {len(vocab)}; is {bpe_file} CLIP's merge list?")
+
+    with written_aside(tokenizer_dir) as aside:
+        aside.mkdir()
+        (aside / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
+        (aside / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+        CLIPTokenizer.from_pretrained(str(aside), model_max_length=max_length).save_pretrained(str(aside))
+    logger.info("saved a tokenizer of %d tokens to %s", vocab_size, tokenizer_dir)
+
+
+def main() -> None:
+    """Parse the command line and build what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, help="folder of the dataset to write; must not exist")
+    parser.add_argument("--cache_dir", type=Path, default=Path("data/npm"), help="folder that keeps the npm tarballs")
+    parser.add_argument("--size", type=int, default=80, help="side of the rendered pictures, pixels")
+    parser.add_argument("--tokenizer_dir", type=Path, help="folder of the tokenizer to write; must not exist")
+    parser.add_argument(
+        "--bpe_file",
+        type=Path,
+        help="bpe_simple_vocab_16e6.txt.gz of OpenAI CLIP (MIT); it lies in the package clip-anytorch",
+    )
+    parser.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer")
+    parser.add_argument("--max_length", type=int, default=32, help="longest caption, tokens")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    if arguments.output_dir is None and arguments.tokenizer_dir is None:
+        parser.error("expected --output_dir, --tokenizer_dir or both, got neither")
+    if (arguments.tokenizer_dir is None) != (arguments.bpe_file is None):
+        parser.error("expected --tokenizer_dir and --bpe_file together, got one of them")
+    if arguments.size < 16:
+        parser.error(f"expected --size of 16 pixels or more, got {arguments.size}")
+    try:
+        if arguments.tokenizer_dir is not None:
+            build_tokenizer(arguments.bpe_file, arguments.tokenizer_dir, arguments.vocab_size, arguments.max_length)
+        if arguments.output_dir is not None:
+            build(arguments.output_dir, arguments.cache_dir, arguments.size)
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
