@@ -14,7 +14,6 @@ Needs: `pip install datasets pillow resvg-py tqdm` and the `npm` command.
 from __future__ import annotations
 
 import argparse
-import gzip
 import io
 import json
 import logging
@@ -28,7 +27,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import resvg_py
+from datasets import Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 from tqdm import tqdm
+
+from vit_embed.convert_checkpoint import clip_bpe_vocabulary, write_tokenizer
 
 logger = logging.getLogger("build_emoji_dataset")
 
@@ -39,6 +44,8 @@ NAMES_PACKAGE = "emojibase-data@17.0.0"
 JOIN_VENDORS = ("noto", "fluent-flat")
 DROPPED_GROUPS = {"component", "flags"}
 KEYCAP = "20E3"
+# CLIP's vocabulary besides the merges: 256 bytes, the same 256 ending a word, start and end of text.
+SPECIAL_AND_BYTE_TOKENS = 514
 VARIATION_SELECTOR = "fe0f"
 
 
@@ -167,8 +174,6 @@ def read_codepoints(package: Package) -> dict[str, str]:
 
 def iconify_pictures(package: Package, keys_by_name: dict[str, str], keys: set[str], size: int) -> Iterator[tuple]:
     """Yield (join key, PNG bytes of a `size` x `size` picture with alpha) for each wanted icon of an iconify set."""
-    import resvg_py
-
     icons = package.json("icons.json")
     if "chars.json" in package.names and package.json("chars.json"):
         table = read_codepoints(package)
@@ -188,8 +193,6 @@ def iconify_pictures(package: Package, keys_by_name: dict[str, str], keys: set[s
 
 def webp_pictures(package: Package, keys: set[str], size: int) -> Iterator[tuple]:
     """Yield (join key, PNG bytes) for each wanted `assets/CODEPOINTS.webp` of a package."""
-    from PIL import Image
-
     table = {join_key(Path(name).stem): name for name in package.names if name.endswith(".webp")}
     for key in sorted(keys & table.keys()):
         image = Image.open(io.BytesIO(package.read(table[key]))).convert("RGBA")
@@ -212,8 +215,6 @@ def check_license(vendor: Vendor, package: Package) -> str:
 
 def build(output_dir: Path, cache_dir: Path, size: int) -> None:
     """Render every vendor and save a DatasetDict with columns image, captions, name, vendor, codepoints."""
-    from datasets import Dataset, DatasetDict, Features, Image, List, Value
-
     check_absent(output_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     packages = {vendor.name: fetch(vendor.package, cache_dir) for vendor in tqdm(VENDORS, desc="npm packages")}
@@ -244,7 +245,7 @@ def build(output_dir: Path, cache_dir: Path, size: int) -> None:
         )
 
     features = Features(
-        image=Image(),
+        image=ImageFeature(),
         captions=List(Value("string")),
         name=Value("string"),
         vendor=Value("string"),
@@ -257,34 +258,12 @@ def build(output_dir: Path, cache_dir: Path, size: int) -> None:
 
 
 def build_tokenizer(bpe_file: Path, tokenizer_dir: Path, vocab_size: int, max_length: int) -> None:
-    """Write a CLIP tokenizer with CLIP's first merges only: a prefix of a BPE merge list is itself a valid BPE.
-
-    The token order is CLIP's: 256 bytes, the same 256 ending a word, one token a merge, start of text, end of text.
-    """
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
+    """Write a CLIP tokenizer with CLIP's first merges only: a prefix of a BPE merge list is itself a valid BPE."""
     check_absent(tokenizer_dir)
-    with gzip.open(bpe_file, "rt", encoding="utf-8") as file:
-        lines = file.read().splitlines()
-    num_merges = vocab_size - 2 * 256 - 2
-    if not 0 < num_merges < len(lines):
-        raise ValueError(
-            f"expected --vocab_size between 515 and {len(lines) + 513}, the merges in {bpe_file.name}, got {vocab_size}"
-        )
-    merges = lines[1 : num_merges + 1]  # the first line is a comment
-    characters = list(bytes_to_unicode().values())
-    tokens = characters + [character + "</w>" for character in characters]
-    tokens += ["".join(merge.split()) for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: index for index, token in enumerate(tokens)}
-    if len(vocab) != vocab_size:
-        raise ValueError(f"expected {vocab_size} distinct tokens, got {len(vocab)}; is {bpe_file} CLIP's merge list?")
-
+    vocab, merges = clip_bpe_vocabulary(bpe_file, vocab_size - SPECIAL_AND_BYTE_TOKENS)
     with written_aside(tokenizer_dir) as aside:
         aside.mkdir()
-        (aside / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False) + "\n", encoding="utf-8")
-        (aside / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-        CLIPTokenizer.from_pretrained(str(aside), model_max_length=max_length).save_pretrained(str(aside))
+        write_tokenizer(aside, vocab, merges, max_length)
     logger.info("saved a tokenizer of %d tokens to %s", vocab_size, tokenizer_dir)
 
 
