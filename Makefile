@@ -5,9 +5,8 @@ OLD_VENV := .venv-4.57
 BIN := $(VENV)/bin
 # Tests are many small models: two processes of one thread each.
 PYTEST := -m pytest -n 2 --dist loadfile
-# What must hold on every supported transformers release.
-OLD_TESTS := tests/test_configuration.py tests/test_clip_equality.py tests/test_models.py tests/test_losses.py \
-	tests/test_loading.py tests/test_pipelines.py
+# Hub 0.36 asks a fixed public address whether a card is valid; the README is written for the newest releases.
+NOT_ON_4_57 := --ignore=tests/test_hub.py --ignore=tests/test_readme.py
 
 .PHONY: demo test test-4.57 style format bench clean
 
@@ -18,7 +17,7 @@ test: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
 
 test-4.57: $(OLD_VENV)/ready $(VENV)/ready
-	OMP_NUM_THREADS=1 VIT_EMBED_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLD_VENV)/bin/python $(PYTEST) $(OLD_TESTS)
+	OMP_NUM_THREADS=1 VIT_EMBED_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLD_VENV)/bin/python $(PYTEST) $(NOT_ON_4_57) tests
 
 style: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -38,9 +37,10 @@ $(VENV)/ready: requirements.txt requirements-references.txt setup.cfg pyproject.
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
-$(OLD_VENV)/ready: requirements-4.57.txt setup.cfg pyproject.toml
+$(OLD_VENV)/ready: requirements-4.57.txt requirements-references.txt setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(OLD_VENV)
 	$(OLD_VENV)/bin/pip install --quiet -r requirements-4.57.txt
+	$(OLD_VENV)/bin/pip install --quiet --no-deps -r requirements-references.txt
 	$(OLD_VENV)/bin/pip install --quiet --no-deps --editable .
 	touch $@
 

@@ -5,7 +5,6 @@ Symbols: B batch, H W pixels, D width of the joint space.
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch.nn import functional as F
 
 # OpenAI bounds the inverse temperature by 100 (arXiv:2103.00020, section 2.5).
@@ -38,6 +37,22 @@ def sigmoid_contrastive_loss(logits: torch.Tensor) -> torch.Tensor:
 CONTRASTIVE_LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
 
 
+class _GatherRows(torch.autograd.Function):
+    """(B, D) of this process -> (processes, B, D); the gradient of every process's loss comes back to its rows."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()  # reduced in place
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
 def gather_batch(embeds: torch.Tensor) -> torch.Tensor:
     """The rows of all processes, in order of rank, with gradients to the process they came from.
 
@@ -58,7 +73,7 @@ def gather_batch(embeds: torch.Tensor) -> torch.Tensor:
     dist.all_gather(sizes, own_size)
     sizes = [int(size) for size in sizes]
     padded = F.pad(embeds, (0, 0, 0, max(sizes) - embeds.shape[0]))
-    parts = differentiable.all_gather(padded.contiguous())
+    parts = _GatherRows.apply(padded.contiguous())
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
 

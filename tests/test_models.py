@@ -226,6 +226,21 @@ def test_frozen_trunk_with_reentrant_checkpointing_trains_what_is_left(name):
     assert not model.get_input_embeddings()._forward_hooks
 
 
+@EVERY
+def test_checkpointing_by_default_trains_what_is_left_on_a_frozen_trunk(name):
+    """The reentrant checkpoint would give None here: no input of it requires a gradient."""
+    model, inputs = build(name)
+    model.train().requires_grad_(False)
+    weight = next(p for n, p in model.named_parameters() if n.endswith("layers.0.self_attn.q_proj.weight"))
+    weight.requires_grad_(True)
+    plain = gradients(model, inputs)
+    model.gradient_checkpointing_enable()
+    found = gradients(model, inputs)
+    assert len(found) == len(plain) == 1
+    for parameter, gradient in plain.items():
+        torch.testing.assert_close(found[parameter], gradient, **CLOSE)
+
+
 def test_dropout_and_drop_path_act_in_training_only():
     model = randomised(VitEmbedModel(vision_config(hidden_dropout_prob=0.2, attention_dropout=0.2, drop_path_rate=0.5)))
     assert torch.equal(model(pixels()).pooler_output, model(pixels()).pooler_output)

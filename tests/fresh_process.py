@@ -1,0 +1,143 @@
+"""Runs a function in a new Python process.
+
+The first remote class loaded wins for a whole process, so a question about loading from a folder or a Hub needs a
+process of its own, with its own HF_HOME.
+"""
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# Nothing listens there: whoever asks the Hub in spite of HF_HUB_OFFLINE gets an error, not an answer.
+DEAD_ENDPOINT = "http://127.0.0.1:9"
+
+CHILD = """
+import json as _json, sys as _sys
+with open(_sys.argv[1], encoding="utf-8") as _file:
+    _arguments = _json.load(_file)
+{source}
+_result = {name}(**_arguments)
+with open(_sys.argv[2], "w", encoding="utf-8") as _file:
+    _json.dump(_result, _file)
+"""
+
+
+def run_fresh(
+    function: Callable[..., Any],
+    home: str | os.PathLike,
+    *,
+    cwd: str | os.PathLike | None = None,
+    python: str = sys.executable,
+    environment: dict[str, str] | None = None,
+    **arguments: Any,
+) -> Any:
+    """Calls `function(**arguments)` in a new process and returns its result.
+
+    Args:
+        function: sent as source text, so it imports what it uses; it may import this module, and it does not see the
+            test file it stands in.
+        home: HF_HOME of the process, private to it when fresh.
+        cwd: working folder; `home` by default.
+        python: interpreter to run.
+        environment: variables to set; HF_ENDPOINT among them puts the process online, else it is offline.
+        arguments: anything JSON can hold, as can the result.
+
+    Raises:
+        AssertionError: the process failed; says what it wrote to stderr.
+    """
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "PYTHON"))}
+    variables = {
+        **inherited,
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": DEAD_ENDPOINT,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.path.dirname(os.path.abspath(__file__)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **(environment or {}),
+    }
+    if variables["HF_ENDPOINT"] == DEAD_ENDPOINT:
+        variables["HF_HUB_OFFLINE"] = "1"
+    os.makedirs(home, exist_ok=True)
+    code = CHILD.format(source=textwrap.dedent(inspect.getsource(function)), name=function.__name__)
+    with tempfile.TemporaryDirectory() as folder:
+        sent, received = os.path.join(folder, "arguments.json"), os.path.join(folder, "result.json")
+        with open(sent, "w", encoding="utf-8") as file:
+            json.dump(arguments, file)
+        done = subprocess.run(
+            [python, "-c", code, sent, received],
+            cwd=cwd or home,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if done.returncode:
+            raise AssertionError(f"{function.__name__} failed in {python}:\n{done.stderr[-6000:]}")
+        with open(received, encoding="utf-8") as file:
+            return json.load(file)
+
+
+def digests(model) -> dict[str, str]:
+    """A hash of every parameter's and buffer's dtype, shape and bits, by name."""
+    import torch
+
+    result = {}
+    for name, tensor in model.state_dict().items():
+        head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        result[name] = hashlib.sha256(head + raw).hexdigest()
+    return result
+
+
+@contextlib.contextmanager
+def junk_in_new_memory() -> Iterator[None]:
+    """Tensors of uninitialised memory (`torch.empty`) hold NaN: a weight or buffer that nobody fills is caught."""
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(8).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def auto_load(auto_class: str, path: str, **options):
+    """`transformers.<auto_class>.from_pretrained(path)` with remote code.
+
+    AutoBackbone of transformers 5 asks the Hub for the name first and so takes no folder; from_config has its class.
+    """
+    import transformers
+
+    options["trust_remote_code"] = True
+    if auto_class == "AutoBackbone" and os.path.isdir(path) and transformers.__version__ >= "5":
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=True)
+        backbone_class = type(transformers.AutoBackbone.from_config(config, trust_remote_code=True))
+        return backbone_class.from_pretrained(path, **options)
+    return getattr(transformers, auto_class).from_pretrained(path, **options)
+
+
+def outputs(model, inputs: dict[str, Any]) -> list:
+    """The tensors that the model returns, in its order, for those of these inputs that it takes."""
+    import torch
+
+    accepted = inspect.signature(model.forward).parameters
+    with torch.no_grad():
+        returned = model.eval()(
+            **{name: value for name, value in inputs.items() if name in accepted}, return_dict=False
+        )
+    flat = []
+    for value in returned:
+        flat.extend(value if isinstance(value, tuple) else [value])
+    return flat

@@ -1,0 +1,487 @@
+"""Fine-tuning as users do it: stock Trainer, checkpointing, adapters, several processes; and labels with holes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import distributed_worker
+import numpy as np
+import peft
+import pictures
+import pytest
+import tiny
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from datasets import Dataset
+from fresh_process import run_fresh
+from tiny_tokenizer import write_tokenizer
+from transformers import AutoImageProcessor, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments
+
+from vit_embed import (
+    VitEmbedBackbone,
+    VitEmbedForContrastive,
+    VitEmbedForDepthEstimation,
+    VitEmbedForImageClassification,
+    VitEmbedModel,
+    VitEmbedTextModel,
+)
+
+CLASSES = ["astronaut", "coffee", "flower"]
+EXAMPLES, BATCH = 10, 4  # the last batch has 2
+STEPS, SAVE_STEPS = 10, 5  # of 3 batches an epoch: the checkpoint lies inside the second epoch
+
+
+def classified_crops(folder: Path) -> Dataset:
+    """Crops of three photos; the label is the photo."""
+    rows = [(crop, label) for label, name in enumerate(CLASSES) for crop in pictures.crops(name, 4)][:EXAMPLES]
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return processed(
+        {"image": [image for image, _ in rows], "labels": [label for _, label in rows]},
+        lambda row: {"pixel_values": processor(row["image"])["pixel_values"]},
+    )
+
+
+def captioned_photos(folder: Path) -> Dataset:
+    """Ten photos, each with what it shows."""
+    # transformers 5 reads config.json for the tokenizer too, so it asks whether the code in the folder is trusted.
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    return processed(
+        {"image": [pictures.photo(name) for name in pictures.CAPTIONS], "text": list(pictures.CAPTIONS.values())},
+        lambda row: processor(text=row["text"], images=row["image"], padding="max_length"),
+    )
+
+
+def measured_crops(folder: Path) -> Dataset:
+    """Crops of the motorcycle; the label is the measured depth in metres, NaN where there is none."""
+    rows = pictures.depth_crops(EXAMPLES)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return processed(
+        {"image": [image for image, _ in rows], "labels": [depth for _, depth in rows]},
+        lambda row: {"pixel_values": processor(row["image"])["pixel_values"]},
+    )
+
+
+def processed(columns: dict[str, list], process: Callable) -> Dataset:
+    """What the model takes: the columns that `process` makes, and the labels."""
+    raw = [name for name in columns if name != "labels"]
+    return Dataset.from_dict(columns).map(process, batched=True, remove_columns=raw).with_format("torch")
+
+
+class Head(NamedTuple):
+    """What a user picks to fine-tune: a class, how to load it later, and examples of its task."""
+
+    model_class: type[PreTrainedModel]
+    auto_class: str
+    settings: dict
+    make_dataset: Callable[[Path], Dataset]
+
+
+HEADS = {
+    "classification": Head(
+        VitEmbedForImageClassification,
+        "AutoModelForImageClassification",
+        {"num_labels": len(CLASSES)},
+        classified_crops,
+    ),
+    "contrastive": Head(
+        VitEmbedForContrastive,
+        "AutoModelForZeroShotImageClassification",
+        {"text_config": dict(tiny.TEXT)},
+        captioned_photos,
+    ),
+    "depth": Head(VitEmbedForDepthEstimation, "AutoModelForDepthEstimation", {"max_depth": 10.0}, measured_crops),
+}
+
+
+class Run(NamedTuple):
+    """A finished fine-tuning: what `evaluate` said before and after, and where everything lies."""
+
+    head: Head
+    base: Path
+    output: Path
+    trainer: Trainer
+    dataset: Dataset
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+def make_trainer(model: PreTrainedModel, dataset: Dataset, output: Path, **options) -> Trainer:
+    settings = {
+        "per_device_train_batch_size": BATCH,
+        "per_device_eval_batch_size": BATCH,
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "learning_rate": 2e-3,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,  # two runs are compared, which other devices do not add up in the same order
+        **options,
+    }
+    arguments = TrainingArguments(output_dir=str(output), **settings)
+    return Trainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
+
+
+def fine_tune(head: Head, base: Path, output: Path) -> Run:
+    """A checkpoint folder, loaded, evaluated, fine-tuned with stock Trainer, and evaluated again."""
+    torch.manual_seed(0)
+    if "text_config" in head.settings:
+        write_tokenizer(base)
+    head.model_class(tiny.vision_config(**head.settings)).save_pretrained(base)
+    dataset = head.make_dataset(base)
+    trainer = make_trainer(head.model_class.from_pretrained(base), dataset, output)
+    before = trainer.evaluate()
+    trainer.train()
+    return Run(head, base, output, trainer, dataset, before, trainer.evaluate())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    return {name: fine_tune(head, folder / name / "base", folder / name / "output") for name, head in HEADS.items()}
+
+
+@pytest.fixture(params=HEADS)
+def run(request, runs) -> Run:
+    return runs[request.param]
+
+
+def batches(dataset: Dataset) -> list[dict[str, torch.Tensor]]:
+    return [dataset[start : start + BATCH] for start in range(0, len(dataset), BATCH)]
+
+
+def test_trainer_lowers_the_loss_and_reports_it_with_no_extra_arguments(run):
+    assert run.after["eval_loss"] < 0.8 * run.before["eval_loss"]
+    logged = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+    assert len(logged) == STEPS and np.isfinite(logged).all()
+    # Trainer weighs each batch, the odd last one too, by its size.
+    with torch.no_grad():
+        sums = [run.trainer.model.eval()(**batch).loss * len(batch["pixel_values"]) for batch in batches(run.dataset)]
+    assert run.after["eval_loss"] == pytest.approx(float(sum(sums)) / EXAMPLES, rel=1e-5)  # float32 sums
+
+
+def test_trainer_predicts_rows_and_never_gathers_logits_of_a_batch(run):
+    predictions = run.trainer.predict(run.dataset).predictions
+    with torch.no_grad():
+        outputs = run.trainer.model.eval()(**run.dataset[:])
+    if run.head.model_class is VitEmbedForContrastive:
+        expected = (outputs.image_embeds, outputs.text_embeds)
+        assert len(predictions) == len(expected)
+    else:
+        expected = (outputs[1],)
+        predictions = (predictions,)
+    for found, wanted in zip(predictions, expected):
+        assert len(found) == EXAMPLES
+        torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)  # another batch size
+
+
+def test_a_resumed_run_ends_where_the_unbroken_one_does(run, tmp_path):
+    torch.manual_seed(1)
+    resumed = make_trainer(run.head.model_class.from_pretrained(run.base), run.dataset, tmp_path)
+    resumed.train(resume_from_checkpoint=str(run.output / f"checkpoint-{SAVE_STEPS}"))
+    assert resumed.state.global_step == STEPS
+    found, expected = resumed.model.state_dict(), run.trainer.model.state_dict()
+    start = run.head.model_class.from_pretrained(run.base).state_dict()
+    assert any((expected[name] - start[name]).abs().max() > 1e-3 for name in expected)
+    # The same arithmetic in the same order; the margin is for memory that another run aligns in another way.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def ask_checkpoints(picture: str, checkpoints: dict[str, str]) -> dict[str, tuple[dict[str, list], list]]:
+    """Inputs from the processor and first output of the model of each folder, by the Auto class that loads it."""
+    import torch
+    import transformers
+    from PIL import Image
+
+    image, answers = Image.open(picture), {}
+    for auto_class, checkpoint in checkpoints.items():
+        model = getattr(transformers, auto_class).from_pretrained(checkpoint, trust_remote_code=True)
+        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+        if auto_class == "AutoModelForZeroShotImageClassification":
+            processor = transformers.AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
+            inputs = processor(text=["a cat", "a rocket"], images=image, padding=True, return_tensors="pt")
+        else:
+            inputs = transformers.AutoImageProcessor.from_pretrained(checkpoint)(image, return_tensors="pt")
+        with torch.no_grad():
+            output = model(**inputs)[0]
+        answers[auto_class] = {name: values.tolist() for name, values in inputs.items()}, output.tolist()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def answers_elsewhere(runs, tmp_path_factory) -> dict[str, tuple[dict[str, list], list]]:
+    """Of every run's last checkpoint, from a process that has nothing but the folders."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    pictures.photo("chelsea").save(folder / "cat.png")
+    checkpoints = {run.head.auto_class: str(run.output / f"checkpoint-{STEPS}") for run in runs.values()}
+    return run_fresh(ask_checkpoints, folder / "home", picture=str(folder / "cat.png"), checkpoints=checkpoints)
+
+
+def test_a_checkpoint_folder_loads_by_itself_in_a_fresh_process(run, answers_elsewhere):
+    inputs, output = answers_elsewhere[run.head.auto_class]
+    inputs = {name: torch.tensor(values) for name, values in inputs.items()}
+    with torch.no_grad():
+        expected = run.trainer.model.eval()(**inputs)[0]
+    torch.testing.assert_close(torch.tensor(output), expected, rtol=0, atol=1e-6)  # the same weights and arithmetic
+    height, width = run.trainer.model.config.image_shape
+    assert inputs["pixel_values"].shape == (1, 3, height, width)
+
+
+def dual_inputs() -> dict[str, torch.Tensor]:
+    return {"pixel_values": tiny.pixels(), "input_ids": tiny.tokens()}
+
+
+def pixel_inputs(**labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"pixel_values": tiny.pixels(), **labels}
+
+
+# Every class, with inputs for it.
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], dict[str, torch.Tensor]]]] = {
+    "vision": (lambda: VitEmbedModel(tiny.vision_config()), pixel_inputs),
+    "vision-map": (lambda: VitEmbedModel(tiny.vision_config(pooling_type="map")), pixel_inputs),
+    "text": (lambda: VitEmbedTextModel(tiny.dual_config().text_config), lambda: {"input_ids": tiny.tokens()}),
+    "contrastive": (lambda: VitEmbedForContrastive(tiny.dual_config()), dual_inputs),
+    "classification": (
+        lambda: VitEmbedForImageClassification(tiny.vision_config(num_labels=5)),
+        lambda: pixel_inputs(labels=torch.tensor([4, 0, 2])),
+    ),
+    "depth-deconv": (
+        lambda: VitEmbedForDepthEstimation(tiny.vision_config()),
+        lambda: pixel_inputs(labels=torch.rand(3, 20, 24) + 0.5),
+    ),
+    "depth-dpt": (
+        lambda: VitEmbedForDepthEstimation(tiny.vision_config(depth_head_type="dpt")),
+        lambda: pixel_inputs(labels=torch.rand(3, 20, 24) + 0.5),
+    ),
+    "backbone": (lambda: VitEmbedBackbone(tiny.vision_config(out_indices=[1, 4])), pixel_inputs),
+}
+
+
+def backward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gradients by name of the loss, or of the sum of squares of everything that comes out."""
+    model.train().zero_grad()
+    outputs = model(**inputs)
+    loss = outputs.get("loss")
+    if loss is None:
+        tensors = outputs.get("feature_maps", outputs.to_tuple())
+        loss = sum(tensor.square().sum() for tensor in tensors)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """To 1e-5 of each gradient's largest entry: float32 sums taken in another order.
+
+    A gradient 100 times smaller than the model's largest is held to the rounding of that one: that of k_proj.bias is
+    nothing else, as softmax does not see what is added to every score.
+    """
+    assert found.keys() == expected.keys()
+    floor = 0.01 * max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        largest = max(float(gradient.abs().max()), floor)
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant):
+    make_model, make_inputs = MODELS[name]
+    model, inputs = tiny.randomised(make_model()), make_inputs()
+    expected = backward(model, inputs)
+    assert expected
+    calls = []
+    model.get_submodule(f"{layer_name(model)}.self_attn").register_forward_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable(None if use_reentrant is None else {"use_reentrant": use_reentrant})
+    found = backward(model, inputs)
+    assert len(calls) == 2  # once forward and once more for the gradients, so checkpointing was on
+    assert_same_gradients(found, expected)
+    model.gradient_checkpointing_disable()
+    assert backward(model, inputs).keys() == expected.keys() and len(calls) == 3
+
+
+def layer_name(model: torch.nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if type(module).__name__ == "VitEmbedLayer")
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapters_on_a_frozen_trunk_learn_under_gradient_checkpointing(name, use_reentrant):
+    make_model, make_inputs = MODELS[name]
+    inputs = make_inputs()
+
+    def adapted(checkpointing: bool) -> dict[str, torch.Tensor]:
+        model = tiny.randomised(make_model())
+        if checkpointing:
+            model.gradient_checkpointing_enable(None if use_reentrant is None else {"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(0)
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return backward(peft.get_peft_model(model, settings), inputs)
+
+    expected, found = adapted(False), adapted(True)
+    layers = {key for key in expected if ".layers." in key}
+    # A and B of q and v in every layer of every tower that the task runs.
+    towers = {"text": 3, "contrastive": 4 + 3}
+    assert len(layers) == 4 * towers.get(name, 4)
+    assert all(expected[key].abs().max() > 0 for key in layers)
+    assert_same_gradients(found, expected)
+
+
+def test_input_gradients_can_be_switched_on_and_off():
+    model = VitEmbedForContrastive(tiny.dual_config()).requires_grad_(False)
+    model.enable_input_require_grads()
+    assert model(**dual_inputs()).loss.requires_grad
+    model.disable_input_require_grads()
+    assert not model(**dual_inputs()).loss.requires_grad
+
+
+def test_trainer_fine_tunes_adapters_under_gradient_checkpointing(tmp_path):
+    write_tokenizer(tmp_path)
+    model = VitEmbedForContrastive(tiny.dual_config())
+    model.save_pretrained(tmp_path)
+    dataset = captioned_photos(tmp_path)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1", "fc2"]))
+    trainer = make_trainer(adapted, dataset, tmp_path / "output", gradient_checkpointing=True, save_strategy="no")
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fsdp_finds_every_class_it_is_told_to_wrap(name):
+    model = MODELS[name][0]()
+    plugin = FullyShardedDataParallelPlugin(auto_wrap_policy="transformer_based_wrap")
+    plugin.set_auto_wrap_policy(model)
+    wrapped = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    present = {type(module) for module in model.modules()}
+    assert wrapped <= present
+    assert {type(model.get_submodule(layer_name(model)))} <= wrapped
+    assert {c.__name__ for c in wrapped} == set(model._no_split_modules)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("vision", "vision-map", "text", "backbone")])
+def test_a_step_under_bfloat16_autocast_is_finite_and_learns(name):
+    make_model, make_inputs = MODELS[name]
+    model, inputs = make_model().train(), make_inputs()
+    exact = float(model(**inputs).loss.detach())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**inputs).loss
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(exact, rel=0.05)  # bfloat16 has 8 bits, through 4 layers
+    loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(**inputs).loss.isfinite()
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def distributed_results(tmp_path_factory) -> dict:
+    """What two gloo processes found, see distributed_worker."""
+    folder = tmp_path_factory.mktemp("distributed")
+    distributed_worker.launch(folder)
+    return torch.load(folder / "results.pt")
+
+
+@pytest.mark.parametrize("case", distributed_worker.CASES)
+def test_two_processes_learn_as_one_on_the_joined_batch(distributed_results, case):
+    loss_type, sizes = distributed_worker.CASES[case]
+    model = distributed_worker.make_model(loss_type)
+    loss = model(**distributed_worker.joined_batch(sum(sizes))).loss
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    found_loss, found = distributed_results[case]
+    torch.testing.assert_close(found_loss, loss.detach(), rtol=1e-5, atol=1e-5)  # float32, sums in another order
+    assert_same_gradients(found, expected)
+    assert all(gradient.abs().max() > 0 for name, gradient in found.items() if not name.endswith("k_proj.bias"))
+
+
+def test_trainer_in_two_processes_reports_the_loss_of_the_joined_batch(distributed_results):
+    size = distributed_worker.TRAINER_EXAMPLES
+    with torch.no_grad():
+        expected = float(distributed_worker.make_model("softmax")(**distributed_worker.joined_batch(size)).loss)
+    metrics, embeddings = distributed_results["trainer"]
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)  # float32, sums in another order
+    assert [len(rows) for rows in embeddings] == [size, size]
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def silog(predicted: torch.Tensor, depth: torch.Tensor) -> torch.Tensor:
+    error = predicted.log() - depth.log()
+    return error.var(unbiased=False) + 0.5 * error.mean().square()
+
+
+PLAIN_DEPTH_LOSSES = {
+    "silog": silog,
+    "l1": lambda predicted, depth: (predicted - depth).abs().mean(),
+    "l2": lambda predicted, depth: (predicted - depth).square().mean(),
+}
+
+
+@pytest.mark.parametrize("depth_head", ["deconv", "dpt"])
+@pytest.mark.parametrize("loss_name", PLAIN_DEPTH_LOSSES)
+def test_holes_in_depth_labels_count_neither_in_the_loss_nor_in_the_gradients(loss_name, depth_head):
+    config = tiny.vision_config(depth_loss=loss_name, depth_head_type=depth_head)
+    model = VitEmbedForDepthEstimation(config)
+    labels = torch.rand(3, 32, 32) + 0.5
+    holes = torch.rand(labels.shape) < 0.4
+    labels[holes] = torch.tensor([0.0, -1.0, torch.nan, torch.inf, -torch.inf])[torch.arange(int(holes.sum())) % 5]
+    valid = labels.isfinite() & (labels > 0)
+    assert torch.equal(valid, ~holes)
+
+    predicted = model(tiny.pixels()).predicted_depth
+    expected_loss = PLAIN_DEPTH_LOSSES[loss_name](predicted[valid], labels[valid])
+    expected_loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    loss = model(tiny.pixels(), labels=labels).loss
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)  # float32 sums over 1800 pixels
+    assert_same_gradients(backward(model, pixel_inputs(labels=labels)), expected)
+
+
+@pytest.mark.parametrize("hole", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("loss_name", PLAIN_DEPTH_LOSSES)
+def test_depth_labels_without_a_valid_pixel_give_no_loss_and_no_gradient(loss_name, hole):
+    model = VitEmbedForDepthEstimation(tiny.vision_config(depth_loss=loss_name))
+    inputs = pixel_inputs(labels=torch.full((3, 32, 32), hole))
+    assert model(**inputs).loss == 0
+    gradients = backward(model, inputs)
+    assert any(".layers.0." in name for name in gradients)
+    assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 1, 5]), r"\[0, num_labels=5\), got 5"),
+        (torch.tensor([0, 1, -1]), r"\[0, num_labels=5\), got -1"),
+        (torch.tensor([0, 1]), r"labels must be \(3,\)"),
+        (torch.zeros(3, 5, dtype=torch.long), r"labels must be \(3,\)"),
+        (torch.zeros(3), r"labels must be \(3,\)"),
+    ],
+)
+def test_class_labels_out_of_range_or_shape_are_errors(labels, message):
+    model = VitEmbedForImageClassification(tiny.vision_config(num_labels=5))
+    with pytest.raises(ValueError, match=message):
+        model(tiny.pixels(), labels=labels)
+
+
+@pytest.mark.parametrize("problem_type", ["multi_label_classification", "regression"])
+def test_target_vectors_of_the_wrong_shape_are_errors(problem_type):
+    model = VitEmbedForImageClassification(tiny.vision_config(num_labels=5, problem_type=problem_type))
+    with pytest.raises(ValueError, match=r"must be \(3, 5\), got \(3, 4\)"):
+        model(tiny.pixels(), labels=torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 1, 32, 32), (3, 32), (32, 32)])
+def test_depth_labels_of_the_wrong_shape_are_errors(shape):
+    model = VitEmbedForDepthEstimation(tiny.vision_config())
+    with pytest.raises(ValueError, match=r"labels must be \(batch=3, height, width\)"):
+        model(tiny.pixels(), labels=torch.ones(shape))
