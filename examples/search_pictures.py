@@ -9,6 +9,7 @@ picture, head by head. Needs matplotlib and tqdm besides the package's own requi
 import argparse
 import logging
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -111,7 +112,7 @@ def draw_sheet(
         )
         for axis, (path, cosine) in zip(row[1:], found):
             axis.imshow(load_image(str(path)))
-            axis.set_title(f"{path.stem}\n{cosine:.2f}", fontsize=8)
+            axis.set_title(f"{textwrap.fill(path.stem, 18)}\n{cosine:.2f}", fontsize=8)
     last = axes[-1]
     last[0].text(0.95, 0.5, "class attention,\nlast layer", ha="right", va="center", transform=last[0].transAxes)
     last[1].imshow(picture)

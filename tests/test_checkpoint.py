@@ -1,0 +1,78 @@
+"""The checkpoint that ships: complete, small, and what the card says of it holds."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModel, AutoProcessor, CLIPModel
+
+from vit_embed.configuration_vit_embed import AUTO_MAP
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "examples"))
+
+import search_pictures  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModel.from_pretrained(REPO, trust_remote_code=True).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def retrieval(model, processor):
+    """(texts, pictures) cosines of the demo's pictures, a vendor never trained on, and their names."""
+    paths = search_pictures.find_pictures(REPO / "examples" / "pictures")
+    paths, image_embeds = search_pictures.embed_pictures(model, processor, paths, batch_size=64)
+    names = [path.stem.replace("-", " ") for path in paths]
+    return search_pictures.embed_queries(model, processor, names) @ image_embeds.t()
+
+
+def test_it_is_complete_and_small():
+    assert (REPO / "model.safetensors").stat().st_size < 20e6
+    written = json.loads((REPO / "config.json").read_text())
+    assert set(written["auto_map"]) == set(AUTO_MAP)
+    with safe_open(REPO / "model.safetensors", "pt") as weights:
+        dtypes = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118, not a dict
+    assert dtypes == {"F32"}
+
+
+def test_it_finds_pictures_of_an_unseen_vendor_far_better_than_chance(retrieval):
+    """288 names: chance puts the right picture first in 0.3 % and among ten in 3.5 %."""
+    rank = (retrieval >= retrieval.diag()[:, None]).sum(dim=1)
+    assert (rank <= 1).float().mean() > 0.10
+    assert (rank <= 10).float().mean() > 0.40
+    rank = (retrieval.t() >= retrieval.diag()[:, None]).sum(dim=1)
+    assert (rank <= 10).float().mean() > 0.40, "and names for pictures"
+
+
+def test_stock_clip_computes_the_same(model, processor):
+    """float32 rounding in another order: 1e-4 of logits around 10."""
+    stock, info = CLIPModel.from_pretrained(REPO, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    inputs = processor(
+        text=["red apple", "car"],
+        images=search_pictures.load_image(str(REPO / "examples" / "pictures" / "red-apple.png")),
+        padding=True,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        theirs, ours = stock.eval()(**inputs).logits_per_image, model(**inputs).logits_per_image
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert ours.argmax() == 0
+
+
+def test_text_is_limited_to_its_context(model, processor):
+    long = processor.tokenizer("red " * 60, return_tensors="pt")
+    with pytest.raises(ValueError, match="at most max_position_embeddings=32 tokens, got 62.*truncation=True"):
+        model.get_text_features(**long)
+    cut = processor.tokenizer("red " * 60, truncation=True, return_tensors="pt")
+    assert model.get_text_features(**cut).shape == (1, 128)

@@ -1,0 +1,88 @@
+"""The scripts in examples/, run as a user runs them, on little."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+REPO = Path(__file__).parent.parent
+PICTURES = REPO / "examples" / "pictures"
+
+
+def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPO / "examples" / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def some_pictures(tmp_path) -> Path:
+    """A dozen pictures, one of them a text file with the name of a picture."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in sorted(PICTURES.glob("*.png"))[::24]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "broken.png").write_text("this is no picture")
+    return folder
+
+
+def test_the_demo_writes_a_sheet_and_names_what_it_cannot_read(some_pictures, tmp_path):
+    output = tmp_path / "new" / "sheet.png"
+    ran = run(
+        "search_pictures.py", "--pictures", some_pictures, "--queries", "animal", "--output", output, cwd=tmp_path
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "broken.png is left out" in ran.stderr and "12 pictures searched" in ran.stderr
+    sheet = Image.open(output).convert("RGB")
+    assert sheet.width > 600 and sheet.height > 200
+    assert len(sheet.getcolors(2**24)) > 500, "it shows pictures and attention, not blank axes"
+    assert [path.name for path in output.parent.iterdir()] == ["sheet.png"]
+
+
+def test_the_demo_says_what_is_wrong_with_an_empty_folder(tmp_path):
+    ran = run("search_pictures.py", "--pictures", tmp_path, cwd=tmp_path)
+    assert ran.returncode != 0 and "--pictures must be a folder with .png" in ran.stderr
+
+
+def test_contrastive_training_end_to_end(some_pictures, tmp_path):
+    """Image folder with captions -> two steps from the shipped checkpoint -> a folder that loads, and its metrics."""
+    (some_pictures / "broken.png").unlink()
+    data = tmp_path / "data"
+    for split in ("train", "validation"):
+        (data / split).mkdir(parents=True)
+        rows = []
+        for path in sorted(some_pictures.iterdir()):
+            (data / split / path.name).write_bytes(path.read_bytes())
+            rows.append({"file_name": path.name, "text": path.stem.replace("-", " ")})
+        rows[0]["text"] = " "  # an empty caption is named and left out
+        (data / split / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--dataset", data, "--caption_column", "text", "--model_name_or_path", REPO, "--output_dir", "run"]
+    arguments += ["--do_train", "--do_eval", "--max_steps", 2, "--per_device_train_batch_size", 4, "--use_cpu"]
+    arguments += ["--per_device_eval_batch_size", 4, "--save_steps", 1, "--report_to", "none"]
+    ran = run("train_contrastive.py", *arguments, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "1 rows with empty caption: [0]" in ran.stderr
+    metrics = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert metrics["eval_chance_recall@1"] == pytest.approx(1 / 11)
+    assert metrics["eval_text_to_image_recall@10"] > 0.5 and metrics["eval_loss"] > 0
+    for name in ("model.safetensors", "modeling_vit_embed.py", "tokenizer_config.json"):
+        assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").exists()
+    again = run("train_contrastive.py", *arguments, cwd=tmp_path)
+    assert again.returncode != 0 and "--resume_from_checkpoint" in again.stderr
+
+
+def test_the_tokenizer_of_the_data_set_script(tmp_path):
+    merges = [f"{chr(97 + i)} {chr(97 + j)}" for i in range(26) for j in range(26)]
+    with gzip.open(tmp_path / "bpe.txt.gz", "wt") as file:
+        file.write("\n".join(["#header", *merges]))
+    arguments = ["--bpe_file", "bpe.txt.gz", "--tokenizer_dir", "out", "--vocab_size", 614]
+    ran = run("build_emoji_dataset.py", *arguments, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    vocab = json.loads((tmp_path / "out" / "vocab.json").read_text())
+    assert len(vocab) == 614 and vocab["<|endoftext|>"] == 613 and vocab["aa"] == 512
+    again = run("build_emoji_dataset.py", *arguments, cwd=tmp_path)
+    assert again.returncode == 1 and "expected out not to exist" in again.stderr
