@@ -26,11 +26,10 @@ DEPTH_LOSSES = ("silog", "l1", "l2")
 # The DPT head reads four depths of the trunk (arXiv:2103.13413, section 3.2).
 NUM_DPT_TAPS = 4
 
-# Every Auto class that a saved folder answers to. A checkpoint with a text tower answers AutoModel with both towers
-# (`VitEmbedConfig.auto_map_of_checkpoint`); all other rows are the same for every checkpoint.
+# Every Auto class that a saved folder answers to, whichever class was saved.
 AUTO_MAP = {
     "AutoConfig": "configuration_vit_embed.VitEmbedConfig",
-    "AutoModel": "modeling_vit_embed.VitEmbedModel",
+    "AutoModel": "modeling_vit_embed.VitEmbedAutoModel",
     "AutoModelForImageClassification": "modeling_vit_embed.VitEmbedForImageClassification",
     "AutoModelForZeroShotImageClassification": "modeling_vit_embed.VitEmbedForContrastive",
     "AutoModelForDepthEstimation": "modeling_vit_embed.VitEmbedForDepthEstimation",
@@ -497,12 +496,6 @@ class VitEmbedConfig(PretrainedConfig):
             raise ValueError(f"out_features={names} and out_indices={indices} name different stages; give one of them")
         return named if indices is None else indices
 
-    def auto_map_of_checkpoint(self) -> dict[str, str]:
-        """AUTO_MAP, with AutoModel pointing at both towers where there is a text tower."""
-        if self.text_config is None:
-            return dict(AUTO_MAP)
-        return {**AUTO_MAP, "AutoModel": AUTO_MAP["AutoModelForZeroShotImageClassification"]}
-
     def vision_only(self) -> "VitEmbedConfig":
         """A copy without the text tower: what a vision-only class saves, so that no Auto class expects a tower."""
         config = copy.deepcopy(self)
@@ -522,7 +515,7 @@ class VitEmbedConfig(PretrainedConfig):
         """As in transformers, plus the complete auto_map, plus what `CLIPModel.from_pretrained` reads."""
         output = super().to_dict()
         output.pop("sub_configs", None)
-        output["auto_map"] = self.auto_map_of_checkpoint()
+        output["auto_map"] = dict(AUTO_MAP)
         vision_config = self.to_clip_vision_config() if self.text_config is not None else None
         if vision_config is not None:
             output["vision_config"] = vision_config
@@ -579,4 +572,5 @@ def _field_names(config_class: type) -> tuple[str, ...]:
 TEXT_FIELDS = _field_names(VitEmbedTextConfig)
 FIELDS = _field_names(VitEmbedConfig)
 
+VitEmbedTextConfig.register_for_auto_class()
 VitEmbedConfig.register_for_auto_class()

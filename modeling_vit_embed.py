@@ -299,12 +299,11 @@ class VitEmbedEncoder(nn.Module):
 
 
 def _fill(parameter: nn.Parameter | None, initialise, **options) -> None:
-    """Initialises a parameter unless there is none or transformers has marked it as loaded.
+    """Initialises a parameter, where there is one.
 
-    transformers calls `_init_weights` for a whole module when one of its keys is missing: without this its neighbours,
-    already loaded, would start over.
+    `initialise` is a function of `torch.nn.init`: those are what transformers 5 keeps from touching a loaded weight.
     """
-    if parameter is not None and not getattr(parameter, "_is_hf_initialized", False):
+    if parameter is not None:
         initialise(parameter, **options)
 
 
@@ -326,7 +325,7 @@ class VitEmbedTower(PreTrainedModel):
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """CLIP's initialisation, as in its reference code (arXiv:2103.00020 section 2.4), of what is not loaded yet."""
+        """CLIP's initialisation, as in its reference code (arXiv:2103.00020 section 2.4)."""
         config, factor = self.config, self.config.initializer_factor
         width = config.hidden_size
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
@@ -1105,6 +1104,33 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
         return self(*args, **kwargs)
 
 
+class VitEmbedAutoModel(VitEmbedPreTrainedModel):
+    """What AutoModel loads: both towers where the checkpoint has a text tower, else the image tower alone.
+
+    One name for every checkpoint: transformers 5 remembers, for the whole process, which class AutoModel took for folders
+    of one base name, and would give a dual encoder named like an earlier vision-only one no text tower.
+    """
+
+    @classmethod
+    def class_for(cls, config: PretrainedConfig) -> type[VitEmbedPreTrainedModel]:
+        """The class that a config describes."""
+        return VitEmbedModel if config.text_config is None else VitEmbedForContrastive
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, config: PretrainedConfig, **kwargs
+    ):
+        """As AutoModel calls it, with the config that it has read."""
+        chosen = cls.class_for(config)
+        return chosen.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs):
+        """As `AutoModel.from_config` calls it."""
+        return cls.class_for(config)._from_config(config, **kwargs)
+
+
+VitEmbedTextModel.register_for_auto_class("AutoModel")
 VitEmbedModel.register_for_auto_class("AutoModel")
 VitEmbedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 VitEmbedForDepthEstimation.register_for_auto_class("AutoModelForDepthEstimation")

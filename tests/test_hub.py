@@ -1,0 +1,297 @@
+"""Push and pull over HTTP, against a Hub on loopback: every class, revisions, a private repo, refusals, Trainer."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hub_server
+import pytest
+import tiny
+from fresh_process import digests, run_fresh
+from test_loading import MODEL_CODE
+from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
+
+from vit_embed import (
+    VitEmbedBackbone,
+    VitEmbedForContrastive,
+    VitEmbedForDepthEstimation,
+    VitEmbedForImageClassification,
+    VitEmbedModel,
+    VitEmbedTextModel,
+)
+from vit_embed.configuration_vit_embed import AUTO_MAP
+
+TOKEN = "hf_alice"
+# Weights go the way of large files, the rest the way of small ones, as on the Hub.
+REGULAR_LIMIT = 60_000
+
+# repo -> (class, Auto class that pulls it, its config)
+REPOS = {
+    "model": (VitEmbedModel, "AutoModel", tiny.vision_config(num_register_tokens=2)),
+    "classification": (
+        VitEmbedForImageClassification,
+        "AutoModelForImageClassification",
+        tiny.vision_config(num_labels=5),
+    ),
+    "depth": (VitEmbedForDepthEstimation, "AutoModelForDepthEstimation", tiny.vision_config(depth_head_type="dpt")),
+    "dual": (VitEmbedForContrastive, "AutoModel", tiny.dual_config()),
+    "backbone": (VitEmbedBackbone, "AutoBackbone", tiny.vision_config(out_indices=[2, 4])),
+    "text": (VitEmbedTextModel, None, tiny.dual_config().text_config),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The environment in which the Hub is the one on loopback; nobody is logged in."""
+    root = tmp_path_factory.mktemp("hub")
+    command = [sys.executable, hub_server.__file__, "--root", str(root), "--port", "0", "--token", f"{TOKEN}=alice"]
+    command += ["--regular-limit", str(REGULAR_LIMIT)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            ready, address = server.stdout.readline().split()
+            assert ready == "READY"
+            # The server has the plain protocol for large files, not the Hub's newer one.
+            yield {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
+        finally:
+            server.terminate()
+
+
+def push(repos: dict, token: str) -> dict:
+    """Pushes a folder of each class; other weights on top of "model", whose first state gets a tag; a private repo."""
+    import torch
+    from fresh_process import digests
+    from huggingface_hub import HfApi
+
+    import vit_embed
+
+    result = {}
+    for repo, (class_name, folder) in repos.items():
+        model = getattr(vit_embed, class_name).from_pretrained(folder)
+        commit = model.push_to_hub(f"alice/{repo}", token=token)
+        files = HfApi(token=token).list_repo_files(f"alice/{repo}")
+        result[repo] = {"commit": commit.oid, "files": files}
+
+    api = HfApi(token=token)
+    api.create_tag("alice/model", tag="v1.0")
+    model = vit_embed.VitEmbedModel.from_pretrained(repos["model"][1])
+    with torch.no_grad():
+        model.post_layernorm.weight.mul_(2)
+    result["model"]["commit_2"] = model.push_to_hub("alice/model", token=token).oid
+    result["model"]["digests_2"] = digests(model)
+    model.push_to_hub("alice/secret", token=token, private=True)
+    return result
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, tmp_path_factory) -> dict[str, dict]:
+    """What was pushed: per repo the folder it came from, the digests of its weights, its files and commits."""
+    root = tmp_path_factory.mktemp("pushed")
+    repos, result = {}, {}
+    for repo, (model_class, _, config) in REPOS.items():
+        model = tiny.randomised(model_class(config))
+        model.save_pretrained(root / repo)
+        repos[repo] = [model_class.__name__, str(root / repo)]
+        result[repo] = {"folder": root / repo, "digests": digests(model)}
+    write_tokenizer(root / "dual")
+    told = run_fresh(push, root / "home", environment=hub, repos=repos, token=TOKEN)
+    return {repo: {**result[repo], **told[repo]} for repo in REPOS}
+
+
+@pytest.mark.parametrize("repo", REPOS)
+def test_pushed_repo_is_complete(pushed, repo):
+    files = set(pushed[repo]["files"])
+    assert files >= {"README.md", "config.json", "model.safetensors"}
+    if repo != "text":  # no Auto class loads a text tower alone
+        assert files >= MODEL_CODE | {"preprocessor_config.json"}
+    assert (files >= TOKENIZER_FILES) == (repo == "dual")
+
+
+def pull(repos: dict, target: str) -> dict:
+    """Loads every repo by its name, saves it, and reads cards, processor and revisions."""
+    import os
+    import sys
+
+    from fresh_process import auto_load, digests
+    from huggingface_hub import ModelCard
+    from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+    result = {"models": {}}
+    for repo, auto_class in repos.items():
+        name = f"alice/{repo}"
+        model, info = auto_load(auto_class, name, output_loading_info=True)
+        model.save_pretrained(os.path.join(target, repo))
+        result["models"][repo] = {
+            "class": type(model).__name__,
+            "digests": digests(model),
+            "clean": not any(info.values()),
+            "library": ModelCard.load(name).data.library_name,
+            "image_processor": type(AutoImageProcessor.from_pretrained(name)).__name__,
+        }
+    result["processor"] = type(AutoProcessor.from_pretrained("alice/dual")).__name__
+    result["zero_shot"] = digests(auto_load("AutoModelForZeroShotImageClassification", "alice/dual"))
+    result["package_imported"] = "vit_embed" in sys.modules
+    result["resized"] = digests(AutoModel.from_pretrained("alice/dual", image_size=48, trust_remote_code=True))
+
+    from vit_embed import VitEmbedTextModel
+
+    result["text"] = {name: digests(VitEmbedTextModel.from_pretrained(f"alice/{name}")) for name in ("text", "dual")}
+    return result
+
+
+@pytest.fixture(scope="module")
+def pulled(hub, pushed, tmp_path_factory) -> dict:
+    """What a process with an empty cache got, and where it saved it."""
+    root = tmp_path_factory.mktemp("pulled")
+    repos = {repo: auto_class for repo, (_, auto_class, _) in REPOS.items() if auto_class}
+    result = run_fresh(pull, root / "home", environment=hub, repos=repos, target=str(root / "saved"))
+    return {**result, "saved": root / "saved"}
+
+
+def test_every_class_is_pulled_by_name(pushed, pulled):
+    assert not pulled["package_imported"]
+    for repo, loaded in pulled["models"].items():
+        assert loaded["class"] == REPOS[repo][0].__name__
+        assert loaded["clean"] and loaded["library"] == "transformers"
+        processor = "DPTImageProcessor" if repo == "depth" else "CLIPImageProcessor"
+        # Without torchvision transformers 5 loads the same file as its PIL variant.
+        assert loaded["image_processor"].removesuffix("Pil").removesuffix("Fast") == processor
+        newest = pushed[repo].get("digests_2", pushed[repo]["digests"])
+        assert loaded["digests"] == newest
+    assert pulled["processor"] == "CLIPProcessor"
+    assert pulled["zero_shot"] == pushed["dual"]["digests"]
+
+
+def test_text_tower_is_pulled_by_name(pushed, pulled):
+    assert pulled["text"]["text"] == pushed["text"]["digests"]
+    prefix = "text_model."
+    tower = {k.removeprefix(prefix): v for k, v in pushed["dual"]["digests"].items() if k.startswith(prefix)}
+    assert pulled["text"]["dual"] == tower
+
+
+def test_pulled_at_another_image_size(pushed, pulled):
+    resized = VitEmbedForContrastive.from_pretrained(pushed["dual"]["folder"], image_size=48)
+    assert pulled["resized"] == digests(resized)
+
+
+def test_pulled_and_saved_folder_keeps_everything(pushed, pulled):
+    """Code, the whole auto_map without the repo's name, and processor and tokenizer out of the repo."""
+    for repo, loaded in pulled["models"].items():
+        folder: Path = pulled["saved"] / repo
+        files = {path.name for path in folder.iterdir()}
+        assert files >= MODEL_CODE | {"config.json", "model.safetensors", "preprocessor_config.json"}
+        assert (files >= TOKENIZER_FILES) == (repo == "dual")
+        original = pushed[repo]["folder"]
+        for file in files & (MODEL_CODE | TOKENIZER_FILES | {"preprocessor_config.json"}):
+            assert (folder / file).read_bytes() == (original / file).read_bytes(), f"{repo}/{file}"
+        auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
+        assert auto_map == json.loads((original / "config.json").read_text())["auto_map"]
+        assert auto_map.keys() == AUTO_MAP.keys()
+        assert digests(REPOS[repo][0].from_pretrained(folder)) == loaded["digests"]
+
+
+def load_revisions(revisions: dict, token: str) -> dict:
+    from fresh_process import auto_load, digests
+
+    return {
+        name: digests(auto_load("AutoModel", "alice/model", revision=revision, token=token))
+        for name, revision in revisions.items()
+    }
+
+
+def test_revisions(hub, pushed, tmp_path):
+    revisions = {"tag": "v1.0", "first": pushed["model"]["commit"], "second": pushed["model"]["commit_2"]}
+    loaded = run_fresh(load_revisions, tmp_path, environment=hub, revisions=revisions, token=TOKEN)
+    assert loaded["tag"] == loaded["first"] == pushed["model"]["digests"]
+    assert loaded["second"] == pushed["model"]["digests_2"]
+    assert loaded["first"] != loaded["second"]
+
+
+def refused(token: str) -> dict:
+    """Asks for what must not be given: remote code without trust, a private repo without a token."""
+    import os
+    import sys
+    from pathlib import Path
+
+    from fresh_process import auto_load, digests
+    from transformers import AutoModel
+
+    result = {}
+    for name, options in {"silent": {}, "false": {"trust_remote_code": False}}.items():
+        try:
+            AutoModel.from_pretrained("alice/model", **options)
+        except ValueError as error:
+            result[name] = str(error)
+    result["code_in_cache"] = [path.name for path in Path(os.environ["HF_HOME"]).rglob("*_vit_embed.py")]
+    result["code_in_memory"] = [name for name in sys.modules if name.endswith("_vit_embed")]
+    for name, wrong in {"anonymous": None, "wrong_token": "hf_mallory"}.items():
+        try:
+            auto_load("AutoModel", "alice/secret", token=wrong)
+        except OSError as error:
+            result[name] = str(error)
+    model = auto_load("AutoModel", "alice/secret", token=token)
+    result["secret"] = digests(model)
+    # Saving asks the repo for the processor, again with the token.
+    model.save_pretrained(os.path.join(os.environ["HF_HOME"], "saved"))
+    result["saved"] = sorted(os.listdir(os.path.join(os.environ["HF_HOME"], "saved")))
+    return result
+
+
+def test_refusals_and_the_private_repo(hub, pushed, tmp_path):
+    result = run_fresh(refused, tmp_path, environment=hub, token=TOKEN)
+    for name in ("silent", "false"):
+        assert "trust_remote_code=True" in result[name]
+    assert not result["code_in_cache"] and not result["code_in_memory"]
+    for name in ("anonymous", "wrong_token"):
+        assert "alice/secret" in result[name]
+    assert result["secret"] == pushed["model"]["digests_2"]
+    assert set(result["saved"]) >= MODEL_CODE | {"preprocessor_config.json"}
+
+
+def train(output_dir: str, token: str) -> dict:
+    """Fine-tunes a head of a pulled checkpoint with the stock Trainer, which pushes it."""
+    import torch
+    from fresh_process import auto_load, digests
+    from transformers import AutoImageProcessor, Trainer, TrainingArguments
+
+    model = auto_load("AutoModelForImageClassification", "alice/dual", num_labels=2)
+    processor = AutoImageProcessor.from_pretrained("alice/dual")
+    examples = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 2} for i in range(4)]
+    arguments = TrainingArguments(
+        output_dir,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="alice/trained",
+        hub_token=token,
+        report_to=[],
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=examples, processing_class=processor)
+    trainer.train()
+    trainer.push_to_hub()
+    return digests(model)
+
+
+def pull_trained() -> dict:
+    from fresh_process import auto_load, digests
+    from huggingface_hub import HfApi
+    from transformers import AutoImageProcessor
+
+    return {
+        "digests": digests(auto_load("AutoModelForImageClassification", "alice/trained")),
+        "trunk": type(auto_load("AutoModel", "alice/trained")).__name__,
+        "processor": type(AutoImageProcessor.from_pretrained("alice/trained")).__name__,
+        "files": HfApi().list_repo_files("alice/trained"),
+    }
+
+
+def test_trainer_pushes_a_repo_that_loads(hub, pushed, tmp_path):
+    weights = run_fresh(train, tmp_path / "home1", environment=hub, output_dir=str(tmp_path / "trained"), token=TOKEN)
+    result = run_fresh(pull_trained, tmp_path / "home2", environment=hub)
+    assert result["digests"] == weights
+    assert result["trunk"] == "VitEmbedModel"
+    assert result["processor"].startswith("CLIPImageProcessor")
+    assert set(result["files"]) >= MODEL_CODE | {"README.md", "config.json", "model.safetensors", "training_args.bin"}
