@@ -1,0 +1,311 @@
+"""Speed and memory of `VitEmbedForContrastive` against `transformers.CLIPModel` with sdpa, from the same weights.
+
+    python benchmarks/bench_clip.py --part all --rounds 6
+
+Both read one CLIPModel folder of random weights, and their outputs are compared before anything is timed. Every round
+measures both, in an order that is swapped from round to round, so what else the machine does reaches both alike: read
+the ratios, not the times. Training memory and loading are measured in a fresh process for each model.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import logging
+import multiprocessing
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import CLIPConfig, CLIPModel, PreTrainedModel
+
+from vit_embed import VitEmbedForContrastive
+
+logger = logging.getLogger("bench_clip")
+
+MODELS = {"ours": VitEmbedForContrastive, "theirs": CLIPModel}
+PATCH_SIZES = {"ViT-B/32": 32, "ViT-B/16": 16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
+IMAGE_SIZE = 224  # pixels
+NUM_TOKENS = 77
+START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
+MIB = 2**20
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+# Largest relative difference between two equal models: sums taken in another order. 2e-2 is a few steps of bf16.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+
+Batch = dict[str, torch.Tensor]
+Calls = dict[str, Callable[[], object]]  # for each of MODELS what is to be measured
+Row = tuple[str, ...]  # a line of the table
+
+
+def save_checkpoint(patch_size: int, folder: Path) -> None:
+    """A CLIPModel of base size with random weights: CLIPConfig's defaults, but for the patch and the special tokens."""
+    torch.manual_seed(0)
+    vision = {"patch_size": patch_size, "image_size": IMAGE_SIZE}
+    text = {"bos_token_id": START_TOKEN, "eos_token_id": END_TOKEN}
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).save_pretrained(folder)
+
+
+def load(name: str, folder: Path) -> PreTrainedModel:
+    """One of the two models, float32, in eval mode."""
+    return MODELS[name].from_pretrained(folder, attn_implementation="sdpa")
+
+
+def make_batch(batch_size: int) -> Batch:
+    """Pixels (B, 3, 224, 224) and token ids (B, 77), every text as long as the model allows: nothing can be trimmed."""
+    generator = torch.Generator().manual_seed(1)
+    pixel_values = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    input_ids = torch.randint(1, START_TOKEN, (batch_size, NUM_TOKENS), generator=generator)
+    input_ids[:, 0], input_ids[:, -1] = START_TOKEN, END_TOKEN
+    return {"pixel_values": pixel_values, "input_ids": input_ids}
+
+
+def features_of(output) -> torch.Tensor:
+    """transformers 5 returns an output object where 4.57 and vit_embed return the tensor (B, projection_dim)."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def forward_backward(model: torch.nn.Module, batch: Batch, dtype_name: str) -> torch.Tensor:
+    """Contrastive loss and new gradients of float32 weights, under autocast for bf16. Returns the loss."""
+    model.zero_grad(set_to_none=True)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if dtype_name == "bf16" else contextlib.nullcontext()
+    with autocast:
+        loss = model(**batch, return_loss=True).loss
+    loss.backward()
+    return loss.detach()
+
+
+def check_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype_name: str) -> None:
+    """Raises unless the two agree: a faster wrong answer is not faster."""
+    difference = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    if not difference <= TOLERANCE[dtype_name]:
+        raise RuntimeError(f"{what}: outputs differ by {difference:.1e}, expected {TOLERANCE[dtype_name]:.0e} at most")
+    logger.info("%s: outputs agree to %.1e", what, difference)
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc's malloc reuse what was freed instead of returning it to the system.
+
+    Without this the page faults of large activations, a tenth of the time, come and go with the layout of the heap:
+    between two processes that run the same model, and between two models in one process.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def interleave(what: str, calls: Calls, rounds: int) -> dict[str, list]:
+    """What `rounds` calls of each model return, ours first in one round and theirs first in the next."""
+    results = {name: [] for name in calls}
+    for i in tqdm(range(rounds), desc=what, file=sys.stderr):
+        for name in sorted(calls, reverse=i % 2 == 1):
+            results[name].append(calls[name]())
+    return results
+
+
+def timed(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[], float]:
+    """A call that returns its own seconds."""
+
+    def measure() -> float:
+        started = clock()
+        call()
+        return clock() - started
+
+    return measure
+
+
+def make_row(what: str, values: dict[str, list[float]], unit: str, digits: int) -> Row:
+    """Medians of both, the median of the rounds' ratios and their range, and the ratio of the smallest values."""
+    ratios = [ours / theirs for ours, theirs in zip(values["ours"], values["theirs"])]
+    medians = (f"{statistics.median(values[name]):.{digits}f} {unit}" for name in MODELS)
+    best = min(values["ours"]) / min(values["theirs"])
+    spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
+    return (what, *medians, f"{statistics.median(ratios):.3f}", spread, f"{best:.3f}")
+
+
+def bench_forward(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
+    """One inference call: `get_image_features`, and `get_text_features` once, as both sizes have one text tower."""
+    batch = make_batch(args.batch_size)
+    rows = []
+    for size, folder in folders.items():
+        for dtype_name, dtype in DTYPES.items():
+            models = {name: load(name, folder).to(dtype) for name in MODELS}
+            towers = {
+                "image": {name: lambda m=m: m.get_image_features(batch["pixel_values"]) for name, m in models.items()}
+            }
+            if size == "ViT-B/32":
+                towers["text"] = {
+                    name: lambda m=m: m.get_text_features(batch["input_ids"]) for name, m in models.items()
+                }
+            for tower, calls in towers.items():
+                what = f"{tower} features, {size} {dtype_name}"
+                with torch.inference_mode():
+                    check_equal(what, *(features_of(calls[name]()) for name in MODELS), dtype_name)
+                    calls = {name: timed(call, CLOCKS[args.clock]) for name, call in calls.items()}
+                    rows.append(make_row(what, interleave(what, calls, args.rounds), "s", 3))
+    return rows
+
+
+def bench_train(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
+    """One contrastive forward and backward pass through both towers."""
+    batch = make_batch(args.batch_size)
+    rows = []
+    for size, folder in folders.items():
+        models = {name: load(name, folder).train() for name in MODELS}
+        for dtype_name in DTYPES:
+            what = f"forward and backward, {size} {dtype_name}"
+            calls = {name: lambda m=m, d=dtype_name: forward_backward(m, batch, d) for name, m in models.items()}
+            check_equal(what, *(calls[name]() for name in MODELS), dtype_name)
+            calls = {name: timed(call, CLOCKS[args.clock]) for name, call in calls.items()}
+            rows.append(make_row(what, interleave(what, calls, args.rounds), "s", 3))
+    return rows
+
+
+def bench_memory(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
+    """Peak memory of training, above that of the process with the model loaded."""
+    rows = []
+    for size, folder in folders.items():
+        for dtype_name in DTYPES:
+            calls = {
+                name: lambda n=name, f=folder, d=dtype_name: in_process("memory", f, args, "--model", n, "--dtype", d)
+                for name in MODELS
+            }
+            reports = interleave(f"memory of training, {size} {dtype_name}", calls, args.memory_rounds)
+            for key in ("forward and backward", "step with AdamW"):
+                values = {name: [report[key] for report in reports[name]] for name in MODELS}
+                rows.append(make_row(f"peak memory, {key}, {size} {dtype_name}", values, "MiB", 0))
+    return rows
+
+
+def bench_load(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
+    """`from_pretrained` in new processes, everything imported, the files in the disk cache."""
+    size = args.sizes[0]
+    seconds = in_process("load", folders[size], args)
+    return [make_row(f"from_pretrained, {size}", seconds, "s", 3)]
+
+
+def in_process(job: str, folder: Path, args: argparse.Namespace, *options: str) -> dict:
+    """Runs one of JOBS in a new process and returns its report."""
+    command = [sys.executable, __file__, "--job", job, "--folder", str(folder), *options]
+    for name in ("threads", "batch_size", "clock", "load_rounds"):
+        command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the process of --job {job} ended with {done.returncode}; its own error stands above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def memory_mib(field: str) -> float:
+    """VmRSS, memory held now, or VmHWM, its peak since the last reset (Linux only)."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / MIB
+
+
+def job_memory(args: argparse.Namespace) -> dict[str, float]:
+    """Peaks of two training steps, the second with the optimizer's state in place, in MiB above the loaded model."""
+    model, batch = load(args.model, args.folder).train(), make_batch(args.batch_size)
+    for parameter in model.parameters():
+        parameter.detach().sum()  # a weight that is mapped from the file counts only once it has been read
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = memory_mib("VmRSS")
+    forward_backward(model, batch, args.dtype)
+    after_backward = memory_mib("VmHWM") - before
+    optimizer.step()
+    forward_backward(model, batch, args.dtype)
+    optimizer.step()
+    return {"forward and backward": after_backward, "step with AdamW": memory_mib("VmHWM") - before}
+
+
+def job_load(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of loads, each in a fork of this process, which has imported everything and loaded nothing."""
+
+    def load_in_fork(name: str) -> float:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as fork:
+            return fork.submit(load_seconds, name, args.folder, args.clock).result()
+
+    calls = {name: lambda n=name: load_in_fork(n) for name in MODELS}
+    for call in calls.values():
+        call()  # fills the disk cache
+    return interleave("from_pretrained", calls, args.load_rounds)
+
+
+def load_seconds(name: str, folder: Path, clock: str) -> float:
+    return timed(lambda: load(name, folder), CLOCKS[clock])()
+
+
+PARTS = {"forward": bench_forward, "train": bench_train, "memory": bench_memory, "load": bench_load}
+JOBS = {"memory": job_memory, "load": job_load}
+
+
+def machine() -> str:
+    """The processor's name and what it runs."""
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    return f"{named[1] if named else platform.processor()}, {torch.get_num_threads()} thread(s); {versions}"
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as markdown."""
+    header = ("measured", "vit_embed", "transformers", "ratio", "range of ratios", "ratio of the best")
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--sizes", nargs="+", choices=list(PATCH_SIZES), default=list(PATCH_SIZES))
+    parser.add_argument("--rounds", type=int, default=6, help="measures of each model in each row")
+    parser.add_argument("--memory_rounds", type=int, default=2, help="the same for peak memory, which hardly varies")
+    parser.add_argument("--load_rounds", type=int, default=24, help="the same for loading, which is short")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock",
+        choices=list(CLOCKS),
+        default="cpu",
+        help="cpu: processor time, which other processes disturb least; wall: elapsed time, for more than one thread",
+    )
+    for_processes = parser.add_argument_group("for the processes that this script starts")
+    for_processes.add_argument("--job", choices=list(JOBS))
+    for_processes.add_argument("--model", choices=list(MODELS))
+    for_processes.add_argument("--dtype", choices=list(DTYPES))
+    for_processes.add_argument("--folder", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
+    if args.job:
+        sys.stdout.write(json.dumps(JOBS[args.job](args)) + "\n")
+        return
+    keep_freed_memory()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    rows = []
+    with tempfile.TemporaryDirectory() as root:
+        folders = {size: Path(root, f"patch{PATCH_SIZES[size]}") for size in args.sizes}
+        for size, folder in folders.items():
+            save_checkpoint(PATCH_SIZES[size], folder)
+        for part in PARTS if args.part == "all" else [args.part]:
+            rows += PARTS[part](folders, args)
+    sys.stdout.write(f"{machine()}, batch {args.batch_size}, {args.clock} time\n\n{table(rows)}\n")
+
+
+if __name__ == "__main__":
+    main()
