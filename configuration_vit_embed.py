@@ -22,6 +22,10 @@ HIDDEN_ACTS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "silu")
 CONTRASTIVE_LOSSES = ("softmax", "sigmoid")
 DEPTH_HEAD_TYPES = ("deconv", "dpt")
 DEPTH_LOSSES = ("silog", "l1", "l2")
+PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
+
+# OpenAI bounds the inverse temperature (arXiv:2103.00020, section 2.5).
+MAX_INVERSE_TEMPERATURE = 100
 
 # The DPT head reads four depths of the trunk (arXiv:2103.13413, section 3.2).
 NUM_DPT_TAPS = 4
@@ -82,6 +86,24 @@ def _as_pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
 
 
+# What timm, open_clip and other models of transformers call a field.
+OTHER_NAMES = {
+    "attn_drop_rate": "attention_dropout",
+    "class_token": "use_cls_token",
+    "cls_token": "use_cls_token",
+    "depth": "num_hidden_layers",
+    "dropout": "hidden_dropout_prob",
+    "embed_dim": "hidden_size",
+    "in_chans": "num_channels",
+    "init_values": "layer_scale_init_value",
+    "mlp_ratio": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_layers": "num_hidden_layers",
+    "reg_tokens": "num_register_tokens",
+    "width": "hidden_size",
+}
+
+
 def as_size(value: Any) -> Any:
     """One number for a square, else (height, width): JSON has no tuples, and stock CLIPModel knows squares only."""
     value = tuple(value) if isinstance(value, list) else value
@@ -95,6 +117,8 @@ def _reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_na
     """
     known_to_transformers = {*PretrainedConfig().to_dict(), "num_labels", "auto_map"}
     for name in kwargs:
+        if OTHER_NAMES.get(name) in fields:
+            raise TypeError(f"{class_name} has no field {name!r}; here it is {OTHER_NAMES[name]!r}")
         close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
         if close and name not in known_to_transformers:
             raise TypeError(f"{class_name} has no field {name!r}; did you mean {close[0]!r}?")
@@ -297,7 +321,6 @@ class VitEmbedConfig(PretrainedConfig):
     """
 
     model_type = "vit_embed"
-    sub_configs = {"text_config": VitEmbedTextConfig}
     # Trainer gathers what evaluation returns over all batches: batch x batch logits do not concatenate.
     keys_to_ignore_at_inference = [
         "logits_per_image",
@@ -388,9 +411,6 @@ class VitEmbedConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.initializer_factor = initializer_factor
         self.text_config = VitEmbedTextConfig(**text_config) if isinstance(text_config, dict) else text_config
-        if self.text_config is None:
-            # transformers 4.57 walks into every entry of sub_configs, None included.
-            self.sub_configs = {}
         super().__init__(**kwargs)
         self.validate_architecture()
         self.out_indices = self._stage_indices(out_features, out_indices)
@@ -418,9 +438,21 @@ class VitEmbedConfig(PretrainedConfig):
             },
         )
         _check_rates(self, ("hidden_dropout_prob", "attention_dropout", "drop_path_rate", "patch_drop_rate"))
-        _check_positive(self, ("layer_norm_eps",))
+        _check_positive(self, ("layer_norm_eps", "initializer_range", "initializer_factor"))
+        _check_integers(self, {"num_labels": 1})
+        _check_choices(self, {"problem_type": PROBLEM_TYPES})
+        scale = self.logit_scale_init_value
+        if not isinstance(scale, (int, float)) or not scale <= math.log(MAX_INVERSE_TEMPERATURE) + 1e-4:
+            raise ValueError(
+                f"logit_scale_init_value must be a natural log of at most ln {MAX_INVERSE_TEMPERATURE}, got {scale!r}"
+            )
+        if self.text_config is not None and not hasattr(self.text_config, "max_position_embeddings"):
+            raise TypeError(
+                f"text_config must be a VitEmbedTextConfig, a dict of one, or None; got {self.text_config!r}"
+            )
         _check_positive(self, tuple(n for n in ("max_depth", "layer_scale_init_value") if getattr(self, n) is not None))
         _check_heads(self)
+        self._stage_indices(None, self.__dict__.get("out_indices"))
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             pair = _as_pair(value) if isinstance(value, (int, tuple, list)) else ()
@@ -446,6 +478,11 @@ class VitEmbedConfig(PretrainedConfig):
         for name in ("patch_drop_rate", "token_merge_size"):
             if getattr(self, name) != 0:
                 raise ValueError(f"{name} must be 0: this release does not reduce tokens; got {getattr(self, name)!r}")
+
+    @property
+    def sub_configs(self) -> dict[str, type[PretrainedConfig]]:
+        """The text tower's class, where there is one: transformers 4.57 walks into every entry, None included."""
+        return {} if self.text_config is None else {"text_config": VitEmbedTextConfig}
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -482,9 +519,16 @@ class VitEmbedConfig(PretrainedConfig):
         """Names of the stages that the backbone returns: those of `out_indices`, or the last one."""
         return [self.stage_names[-1]] if self.out_indices is None else [self.stage_names[i] for i in self.out_indices]
 
+    @out_features.setter
+    def out_features(self, names: list[str]) -> None:
+        self.out_indices = self._stage_indices(names, None)
+
     def _stage_indices(self, names: list[str] | None, indices: list[int] | None) -> list[int] | None:
         """`out_indices` counted from 0, from either way to name stages; None for neither."""
         stages = self.stage_names
+        for field, value in (("out_features", names), ("out_indices", indices)):
+            if value is not None and not isinstance(value, (list, tuple)):
+                raise TypeError(f"{field} must be a list, got {value!r}")
         if wrong := [name for name in names or () if name not in stages]:
             raise ValueError(f"out_features must be among {stages}, got {wrong}")
         if wrong := [i for i in indices or () if not -len(stages) <= i < len(stages)]:
@@ -500,7 +544,6 @@ class VitEmbedConfig(PretrainedConfig):
         """A copy without the text tower: what a vision-only class saves, so that no Auto class expects a tower."""
         config = copy.deepcopy(self)
         config.text_config = None
-        config.sub_configs = {}
         return config
 
     def to_clip_vision_config(self) -> dict[str, Any] | None:
@@ -514,7 +557,6 @@ class VitEmbedConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, plus the complete auto_map, plus what `CLIPModel.from_pretrained` reads."""
         output = super().to_dict()
-        output.pop("sub_configs", None)
         output["auto_map"] = dict(AUTO_MAP)
         vision_config = self.to_clip_vision_config() if self.text_config is not None else None
         if vision_config is not None:

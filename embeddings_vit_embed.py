@@ -205,7 +205,9 @@ class VitEmbedEmbeddings(nn.Module):
         with torch.no_grad():
             class_position, patch_positions = self.positions(grid_size, self.position_embedding.weight)
             table = patch_positions if class_position is None else torch.cat([class_position, patch_positions])
-        self.position_embedding = nn.Embedding.from_pretrained(table.clone(), freeze=False)
+        old = self.position_embedding
+        self.position_embedding = nn.Embedding.from_pretrained(table.clone(), freeze=not old.weight.requires_grad)
+        self.position_embedding.train(old.training)
 
     def _with_prefix(self, tokens: torch.Tensor, class_position: torch.Tensor | None) -> torch.Tensor:
         """(B, N, D) -> (B, P + N, D)."""
@@ -232,7 +234,7 @@ class VitEmbedEmbeddings(nn.Module):
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         channels = self.config.num_channels
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.shape[0]:
             raise ValueError(
                 f"pixel_values must be (batch, num_channels={channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}; convert the images to {channels} channels in the image processor"

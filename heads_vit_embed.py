@@ -53,10 +53,10 @@ class DeconvDepthHead(nn.Module):
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__()
-        width = config.hidden_size
-        self.deconv1 = nn.ConvTranspose2d(width, width // 2, kernel_size=2, stride=2)
-        self.deconv2 = nn.ConvTranspose2d(width // 2, width // 4, kernel_size=2, stride=2)
-        self.projection = nn.Conv2d(width // 4, 1, kernel_size=1)
+        width, half, quarter = (max(1, config.hidden_size // divisor) for divisor in (1, 2, 4))
+        self.deconv1 = nn.ConvTranspose2d(width, half, kernel_size=2, stride=2)
+        self.deconv2 = nn.ConvTranspose2d(half, quarter, kernel_size=2, stride=2)
+        self.projection = nn.Conv2d(quarter, 1, kernel_size=1)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """One (B, D, gh, gw) -> (B, 4 gh, 4 gw), any real number."""

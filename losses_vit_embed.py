@@ -3,16 +3,21 @@
 Symbols: B batch, H W pixels, D width of the joint space.
 """
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-# OpenAI bounds the inverse temperature by 100 (arXiv:2103.00020, section 2.5).
-MAX_LOGIT_SCALE = 4.605170185988092  # ln 100
+from .configuration_vit_embed import (
+    MAX_INVERSE_TEMPERATURE,
+)
+
+MAX_LOGIT_SCALE = math.log(MAX_INVERSE_TEMPERATURE)
 
 
 def bounded_logit_scale(logit_scale: torch.Tensor) -> torch.Tensor:
-    """exp(logit_scale) in float32, at most 100. The gradient is zero above the bound."""
+    """exp(logit_scale) in float32, at most MAX_INVERSE_TEMPERATURE. The gradient is zero above the bound."""
     return logit_scale.float().clamp(max=MAX_LOGIT_SCALE).exp()
 
 

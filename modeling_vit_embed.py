@@ -47,6 +47,7 @@ from .heads_vit_embed import (
 from .losses_vit_embed import (
     CONTRASTIVE_LOSSES,
     DEPTH_LOSSES,
+    MAX_LOGIT_SCALE,
     contrastive_logits,
     gather_batch,
 )
@@ -66,9 +67,15 @@ CAUSAL_BY_FLAG = ("sdpa", "flash_attention_2", "flash_attention_3")
 # Where a checkpoint is read from, among the keywords of `from_pretrained`.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+# What `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
+PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision", "tags", "token")
+
 # Implementations with which the last layer can run on the pooled rows alone: they take any number of queries and any
 # mask.
 QUERY_SUBSET = ("eager", "sdpa")
+
+# Cross-entropy's mark for a row to leave out.
+IGNORED_LABEL = -100
 
 # SigLIP's start: almost every pair of a batch is a negative (arXiv:2303.15343 section 3.2).
 SIGMOID_LOGIT_BIAS_INIT = -10.0
@@ -507,9 +514,14 @@ class VitEmbedTextModel(VitEmbedTower):
     def end_of_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(B, T) token ids -> (B,) place of the first end-of-text token. Raises as `forward` does."""
         config = self.config
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+        if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
             raise ValueError(
                 f"input_ids must be (batch, tokens) of integers, got {tuple(input_ids.shape)} of {input_ids.dtype}"
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}"
             )
         if input_ids.shape[1] > config.max_position_embeddings:
             raise ValueError(
@@ -593,6 +605,8 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             ValueError: `image_size` is not a multiple of the patch.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        if isinstance(config, (str, os.PathLike)):
+            config = cls.config_class.from_pretrained(config)
         # As remote code the config's class may come from another copy of the file than the one imported here.
         if isinstance(config, PretrainedConfig) and pretrained_model_name_or_path is not None:
             image_size = config.image_size if image_size is None else image_size
@@ -601,12 +615,16 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
                 stored = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_options)
             except OSError:
                 stored = config
-            config = copy.deepcopy(config)
-            config.image_size = stored.image_size
+            if stored.patch_shape == config.patch_shape:
+                config = copy.deepcopy(config)
+                config.image_size = stored.image_size
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            model._loaded_from = (str(pretrained_model_name_or_path), hub_options)
+            source = os.fspath(pretrained_model_name_or_path)
+            # Absolute, as it is looked at again from wherever the process is when it saves.
+            source = os.path.abspath(source) if os.path.isdir(source) else source
+            model._loaded_from = (source, {k: v for k, v in hub_options.items() if k != "force_download"})
         if image_size is not None:
             model.set_image_size(image_size)
         return loaded
@@ -624,12 +642,19 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             self.trunk.embeddings.resize_positions(changed.grid_size)
         self.config.image_size = changed.image_size
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+    def __getstate__(self) -> dict:
+        """What pickle, deepcopy and `torch.save` take: everything but the access token of the load."""
+        source, hub_options = self._loaded_from
+        return {**self.__dict__, "_loaded_from": (source, {k: v for k, v in hub_options.items() if k != "token"})}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
         """As in transformers, and the folder is complete: code, the whole auto_map, and a processor.
 
         The processor's files are those of the checkpoint that this model was loaded from; without one, an image
-        processor for `config.image_size` with CLIP's mean and standard deviation. Files already there stay.
+        processor for `config.image_size` with CLIP's mean and standard deviation. Files already there stay. With
+        `push_to_hub` the same is then pushed, to `repo_id` or else the name of the folder.
         """
+        push_options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         config = self.config
         if not self.has_text_tower:
             # The weights saved have no text tower, so the config must not ask for one.
@@ -643,6 +668,10 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config = config
+        if push_to_hub:
+            # Not by transformers' own path: that uploads only what changed after our files were written.
+            repo_id = push_options.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            self.push_to_hub(repo_id, **push_options)
 
 
 class VisionFeatures(NamedTuple):
@@ -772,9 +801,9 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         """
         Args:
             pixel_values, patch_embeds: as in VitEmbedModel.
-            labels: (B,) class numbers, for cross-entropy; (B, num_labels) of 0 and 1 with `problem_type=
-                "multi_label_classification"`, for binary cross-entropy; numbers (B,) or (B, num_labels) with
-                "regression", for the mean squared error.
+            labels: (B,) class numbers, for cross-entropy, -100 for a row to leave out. With `problem_type=
+                "multi_label_classification"` (B, num_labels) of 0 and 1, for binary cross-entropy; with "regression"
+                numbers (B, num_labels), or (B,) for one label, for the mean squared error.
 
         Returns:
             loss if labels were given, logits (B, num_labels).
@@ -799,8 +828,10 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         problem = self.config.problem_type or "single_label_classification"
         if problem == "single_label_classification":
             self._check_class_numbers(labels, logits)
-            return F.cross_entropy(logits.float(), labels)
-        labels = labels.reshape(logits.shape) if labels.numel() == logits.numel() else labels
+            total = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED_LABEL, reduction="sum")
+            return total / (labels != IGNORED_LABEL).sum().clamp(min=1)  # nothing to learn from is loss 0
+        if labels.dim() == 1 and logits.shape[1] == 1:
+            labels = labels[:, None]
         if labels.shape != logits.shape:
             raise ValueError(
                 f"labels for problem_type={problem!r} must be {tuple(logits.shape)}, got {tuple(labels.shape)}"
@@ -812,7 +843,7 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
     @staticmethod
     def _check_class_numbers(labels: torch.Tensor, logits: torch.Tensor) -> None:
         batch, num_labels = logits.shape
-        if labels.shape != (batch,) or labels.is_floating_point():
+        if labels.shape != (batch,) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise ValueError(
                 f"labels must be ({batch},) class numbers, got {tuple(labels.shape)} of {labels.dtype}; set "
                 "config.problem_type for multi-label or regression targets"
@@ -820,7 +851,7 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         if torch.compiler.is_compiling():
             return
         outside = (labels < 0) | (labels >= num_labels)
-        outside &= labels != -100  # cross-entropy's mark for a row to leave out
+        outside &= labels != IGNORED_LABEL
         if outside.any():
             raise ValueError(
                 f"labels must be in [0, num_labels={num_labels}), got {int(labels[outside][0])}; load the model with "
@@ -896,6 +927,12 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
 def resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(B, h, w) -> (B, *size), bilinear: no new extremes, so the range of the depths holds."""
     return F.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _check_flag(normalize: bool) -> None:
+    """CLIP's second argument is the attention mask: given by place it must not pass for `normalize`."""
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False, got {type(normalize).__name__}; pass other inputs by name")
 
 
 @dataclass
@@ -1011,6 +1048,7 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
 
         Inputs as in VitEmbedModel.
         """
+        _check_flag(normalize)
         features = self.vision_model.forward_features(pixel_values, patch_embeds, pooled_only=True)
         projected = self.visual_projection(self.vision_model.pool(features.last_hidden_state))
         return F.normalize(projected, dim=-1) if normalize else projected
@@ -1022,6 +1060,7 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
 
         Inputs as in VitEmbedTextModel.
         """
+        _check_flag(normalize)
         projected = self.text_projection(self.text_model.pool(input_ids, attention_mask))
         return F.normalize(projected, dim=-1) if normalize else projected
 
@@ -1049,7 +1088,15 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         read = self.text_model(input_ids, attention_mask, output_attentions, output_hidden_states, return_dict=True)
         return read.pooler_output, read.hidden_states, read.attentions
 
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in transformers, for the text tower."""
+        return self.text_model.resize_token_embeddings(*args, **kwargs)
+
     def _logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            # As OpenAI trains: the parameter itself stays in bounds, for beyond them it would get no gradient back.
+            with torch.no_grad():
+                self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         return contrastive_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)
 
     def _loss(self, logits: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -1074,6 +1121,21 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
         return self.config.out_features
 
     @property
+    def out_indices(self) -> list[int]:
+        """Their places among `stage_names`."""
+        return [self.stage_names.index(name) for name in self.out_features]
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Every stage there is: the input of the first layer, then the output of each."""
+        return self.config.stage_names
+
+    @property
+    def out_feature_channels(self) -> dict[str, int]:
+        """D of each stage."""
+        return dict.fromkeys(self.stage_names, self.config.hidden_size)
+
+    @property
     def channels(self) -> list[int]:
         """D of each map returned."""
         return [self.config.hidden_size] * len(self.out_features)
@@ -1090,8 +1152,8 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
         each of `out_features`."""
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
         features = self.vision_model.forward_features(pixel_values, patch_embeds, output_attentions, True)
-        stages = [self.config.stage_names.index(name) for name in self.out_features]
-        grids = [self.vision_model.patch_grid(features.hidden_states[stage], features.grid_size) for stage in stages]
+        states = [features.hidden_states[stage] for stage in self.out_indices]
+        grids = [self.vision_model.patch_grid(state, features.grid_size) for state in states]
         output = BackboneOutput(
             feature_maps=tuple(grid.permute(0, 3, 1, 2) for grid in grids),
             hidden_states=features.hidden_states if output_hidden_states else None,
@@ -1107,8 +1169,8 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
 class VitEmbedAutoModel(VitEmbedPreTrainedModel):
     """What AutoModel loads: both towers where the checkpoint has a text tower, else the image tower alone.
 
-    One name for every checkpoint: transformers 5 remembers, for the whole process, which class AutoModel took for folders
-    of one base name, and would give a dual encoder named like an earlier vision-only one no text tower.
+    One name for every checkpoint: transformers 5 remembers, for the whole process, which class AutoModel took for
+    folders of one base name, and would give a dual encoder named like an earlier vision-only one no text tower.
     """
 
     @classmethod

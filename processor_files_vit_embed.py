@@ -89,9 +89,9 @@ def carried_image_processor(source: dict[str, Any], own: dict[str, Any]) -> dict
 
 
 def _find(source: str, name: str, hub_options: dict[str, Any]) -> str | None:
-    """The path of a file of a checkpoint, in a local folder or on the Hub, or None."""
-    if os.path.isdir(source):
-        path = os.path.join(source, hub_options.get("subfolder", ""), name)
+    """The path of a file of a checkpoint, in a local folder (absolute) or on the Hub, or None."""
+    if os.path.isabs(source):  # never to be taken for a Hub id, even when the folder is gone by now
+        path = os.path.join(source, hub_options.get("subfolder") or "", name)
         return path if os.path.isfile(path) else None
     try:
         return cached_file(source, name, **hub_options)

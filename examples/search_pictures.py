@@ -79,7 +79,7 @@ def embed_pictures(model, processor, paths: list[Path], batch_size: int) -> tupl
 @torch.inference_mode()
 def embed_queries(model, processor, queries: list[str]) -> torch.Tensor:
     """(queries, projection_dim), unit length."""
-    inputs = processor.tokenizer(queries, padding=True, truncation=True, return_tensors="pt")
+    inputs = processor.tokenizer(queries, padding=True, return_tensors="pt")
     return model.get_text_features(**inputs, normalize=True)
 
 
