@@ -411,6 +411,13 @@ class VitEmbedConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.initializer_factor = initializer_factor
         self.text_config = VitEmbedTextConfig(**text_config) if isinstance(text_config, dict) else text_config
+        if (
+            self.text_config is not None
+            and getattr(self.text_config, "model_type", "") != VitEmbedTextConfig.model_type
+        ):
+            raise TypeError(
+                f"text_config must be a VitEmbedTextConfig, a dict of one, or None; got {self.text_config!r}"
+            )
         super().__init__(**kwargs)
         self.validate_architecture()
         self.out_indices = self._stage_indices(out_features, out_indices)
@@ -445,10 +452,6 @@ class VitEmbedConfig(PretrainedConfig):
         if not isinstance(scale, (int, float)) or not scale <= math.log(MAX_INVERSE_TEMPERATURE) + 1e-4:
             raise ValueError(
                 f"logit_scale_init_value must be a natural log of at most ln {MAX_INVERSE_TEMPERATURE}, got {scale!r}"
-            )
-        if self.text_config is not None and not hasattr(self.text_config, "max_position_embeddings"):
-            raise TypeError(
-                f"text_config must be a VitEmbedTextConfig, a dict of one, or None; got {self.text_config!r}"
             )
         _check_positive(self, tuple(n for n in ("max_depth", "layer_scale_init_value") if getattr(self, n) is not None))
         _check_heads(self)

@@ -3,6 +3,7 @@ them from the checkpoint a model was loaded from to the folder it is saved in. T
 """
 
 import json
+import logging
 import math
 import os
 from typing import Any
@@ -12,6 +13,8 @@ from transformers.utils import cached_file
 from .configuration_vit_embed import (
     VitEmbedConfig,
 )
+
+logger = logging.getLogger(__name__)
 
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 # transformers 5 saves a CLIPProcessor's image processor inside this one.
@@ -120,7 +123,14 @@ def write_processor_files(
         hub_options: revision, token and the like of that load.
     """
     found = {}
-    if source:
+    if source and os.path.isabs(source) and not os.path.isdir(source):
+        logger.warning(
+            "%s, which this model was loaded from, is gone: %s gets an image processor with CLIP's mean and standard "
+            "deviation and no tokenizer; save the processor there yourself",
+            source,
+            folder,
+        )
+    elif source:
         found = {name: _find(source, name, hub_options) for name in (IMAGE_PROCESSOR_FILE, PROCESSOR_FILE)}
         if with_tokenizer:
             found.update({name: _find(source, name, hub_options) for name in TOKENIZER_FILES})

@@ -27,14 +27,7 @@ logger = logging.getLogger("search_pictures")
 
 REPO = Path(__file__).resolve().parent.parent
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-QUERIES = (
-    "red fruit",
-    "a happy face",
-    "an animal that lives in the sea",
-    "something to drink",
-    "rain and snow",
-    "a fast car",
-)
+QUERIES = ("red fruit", "guitar", "smiling face with sunglasses", "sunflower", "rocket", "white bird", "train")
 COLUMNS = 6
 
 
@@ -104,6 +97,7 @@ def draw_sheet(
     """
     rows = len(matches) + 1
     figure, axes = pyplot.subplots(rows, COLUMNS + 1, figsize=(1.6 * (COLUMNS + 1), 1.85 * rows), squeeze=False)
+    figure.subplots_adjust(hspace=0.5)  # room for names of two lines
     for axis in axes.flat:
         axis.axis("off")
     for row, (query, found) in zip(axes, matches.items()):

@@ -60,6 +60,10 @@ def test_defaults_are_openai_clip_vit_b_16():
         ({"out_indices": [9]}, r"out_indices must be in \[-5, 4\], got \[9\]"),
         ({"out_features": ["stage9"]}, r"out_features must be among .*got \['stage9'\]"),
         ({"out_features": ["stage1"], "out_indices": [2]}, "name different stages"),
+        ({"initializer_range": -1.0}, "initializer_range must be a positive number"),
+        ({"initializer_factor": float("nan")}, "initializer_factor must be a positive number"),
+        ({"logit_scale_init_value": "x"}, "logit_scale_init_value must be a natural log"),
+        ({"problem_type": "foo"}, "problem_type"),
     ],
 )
 def test_values_without_a_meaning_are_refused(overrides, message):
@@ -87,6 +91,25 @@ def test_text_values_without_a_meaning_are_refused(overrides, message):
 def test_a_misspelled_field_is_refused(typo, meant):
     with pytest.raises(TypeError, match=f"no field '{typo}'; did you mean '{meant}'"):
         VitEmbedConfig(**{typo: 1})
+
+
+@pytest.mark.parametrize(("foreign", "ours"), [("num_layers", "num_hidden_layers"), ("embed_dim", "hidden_size")])
+def test_another_librarys_name_for_a_field_is_refused(foreign, ours):
+    with pytest.raises(TypeError, match=f"no field '{foreign}'; here it is '{ours}'"):
+        VitEmbedConfig(**{foreign: 3})
+
+
+@pytest.mark.parametrize("overrides", [{"out_indices": 1}, {"out_features": "stage1"}, {"text_config": "x"}])
+def test_values_of_the_wrong_type_are_refused(overrides):
+    with pytest.raises(TypeError, match=next(iter(overrides))):
+        vision_config(**overrides)
+
+
+def test_the_text_tower_can_be_added_later():
+    config = vision_config()
+    config.text_config = VitEmbedTextConfig(**TEXT)
+    model = VitEmbedForContrastive._from_config(config, attn_implementation="eager")
+    assert model.text_model.config._attn_implementation == "eager"
 
 
 def test_keys_of_another_release_pass():

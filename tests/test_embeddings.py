@@ -61,6 +61,13 @@ def test_resampling_equals_clip_without_antialias(side):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_bilinear_resampling_is_torchs():
+    table = torch.randn(16, 12)
+    expected = F.interpolate(table.t().reshape(1, 12, 4, 4), size=(3, 7), mode="bilinear", align_corners=False)
+    found = interpolate_positions(table, (4, 4), (3, 7), "bilinear")
+    torch.testing.assert_close(found, expected[0].flatten(1).t(), rtol=0, atol=1e-6)
+
+
 def test_resampling_to_the_native_grid_is_the_table_itself():
     table = torch.randn(16, 12)
     for interpolation in ("bicubic", "bicubic_antialias", "bilinear"):
@@ -146,6 +153,7 @@ def test_inputs_are_cast_at_the_stem():
         ({"pixel_values": pixels(1, 0, 32)}, "multiples of patch_size"),
         ({"pixel_values": pixels()[:, :1]}, r"num_channels=3.*got \(3, 1, 32, 32\)"),
         ({"pixel_values": pixels()[0]}, r"got \(3, 32, 32\)"),
+        ({"pixel_values": pixels()[:0]}, r"got \(0, 3, 32, 32\)"),
         ({"patch_embeds": torch.randn(3, 31, 4, 4)}, r"hidden_size=32.*got \(3, 31, 4, 4\)"),
         ({"patch_embeds": torch.randn(3, 16, 32)}, r"got \(3, 16, 32\)"),
     ],

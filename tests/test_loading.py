@@ -31,7 +31,6 @@ from vit_embed import (
 )
 from vit_embed.configuration_vit_embed import AUTO_MAP
 from vit_embed.embeddings_vit_embed import interpolate_positions
-from vit_embed.modeling_vit_embed import SIGMOID_LOGIT_BIAS_INIT
 
 REPO = Path(vit_embed.__file__).parent
 MODEL_CODE = {path.name for path in REPO.glob("*_vit_embed.py")}
@@ -293,7 +292,7 @@ def test_sigmoid_from_softmax_adds_only_the_bias(saved):
             saved["softmax"].folder, contrastive_loss="sigmoid", output_loading_info=True
         )
     assert reported(info, "missing_keys") == {"logit_bias"}
-    assert model.logit_bias.item() == SIGMOID_LOGIT_BIAS_INIT
+    assert model.logit_bias.item() == -10.0  # arXiv:2303.15343 section 3.2
     assert_equal_but(model, saved["softmax"].digests, set())
 
 

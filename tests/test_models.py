@@ -329,6 +329,7 @@ def test_backbone_maps():
         (torch.tensor([[98, 100, 99]]), r"\[0, vocab_size=100\), got 100"),
         (torch.tensor([[98, -1, 99]]), "got -1"),
         (torch.tensor([98, 5, 99]), r"\(batch, tokens\) of integers, got \(3,\)"),
+        (torch.zeros(2, 0, dtype=torch.long), r"\(batch, tokens\) of integers, got \(2, 0\)"),
         (torch.tensor([[98.0, 99.0]]), "of integers.*float32"),
     ],
 )
@@ -346,6 +347,8 @@ def test_padding_on_the_left_is_refused():
     with pytest.raises(ValueError, match="padding_side='right'"):
         model.get_text_features(ids, attention_mask=left)
     model.get_text_features(ids, attention_mask=torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]))
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids \(2, 4\), got \(2, 3\)"):
+        model.get_text_features(ids, attention_mask=left[:, :3])
 
 
 @pytest.mark.parametrize(

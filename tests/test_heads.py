@@ -1,0 +1,90 @@
+"""Depth heads against the same networks put together another way."""
+
+import torch
+from tiny import pixels, randomised, vision_config
+from torch import nn
+from torch.nn import functional as F
+from transformers import DPTConfig
+from transformers.models.dpt.modeling_dpt import DPTPreActResidualLayer
+
+from vit_embed import VitEmbedForDepthEstimation, VitEmbedModel
+from vit_embed.heads_vit_embed import DPTDepthHead, ResidualConvUnit, to_depth
+
+
+def depth_model(**overrides) -> VitEmbedForDepthEstimation:
+    return randomised(VitEmbedForDepthEstimation(vision_config(**overrides)))
+
+
+def test_taps_are_evenly_spaced_and_end_at_the_last_layer():
+    assert depth_model(num_hidden_layers=12, depth_head_type="dpt").taps == [3, 6, 9, 12]
+    assert depth_model(depth_head_type="dpt").taps == [1, 2, 3, 4]
+    assert depth_model(num_hidden_layers=6, depth_head_type="dpt").taps == [2, 3, 4, 6]
+    assert depth_model().taps == [4]
+
+
+@torch.no_grad()
+def test_deconv_head_is_the_sequence_it_says():
+    model = depth_model(max_depth=10.0)
+    head, trunk = model.depth_head, model.vision_model
+    network = nn.Sequential(head.deconv1, nn.ReLU(), head.deconv2, nn.ReLU(), head.projection)
+    hidden = trunk(pixels(2, 32, 64)).last_hidden_state[:, 1:]
+    raw = network(trunk.post_layernorm(hidden).transpose(1, 2).unflatten(2, (4, 8)))[:, 0]
+    assert raw.shape == (2, 16, 32)
+    expected = F.interpolate(10 * raw.sigmoid()[:, None], size=(32, 64), mode="bilinear")[:, 0]
+    torch.testing.assert_close(model(pixels(2, 32, 64)).predicted_depth, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_residual_unit_equals_dpts_of_transformers():
+    unit = randomised(ResidualConvUnit(8))
+    theirs = DPTPreActResidualLayer(DPTConfig(fusion_hidden_size=8, use_batch_norm_in_fusion_residual=False)).eval()
+    theirs.convolution1.load_state_dict(unit.conv1.state_dict())
+    theirs.convolution2.load_state_dict(unit.conv2.state_dict())
+    maps = torch.randn(2, 8, 5, 7)
+    # transformers' unit applies its first ReLU in place and so adds the rectified input; the paper's code does as well.
+    torch.testing.assert_close(unit(maps.relu()), theirs(maps.relu()), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dpt_head_fuses_from_deep_to_shallow():
+    """The network of the paper's figure 1, one line a step."""
+    head = randomised(DPTDepthHead(vision_config()))
+    maps = [torch.randn(2, 32, 3, 5) for _ in range(4)]
+    levels = []
+    for i in range(4):
+        levels.append(head.levels[i](head.resizes[i](head.projections[i](maps[i]))))
+    assert [tuple(level.shape[2:]) for level in levels] == [(12, 20), (6, 10), (3, 5), (2, 3)]
+
+    def up(hidden, size):
+        return F.interpolate(hidden, size=size, mode="bilinear", align_corners=False)
+
+    path = head.fusions[3].projection(up(head.fusions[3].unit(levels[3]), (3, 5)))
+    for i, size in ((2, (6, 10)), (1, (12, 20)), (0, (24, 40))):
+        fusion = head.fusions[i]
+        path = fusion.projection(up(fusion.unit(path + fusion.level_unit(levels[i])), size))
+    expected = head.head3(F.relu(head.head2(up(head.head1(path), (48, 80)))))[:, 0]
+    torch.testing.assert_close(head(tuple(maps)), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dpt_reads_its_taps_shallow_to_deep():
+    model = depth_model(depth_head_type="dpt")
+    trunk = model.vision_model
+    states = trunk(pixels(), output_hidden_states=True).hidden_states
+    maps = tuple(trunk.post_layernorm(states[i][:, 1:]).transpose(1, 2).unflatten(2, (4, 4)) for i in (1, 2, 3, 4))
+    raw = model.depth_head(maps)
+    expected = F.interpolate(to_depth(raw, None)[:, None], size=(32, 32), mode="bilinear")[:, 0]
+    torch.testing.assert_close(model(pixels()).predicted_depth, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_depth_ranges():
+    raw = torch.tensor([-50.0, -1.0, 0.0, 1.0, 50.0])
+    torch.testing.assert_close(to_depth(raw, None), F.softplus(raw))
+    torch.testing.assert_close(to_depth(raw, 4.0), 4 * torch.sigmoid(raw))
+    assert to_depth(raw.bfloat16(), 4.0).dtype == torch.float32
+
+
+def test_the_smallest_trunk_has_a_head():
+    tiny = VitEmbedForDepthEstimation(vision_config(hidden_size=2, num_attention_heads=1, intermediate_size=4))
+    assert tiny(pixels()).predicted_depth.shape == (3, 32, 32)
+    assert isinstance(tiny.vision_model, VitEmbedModel)
