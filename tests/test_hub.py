@@ -81,6 +81,10 @@ def push(repos: dict, token: str) -> dict:
     result["model"]["commit_2"] = model.push_to_hub("alice/model", token=token).oid
     result["model"]["digests_2"] = digests(model)
     model.push_to_hub("alice/secret", token=token, private=True)
+
+    dual = vit_embed.VitEmbedForContrastive.from_pretrained(repos["dual"][1])
+    dual.save_pretrained("saved-and-pushed", push_to_hub=True, repo_id="alice/at-once", token=token)
+    result["dual"]["files_of_save"] = api.list_repo_files("alice/at-once")
     return result
 
 
@@ -103,9 +107,14 @@ def pushed(hub, tmp_path_factory) -> dict[str, dict]:
 def test_pushed_repo_is_complete(pushed, repo):
     files = set(pushed[repo]["files"])
     assert files >= {"README.md", "config.json", "model.safetensors"}
-    if repo != "text":  # no Auto class loads a text tower alone
-        assert files >= MODEL_CODE | {"preprocessor_config.json"}
+    assert files >= MODEL_CODE
+    assert ("preprocessor_config.json" in files) == (repo != "text")
     assert (files >= TOKENIZER_FILES) == (repo == "dual")
+
+
+def test_saving_with_push_to_hub_pushes_as_much(pushed):
+    """transformers' own path uploads only what changed after the processor's files were written."""
+    assert set(pushed["dual"]["files_of_save"]) >= set(pushed["dual"]["files"])
 
 
 def pull(repos: dict, target: str) -> dict:
