@@ -253,7 +253,6 @@ class VitEmbedTextEmbeddings(nn.Module):
 
     def __init__(self, config: VitEmbedTextConfig):
         super().__init__()
-        self.config = config
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 

@@ -189,7 +189,6 @@ class VitEmbedMLP(nn.Module):
 
     def __init__(self, config: VitEmbedConfig | VitEmbedTextConfig):
         super().__init__()
-        self.config = config
         self.activation_fn = ACT2FN[config.hidden_act]
         width, factor = config.hidden_size, config.initializer_factor
         out_std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5 * factor
