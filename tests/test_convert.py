@@ -381,6 +381,7 @@ def test_without_a_tokenizer_the_log_says_how_to_get_one(source, tmp_path, caplo
 @pytest.mark.parametrize(
     "content",
     [b"", b"no gzip", gzip.compress(b"header\na b\n"), gzip.compress(b"\xff"), gzip.compress(b"a b c\n" * 50000)],
+    ids=["empty", "no gzip", "too few merges", "no text", "three words a line"],  # gzip writes the time into its header
 )
 def test_a_foreign_bpe_file_is_refused(tmp_path, content):
     (tmp_path / "bpe.gz").write_bytes(content)
