@@ -6,6 +6,7 @@ from .modeling_vit_embed import (
     VitEmbedForContrastive,
     VitEmbedForDepthEstimation,
     VitEmbedForImageClassification,
+    VitEmbedForMaskedImageModeling,
     VitEmbedModel,
     VitEmbedTextModel,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "VitEmbedForContrastive",
     "VitEmbedForDepthEstimation",
     "VitEmbedForImageClassification",
+    "VitEmbedForMaskedImageModeling",
     "VitEmbedModel",
     "VitEmbedTextConfig",
     "VitEmbedTextModel",

@@ -7,13 +7,29 @@ of a dual encoder and is None for a vision-only model. Every default is OpenAI C
 
 import copy
 import difflib
+import inspect
 import math
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-STEM_TYPES = ("conv", "linear")
-POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "none")
+STEM_TYPES = (
+    "conv",
+    "linear",
+    "overlap",
+    "hierarchical",
+    "hybrid",
+    "adaptive",
+    "token_learner",
+    "dct",
+    "wavelet",
+    "deformable",
+)
+# Stems whose tokens are not the patches of a grid, and stems that choose how many tokens there are by themselves.
+GRIDLESS_STEMS = ("token_learner",)
+TOKEN_CHOOSING_STEMS = ("adaptive", "token_learner")
+STEM_NORM_TYPES = ("layer_norm", "batch_norm")
+POSITION_EMBEDDING_TYPES = ("learned", "sinusoidal", "polynomial", "none")
 POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias", "bilinear")
 NORM_TYPES = ("layer_norm", "rms_norm")
 NORM_POSITIONS = ("pre", "post")
@@ -37,7 +53,24 @@ AUTO_MAP = {
     "AutoModelForImageClassification": "modeling_vit_embed.VitEmbedForImageClassification",
     "AutoModelForZeroShotImageClassification": "modeling_vit_embed.VitEmbedForContrastive",
     "AutoModelForDepthEstimation": "modeling_vit_embed.VitEmbedForDepthEstimation",
+    "AutoModelForMaskedImageModeling": "modeling_vit_embed.VitEmbedForMaskedImageModeling",
     "AutoBackbone": "modeling_vit_embed.VitEmbedBackbone",
+}
+
+# field: the other field that gives it a meaning, and the values with which it has one. Elsewhere it stays at its
+# default.
+MEANT_FOR = {
+    "patch_kernel_size": ("stem_type", ("overlap",)),
+    "patch_pointwise": ("stem_type", ("overlap",)),
+    "stem_norm_type": ("stem_type", ("hierarchical",)),
+    "use_feature_pyramid": ("stem_type", ("hierarchical",)),
+    "backbone_config": ("stem_type", ("hybrid",)),
+    "adaptive_budget": ("stem_type", ("adaptive",)),
+    "adaptive_budget_weight": ("stem_type", ("adaptive",)),
+    "num_learned_tokens": ("stem_type", ("token_learner",)),
+    "num_coefficients": ("stem_type", ("dct", "wavelet")),
+    "position_interpolation": ("position_embedding_type", ("learned",)),
+    "position_degree": ("position_embedding_type", ("polynomial",)),
 }
 
 # OpenAI's vocabulary has 49,408 tokens, the last of which ends a text. Configs written before transformers 4.31 say
@@ -110,6 +143,19 @@ def as_size(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and len(value) == 2 and value[0] == value[1] else value
 
 
+def as_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig | None:
+    """The config of another model of transformers, from itself or from the dict that its `to_dict` gives.
+
+    Raises:
+        TypeError: neither of them, or a dict without its `model_type`.
+    """
+    if isinstance(value, dict) and "model_type" in value:
+        return AutoConfig.for_model(**value)
+    if value is None or isinstance(value, PretrainedConfig):
+        return value
+    raise TypeError(f"backbone_config must be a config of transformers, or its dict with a model_type; got {value!r}")
+
+
 def _reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_name: str) -> None:
     """Raises TypeError for a keyword that is nearly, but not quite, the name of a field.
 
@@ -150,6 +196,13 @@ def _check_positive(config: PretrainedConfig, names: tuple[str, ...]) -> None:
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not (0 < value < math.inf):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_size(config: PretrainedConfig, name: str) -> None:
+    value = getattr(config, name)
+    pair = _as_pair(value) if isinstance(value, (int, tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
+        raise ValueError(f"{name} must be pixels > 0, one integer or (height, width); got {value!r}")
 
 
 def _check_heads(config: PretrainedConfig) -> None:
@@ -264,6 +317,7 @@ class VitEmbedTextConfig(PretrainedConfig):
     layer_scale_init_value = None
     hidden_dropout_prob = 0.0
     drop_path_rate = 0.0
+    num_prefix_tokens = 0
 
 
 class VitEmbedConfig(PretrainedConfig):
@@ -280,12 +334,25 @@ class VitEmbedConfig(PretrainedConfig):
         image_size: height and width in pixels that the position table is made for; other sizes resample it.
         patch_size: height and width of a patch in pixels; must divide image_size.
         num_channels: image channels C.
-        stem_type: pixels -> tokens, one of STEM_TYPES.
+        stem_type: pixels -> tokens, one of STEM_TYPES; `stems_vit_embed.py` has the equation of each.
         patch_bias: whether the patch projection has a bias. CLIP's has none.
+        pad_to_patch: pads images with zeros on the right and at the bottom to whole patches, instead of refusing them.
+        patch_kernel_size: pixels of the "overlap" stem's kernel, at least the patch; None is twice the patch.
+        patch_pointwise: whether a 1x1 convolution follows the "overlap" stem's.
+        stem_norm_type: norm of the "hierarchical" stem, one of STEM_NORM_TYPES.
+        use_feature_pyramid: the "dpt" depth head reads its two finest levels from the "hierarchical" stem's maps.
+        backbone_config: config, or its dict, of the transformers backbone of the "hybrid" stem; the stride of its last
+            feature map is patch_size.
+        adaptive_budget: tokens that the "adaptive" stem is trained to keep, as a share in [0.25, 1] of the patches.
+        adaptive_budget_weight: factor of the squared difference to that share in every training loss.
+        num_learned_tokens: tokens K of the "token_learner" stem, whatever the image size.
+        num_coefficients: lowest-frequency coefficients that "dct" and "wavelet" keep of a patch and channel; None is
+            all.
         use_cls_token: whether a class token is put before the patches.
         num_register_tokens: learned tokens without position between class token and patches (arXiv:2309.16588).
         position_embedding_type: one of POSITION_EMBEDDING_TYPES.
         position_interpolation: how a learned table is resampled to another grid, one of POSITION_INTERPOLATIONS.
+        position_degree: highest power of each coordinate in "polynomial" positions.
         norm_type: norm of the layers, one of NORM_TYPES.
         norm_position: "pre" normalises each branch's input, "post" the sum behind it (arXiv:2002.04745).
         use_pre_layernorm: whether the tokens are normalised before the first layer (CLIP's `pre_layrnorm`).
@@ -299,14 +366,19 @@ class VitEmbedConfig(PretrainedConfig):
             the first (arXiv:1603.09382), in training.
         pooling_type: "cls" takes the class token, "mean" the mean of the patches, each then normalised; "map" is
             attention pooling over the normalised tokens (arXiv:2106.04560, figure 1).
-        patch_drop_rate: reserved; must be 0 in this release.
-        token_merge_size: reserved; must be 0 in this release.
+        patch_drop_rate: share in [0, 1) of the patches left out at random, in training (arXiv:2212.00794).
+        token_merge_size: pairs of most similar patch tokens that each layer merges, in evaluation (arXiv:2210.09461);
+            at most half of the tokens that a layer has.
         projection_dim: width of the joint image-text space.
         logit_scale_init_value: natural log of the inverse temperature at initialisation; ln(1 / 0.07) = 2.6592.
         contrastive_loss: "softmax" is CLIP's, "sigmoid" SigLIP's (arXiv:2303.15343) with a learned logit_bias.
         depth_head_type: one of DEPTH_HEAD_TYPES.
         depth_loss: one of DEPTH_LOSSES.
         max_depth: metres at the far end of the depth head's range; None predicts unitless positive depth.
+        mask_ratio: share in [0, 1) of the patches that masked image modelling hides (arXiv:2111.06377).
+        norm_pix_loss: whether it predicts each patch less its mean and over its standard deviation.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: sizes of
+            its decoder; the width must be a multiple of the heads and of 4.
         out_features, out_indices: which stages ("stem", "stage1", ...) the backbone returns; None means the last.
         initializer_range: standard deviation of the embeddings at initialisation.
         initializer_factor: multiplies every standard deviation at initialisation.
@@ -343,10 +415,21 @@ class VitEmbedConfig(PretrainedConfig):
         num_channels: int = 3,
         stem_type: str = "conv",
         patch_bias: bool = False,
+        pad_to_patch: bool = False,
+        patch_kernel_size: int | tuple[int, int] | None = None,
+        patch_pointwise: bool = False,
+        stem_norm_type: str = "layer_norm",
+        use_feature_pyramid: bool = False,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        adaptive_budget: float = 0.5,
+        adaptive_budget_weight: float = 1.0,
+        num_learned_tokens: int = 8,
+        num_coefficients: int | None = None,
         use_cls_token: bool = True,
         num_register_tokens: int = 0,
         position_embedding_type: str = "learned",
         position_interpolation: str = "bicubic",
+        position_degree: int = 4,
         norm_type: str = "layer_norm",
         norm_position: str = "pre",
         use_pre_layernorm: bool = True,
@@ -366,6 +449,12 @@ class VitEmbedConfig(PretrainedConfig):
         depth_head_type: str = "deconv",
         depth_loss: str = "silog",
         max_depth: float | None = None,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = True,
+        decoder_hidden_size: int = 512,
+        decoder_num_hidden_layers: int = 4,
+        decoder_num_attention_heads: int = 16,
+        decoder_intermediate_size: int = 2048,
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
         initializer_range: float = 0.02,
@@ -384,10 +473,21 @@ class VitEmbedConfig(PretrainedConfig):
         self.num_channels = num_channels
         self.stem_type = stem_type
         self.patch_bias = patch_bias
+        self.pad_to_patch = pad_to_patch
+        self.patch_kernel_size = as_size(patch_kernel_size)
+        self.patch_pointwise = patch_pointwise
+        self.stem_norm_type = stem_norm_type
+        self.use_feature_pyramid = use_feature_pyramid
+        self.backbone_config = as_config(backbone_config)
+        self.adaptive_budget = adaptive_budget
+        self.adaptive_budget_weight = adaptive_budget_weight
+        self.num_learned_tokens = num_learned_tokens
+        self.num_coefficients = num_coefficients
         self.use_cls_token = use_cls_token
         self.num_register_tokens = num_register_tokens
         self.position_embedding_type = position_embedding_type
         self.position_interpolation = position_interpolation
+        self.position_degree = position_degree
         self.norm_type = norm_type
         self.norm_position = norm_position
         self.use_pre_layernorm = use_pre_layernorm
@@ -407,6 +507,12 @@ class VitEmbedConfig(PretrainedConfig):
         self.depth_head_type = depth_head_type
         self.depth_loss = depth_loss
         self.max_depth = max_depth
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_hidden_size = decoder_hidden_size
+        self.decoder_num_hidden_layers = decoder_num_hidden_layers
+        self.decoder_num_attention_heads = decoder_num_attention_heads
+        self.decoder_intermediate_size = decoder_intermediate_size
         self.out_indices = out_indices
         self.initializer_range = initializer_range
         self.initializer_factor = initializer_factor
@@ -425,13 +531,18 @@ class VitEmbedConfig(PretrainedConfig):
     def validate_architecture(self) -> None:
         """Raises ValueError, naming the fields, unless every field is in range and the combination has a meaning."""
         counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
+        decoder_counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        counts = (*counts, *(f"decoder_{name}" for name in decoder_counts), "num_learned_tokens", "position_degree")
         _check_integers(self, dict.fromkeys((*counts, "projection_dim"), 1))
         _check_integers(self, {"num_register_tokens": 0, "token_merge_size": 0})
+        flags = ("patch_bias", "pad_to_patch", "patch_pointwise", "use_feature_pyramid", "norm_pix_loss")
+        flags = (*flags, "use_cls_token", "use_pre_layernorm", "qkv_bias")
         _check_choices(
             self,
             {
                 "hidden_act": HIDDEN_ACTS,
                 "stem_type": STEM_TYPES,
+                "stem_norm_type": STEM_NORM_TYPES,
                 "position_embedding_type": POSITION_EMBEDDING_TYPES,
                 "position_interpolation": POSITION_INTERPOLATIONS,
                 "norm_type": NORM_TYPES,
@@ -441,10 +552,12 @@ class VitEmbedConfig(PretrainedConfig):
                 "contrastive_loss": CONTRASTIVE_LOSSES,
                 "depth_head_type": DEPTH_HEAD_TYPES,
                 "depth_loss": DEPTH_LOSSES,
-                **dict.fromkeys(("patch_bias", "use_cls_token", "use_pre_layernorm", "qkv_bias"), (True, False)),
+                **dict.fromkeys(flags, (True, False)),
             },
         )
-        _check_rates(self, ("hidden_dropout_prob", "attention_dropout", "drop_path_rate", "patch_drop_rate"))
+        _check_rates(
+            self, ("hidden_dropout_prob", "attention_dropout", "drop_path_rate", "patch_drop_rate", "mask_ratio")
+        )
         _check_positive(self, ("layer_norm_eps", "initializer_range", "initializer_factor"))
         _check_integers(self, {"num_labels": 1})
         _check_choices(self, {"problem_type": PROBLEM_TYPES})
@@ -455,17 +568,22 @@ class VitEmbedConfig(PretrainedConfig):
             )
         _check_positive(self, tuple(n for n in ("max_depth", "layer_scale_init_value") if getattr(self, n) is not None))
         _check_heads(self)
-        self._stage_indices(None, self.__dict__.get("out_indices"))
         for name in ("image_size", "patch_size"):
-            value = getattr(self, name)
-            pair = _as_pair(value) if isinstance(value, (int, tuple, list)) else ()
-            if len(pair) != 2 or not all(isinstance(v, int) and v > 0 for v in pair):
-                raise ValueError(f"{name} must be pixels > 0, one integer or (height, width); got {value!r}")
-        if any(size % patch for size, patch in zip(self.image_shape, self.patch_shape)):
-            raise ValueError(
-                f"image_size must be a multiple of patch_size, got image_size={self.image_size!r} and "
-                f"patch_size={self.patch_size!r}"
-            )
+            _check_size(self, name)
+        self._check_combinations()
+        self._check_stem()
+        self._check_decoder()
+        self._stage_indices(None, self.__dict__.get("out_indices"))
+
+    def _check_combinations(self) -> None:
+        """Raises ValueError for a field that another one leaves without a meaning; names both."""
+        for name, (other, values) in MEANT_FOR.items():
+            value, default = getattr(self, name), DEFAULTS[name]
+            if value != default and getattr(self, other) not in values:
+                raise ValueError(
+                    f"{name}={value!r} has a meaning with {other}={' or '.join(map(repr, values))} only, got "
+                    f"{other}={getattr(self, other)!r}; leave {name} at {default!r}"
+                )
         if self.pooling_type == "cls" and not self.use_cls_token:
             raise ValueError("pooling_type='cls' needs use_cls_token=True; use pooling_type='mean' or 'map' without it")
         if self.position_embedding_type == "sinusoidal" and self.hidden_size % 4:
@@ -473,14 +591,83 @@ class VitEmbedConfig(PretrainedConfig):
                 "position_embedding_type='sinusoidal' needs hidden_size to be a multiple of 4 (sine and cosine of two "
                 f"coordinates), got hidden_size={self.hidden_size}"
             )
-        if self.position_embedding_type != "learned" and self.position_interpolation != "bicubic":
+        if self.patch_drop_rate and self.stem_type in TOKEN_CHOOSING_STEMS:
             raise ValueError(
-                f"position_interpolation={self.position_interpolation!r} resamples a learned table, but "
-                f"position_embedding_type={self.position_embedding_type!r} has none; leave position_interpolation out"
+                f"patch_drop_rate={self.patch_drop_rate} drops patches, but stem_type={self.stem_type!r} chooses its "
+                "tokens itself; set patch_drop_rate=0"
             )
-        for name in ("patch_drop_rate", "token_merge_size"):
-            if getattr(self, name) != 0:
-                raise ValueError(f"{name} must be 0: this release does not reduce tokens; got {getattr(self, name)!r}")
+        if self.token_merge_size and self.stem_type == "adaptive":
+            raise ValueError(
+                f"token_merge_size={self.token_merge_size} merges equally many tokens of every image, but "
+                "stem_type='adaptive' chooses how many each keeps; set token_merge_size=0"
+            )
+        if self.use_feature_pyramid and self.depth_head_type != "dpt":
+            raise ValueError(
+                "use_feature_pyramid=True feeds the depth head of depth_head_type='dpt', got "
+                f"depth_head_type={self.depth_head_type!r}"
+            )
+
+    def _check_stem(self) -> None:
+        """Raises ValueError, naming the fields, unless the stem can cut this image with this patch."""
+        stem, patch = self.stem_type, self.patch_shape
+        if not self.pad_to_patch and any(size % unit for size, unit in zip(self.image_shape, self.image_multiple)):
+            twice = "twice patch_size, for stem_type='adaptive'" if stem == "adaptive" else "patch_size"
+            raise ValueError(
+                f"image_size must be a multiple of {twice}, got image_size={self.image_size!r} and "
+                f"patch_size={self.patch_size!r}; change one of them or set pad_to_patch=True"
+            )
+        if self.patch_kernel_size is not None:
+            _check_size(self, "patch_kernel_size")
+        if stem == "overlap" and any(kernel < step for kernel, step in zip(self.patch_kernel_shape, patch)):
+            raise ValueError(
+                f"patch_kernel_size must be at least patch_size, or pixels are left out; got "
+                f"{self.patch_kernel_size!r} and patch_size={self.patch_size!r}"
+            )
+        if stem == "hierarchical" and (patch[0] != patch[1] or patch[0] < 2 or patch[0] & (patch[0] - 1)):
+            raise ValueError(
+                f"stem_type='hierarchical' halves the image until a pixel is a patch: patch_size must be 2, 4, 8, "
+                f"..., got {self.patch_size!r}"
+            )
+        if self.use_feature_pyramid and patch[0] < 8:
+            raise ValueError(
+                f"use_feature_pyramid=True reads maps of stride patch_size / 4 >= 2, got patch_size={self.patch_size!r}"
+            )
+        if stem == "wavelet" and any(side & (side - 1) for side in patch):
+            raise ValueError(f"stem_type='wavelet' needs a patch_size of powers of two, got {self.patch_size!r}")
+        if self.num_coefficients is not None:
+            _check_integers(self, {"num_coefficients": 1})
+            if self.num_coefficients > math.prod(patch):
+                raise ValueError(
+                    f"num_coefficients must be at most the {math.prod(patch)} pixels of a patch, got "
+                    f"{self.num_coefficients} with patch_size={self.patch_size!r}"
+                )
+        if stem == "hybrid" and self.backbone_config is None:
+            raise ValueError(
+                "stem_type='hybrid' needs backbone_config, the config of a transformers backbone whose last feature "
+                "map has a stride of patch_size; got None"
+            )
+        _check_positive(self, ("adaptive_budget",))
+        if not 0.25 <= self.adaptive_budget <= 1:
+            raise ValueError(
+                f"adaptive_budget must be a share in [0.25, 1] of the patches, got {self.adaptive_budget!r}"
+            )
+        weight = self.adaptive_budget_weight
+        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+            raise ValueError(f"adaptive_budget_weight must be a number >= 0, got {weight!r}")
+        num_tokens = self.num_learned_tokens if stem == "token_learner" else math.prod(self.grid_size)
+        if self.token_merge_size > num_tokens // 2:
+            raise ValueError(
+                f"token_merge_size must be at most half of the {num_tokens} patch tokens, got "
+                f"{self.token_merge_size}; a layer merges pairs"
+            )
+
+    def _check_decoder(self) -> None:
+        width, heads = self.decoder_hidden_size, self.decoder_num_attention_heads
+        if width % heads or width % 4:
+            raise ValueError(
+                "decoder_hidden_size must be a multiple of decoder_num_attention_heads and of 4 (sine and cosine of "
+                f"two coordinates), got decoder_hidden_size={width} and decoder_num_attention_heads={heads}"
+            )
 
     @property
     def sub_configs(self) -> dict[str, type[PretrainedConfig]]:
@@ -498,9 +685,49 @@ class VitEmbedConfig(PretrainedConfig):
         return _as_pair(self.patch_size)
 
     @property
+    def image_multiple(self) -> tuple[int, int]:
+        """(height, width) in pixels that the sides of an image must be multiples of, or are padded to."""
+        return tuple(2 * side for side in self.patch_shape) if self.stem_type == "adaptive" else self.patch_shape
+
+    @property
+    def patch_kernel_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels of the "overlap" stem's kernel."""
+        if self.patch_kernel_size is None:
+            return tuple(2 * side for side in self.patch_shape)
+        return _as_pair(self.patch_kernel_size)
+
+    @property
+    def patch_padding(self) -> tuple[int, int]:
+        """(rows, columns) of zeros that the "overlap" stem puts on each side: floor((kernel - stride) / 2)."""
+        return tuple((kernel - step) // 2 for kernel, step in zip(self.patch_kernel_shape, self.patch_shape))
+
+    @property
     def grid_size(self) -> tuple[int, int]:
         """(gh, gw): rows and columns of patches at the native `image_size`."""
-        return tuple(size // patch for size, patch in zip(self.image_shape, self.patch_shape))
+        return self.grid_of(self.image_shape)
+
+    def grid_of(self, image_shape: tuple[int, int]) -> tuple[int, int]:
+        """(gh, gw) of an image of (height, width) pixels, a remainder padded to whole patches."""
+        height, width = self.padded_shape(image_shape)
+        if self.stem_type != "overlap":
+            return height // self.patch_shape[0], width // self.patch_shape[1]
+        sizes = zip((height, width), self.patch_padding, self.patch_kernel_shape, self.patch_shape)
+        return tuple((size + 2 * padding - kernel) // step + 1 for size, padding, kernel, step in sizes)
+
+    def padded_shape(self, image_shape: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) in pixels, each rounded up to its `image_multiple`."""
+        return tuple(math.ceil(size / unit) * unit for size, unit in zip(image_shape, self.image_multiple))
+
+    @property
+    def pyramid_widths(self) -> tuple[int, ...]:
+        """Channels of the "hierarchical" stem's maps, from stride 2 to stride patch_size; none for other stems.
+
+        The last has hidden_size, each finer one half of the next: 96, 192, 384, 768 for ViT-B/16.
+        """
+        if self.stem_type != "hierarchical":
+            return ()
+        num_stages = self.patch_shape[0].bit_length() - 1
+        return tuple(max(1, self.hidden_size >> (num_stages - i)) for i in range(1, num_stages + 1))
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -514,8 +741,10 @@ class VitEmbedConfig(PretrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names that `out_features` picks from: the embeddings, then the output of each layer."""
-        return ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        """Names that `out_features` picks from: a hierarchical stem's maps, "pyramid1" of stride 2 first, the embeddings,
+        then the output of each layer."""
+        pyramid = [f"pyramid{i}" for i in range(1, len(self.pyramid_widths) + 1)]
+        return pyramid + ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
 
     @property
     def out_features(self) -> list[str]:
@@ -542,6 +771,15 @@ class VitEmbedConfig(PretrainedConfig):
         if named is not None and indices is not None and named != indices:
             raise ValueError(f"out_features={names} and out_indices={indices} name different stages; give one of them")
         return named if indices is None else indices
+
+    def decoder_config(self) -> "VitEmbedConfig":
+        """The transformer that masked image modelling decodes with: a plain pre-norm one of the `decoder_` sizes."""
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        shared = ("hidden_act", "layer_norm_eps", "initializer_range", "initializer_factor", "image_size", "patch_size")
+        return VitEmbedConfig(
+            **{name: getattr(self, f"decoder_{name}") for name in names},
+            **{name: getattr(self, name) for name in (*shared, "num_channels", "pad_to_patch")},
+        )
 
     def vision_only(self) -> "VitEmbedConfig":
         """A copy without the text tower: what a vision-only class saves, so that no Auto class expects a tower."""
@@ -609,13 +847,15 @@ def from_clip_config(config_dict: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _field_names(config_class: type) -> tuple[str, ...]:
-    code = config_class.__init__.__code__
-    return code.co_varnames[1 : code.co_argcount]
+def _defaults(config_class: type) -> dict[str, Any]:
+    """Every field with its default, as the constructor declares them."""
+    parameters = inspect.signature(config_class.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-TEXT_FIELDS = _field_names(VitEmbedTextConfig)
-FIELDS = _field_names(VitEmbedConfig)
+TEXT_FIELDS = tuple(_defaults(VitEmbedTextConfig))
+DEFAULTS = _defaults(VitEmbedConfig)
+FIELDS = tuple(DEFAULTS)
 
 VitEmbedTextConfig.register_for_auto_class()
 VitEmbedConfig.register_for_auto_class()

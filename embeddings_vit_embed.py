@@ -1,17 +1,30 @@
-"""Pixels or token ids -> (B, L, D): stems, positions, prefix tokens.
+"""Pixels or token ids -> (B, L, D): positions, prefix tokens, and what is left of the patches.
 
-Symbols: B batch, C channels, H W image pixels, ph pw patch pixels, gh gw patch rows and columns, N = gh * gw,
-P prefix tokens, L = P + N, D hidden size. Height comes before width everywhere.
+Symbols: B batch, C channels, H W image pixels, gh gw patch rows and columns, N = gh * gw patches, n tokens for them,
+P prefix tokens, L = P + n, D hidden size. Height comes before width everywhere.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .configuration_vit_embed import (
+    GRIDLESS_STEMS,
     VitEmbedConfig,
     VitEmbedTextConfig,
+)
+from .stems_vit_embed import (
+    STEMS,
+    StemOutput,
+    as_tokens,
+)
+from .tokens_vit_embed import (
+    TokenLayout,
+    keep_tokens,
+    random_kept,
 )
 
 INTERPOLATION_OPTIONS = {
@@ -19,66 +32,6 @@ INTERPOLATION_OPTIONS = {
     "bicubic_antialias": {"mode": "bicubic", "antialias": True},
     "bilinear": {"mode": "bilinear", "antialias": False},
 }
-
-
-def patchify(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> torch.Tensor:
-    """Cuts an image into non-overlapping patches, row by row.
-
-    Args:
-        pixel_values: (B, C, H, W), H and W multiples of the patch.
-        patch_shape: (ph, pw) in pixels.
-
-    Returns:
-        (B, gh * gw, C * ph * pw); within a patch in the order of a convolution's weight: channel, row, column.
-    """
-    batch, channels, height, width = pixel_values.shape
-    patch_height, patch_width = patch_shape
-    rows, columns = height // patch_height, width // patch_width
-    patches = pixel_values.reshape(batch, channels, rows, patch_height, columns, patch_width)
-    patches = patches.permute(0, 2, 4, 1, 3, 5)  # (B, gh, gw, C, ph, pw)
-    return patches.reshape(batch, rows * columns, channels * patch_height * patch_width)
-
-
-class ConvStem(nn.Conv2d):
-    """CLIP's patch embedding: a convolution with kernel = stride = patch, computed as one matrix product.
-
-    token[i] = weight.flatten(1) @ patch[i] (+ bias); N = (H / ph) * (W / pw) tokens.
-
-    Source: arXiv:2010.11929 equation 1. The parameters are those of the convolution, so CLIP's weight loads as it is.
-    """
-
-    def __init__(self, config: VitEmbedConfig):
-        patch = config.patch_shape
-        super().__init__(config.num_channels, config.hidden_size, patch, stride=patch, bias=config.patch_bias)
-        self.init_std = config.initializer_range * config.initializer_factor
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(B, C, H, W) -> (B, N, D), (gh, gw)."""
-        tokens = nn.functional.linear(patchify(pixel_values, self.kernel_size), self.weight.flatten(1), self.bias)
-        return tokens, (pixel_values.shape[2] // self.kernel_size[0], pixel_values.shape[3] // self.kernel_size[1])
-
-
-class LinearStem(nn.Linear):
-    """The same map with its weight stored flat, (D, C * ph * pw), as in the equation of the paper.
-
-    Equal to ConvStem when `weight = conv.weight.flatten(1)`. Source: arXiv:2010.11929 equation 1.
-    """
-
-    def __init__(self, config: VitEmbedConfig):
-        patch_values = config.num_channels * math.prod(config.patch_shape)
-        super().__init__(patch_values, config.hidden_size, bias=config.patch_bias)
-        self.patch_shape = config.patch_shape
-        self.init_std = config.initializer_range * config.initializer_factor
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """(B, C, H, W) -> (B, N, D), (gh, gw)."""
-        tokens = super().forward(patchify(pixel_values, self.patch_shape))
-        return tokens, (pixel_values.shape[2] // self.patch_shape[0], pixel_values.shape[3] // self.patch_shape[1])
-
-
-# A stem is a module made from the config: (B, C, H, W) -> tokens (B, N, D), grid (gh, gw). Its parameters live under
-# `embeddings.patch_embedding`. The names are `configuration_vit_embed.STEM_TYPES`.
-STEMS = {"conv": ConvStem, "linear": LinearStem}
 
 
 def interpolate_positions(
@@ -105,7 +58,9 @@ def interpolate_positions(
     return grid.permute(0, 2, 3, 1).reshape(to_grid[0] * to_grid[1], -1).to(table.dtype)
 
 
-def sinusoidal_positions(grid_size: tuple[int, int], hidden_size: int, device: torch.device) -> torch.Tensor:
+def sinusoidal_positions(
+    grid_size: tuple[int, int], hidden_size: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Fixed 2-D positions: sine and cosine of the row in the first half of the channels, of the column in the second.
 
     Args:
@@ -130,11 +85,101 @@ def sinusoidal_positions(grid_size: tuple[int, int], hidden_size: int, device: t
     return torch.cat([row_part, column_part], dim=-1).reshape(rows * columns, hidden_size)
 
 
+def polynomial_basis(grid_size: tuple[int, int], degree: int, device: torch.device) -> torch.Tensor:
+    """All products T_a(y) T_b(x), a and b up to `degree`, at the centres of the patches; T are Chebyshev's polynomials.
+
+    They span all polynomials of that degree in each coordinate and, unlike plain powers, stay in [-1, 1] and apart.
+
+    Args:
+        grid_size: (gh, gw); the image reaches from -1 to 1 in both directions.
+
+    Returns:
+        (gh * gw, (degree + 1) ** 2) float32.
+    """
+    axes = []
+    for count in grid_size:
+        centre = (2 * torch.arange(count, dtype=torch.float32, device=device) + 1) / count - 1
+        powers = torch.arange(degree + 1, dtype=torch.float32, device=device)
+        axes.append(torch.cos(powers * torch.acos(centre)[:, None]))  # (count, degree + 1): T_k(t) = cos(k acos t)
+    return torch.einsum("ya,xb->yxab", *axes).flatten(2).flatten(0, 1)
+
+
+class LearnedPositions(nn.Embedding):
+    """CLIP's table: a position for the class token, if there is one, and for each patch of the native grid."""
+
+    def __init__(self, config: VitEmbedConfig):
+        num_class_positions = int(config.use_cls_token)
+        super().__init__(num_class_positions + math.prod(config.grid_size), config.hidden_size)
+        self.num_class_positions = num_class_positions
+        self.grid_size = config.grid_size
+        self.interpolation = config.position_interpolation
+
+    def forward(self, grid_size: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        patches = self.weight[self.num_class_positions :]
+        patches = interpolate_positions(patches, self.grid_size, grid_size, self.interpolation)
+        return (self.weight[:1] if self.num_class_positions else None), patches
+
+    def resize(self, grid_size: tuple[int, int]) -> None:
+        """Replaces the table by itself resampled to `grid_size` (gh, gw), which becomes the native one."""
+        with torch.no_grad():
+            class_position, patches = self(grid_size)
+            table = patches if class_position is None else torch.cat([class_position, patches])
+        self.weight = nn.Parameter(table.clone(), requires_grad=self.weight.requires_grad)
+        self.num_embeddings, self.grid_size = len(table), grid_size
+
+
+class SinusoidalPositions(nn.Module):
+    """`sinusoidal_positions`, computed at every call: no parameters, no buffers."""
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__()
+        self.hidden_size = config.hidden_size
+
+    def forward(self, grid_size: tuple[int, int]) -> tuple[None, torch.Tensor]:
+        return None, sinusoidal_positions(grid_size, self.hidden_size)
+
+
+class PolynomialPositions(nn.Embedding):
+    """A learned polynomial of the patch centre's coordinates: continuous, so any grid is read off without resampling.
+
+    position(y, x) = sum over a, b <= degree of weight[a, b] * T_a(y) * T_b(x), y and x in [-1, 1] over the image.
+    """
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__((config.position_degree + 1) ** 2, config.hidden_size)
+        self.degree = config.position_degree
+
+    def forward(self, grid_size: tuple[int, int]) -> tuple[None, torch.Tensor]:
+        basis = polynomial_basis(grid_size, self.degree, self.weight.device)
+        return None, (basis @ self.weight.float()).to(self.weight.dtype)
+
+
+# A position scheme is a module made from the config: (gh, gw) -> the class token's position (1, D) or None, and the
+# patches' (N, D). The names are `configuration_vit_embed.POSITION_EMBEDDING_TYPES`.
+POSITIONS = {
+    "learned": LearnedPositions,
+    "sinusoidal": SinusoidalPositions,
+    "polynomial": PolynomialPositions,
+    "none": lambda config: None,
+}
+
+
+class EmbeddedImages(NamedTuple):
+    """What enters the encoder.
+
+    tokens: (B, P + n, D). layout: what the n tokens stand for. feature_pyramid, loss: the stem's, as in StemOutput.
+    """
+
+    tokens: torch.Tensor
+    layout: TokenLayout
+    feature_pyramid: tuple[torch.Tensor, ...] | None
+    loss: torch.Tensor | None
+
+
 class VitEmbedEmbeddings(nn.Module):
     """An image, or another encoder's patch features, -> the tokens that enter the encoder.
 
-    Order: [class token][registers][patches row by row]. A learned table gives the class token and each patch a
-    position; registers have none.
+    Order: [class token][registers][patches row by row, or what the stem selects of them].
     """
 
     def __init__(self, config: VitEmbedConfig):
@@ -146,71 +191,106 @@ class VitEmbedEmbeddings(nn.Module):
         self.register_tokens = (
             nn.Parameter(torch.zeros(config.num_register_tokens, width)) if config.num_register_tokens else None
         )
-        self.position_embedding = None
-        if config.position_embedding_type == "learned":
-            self.position_embedding = nn.Embedding(int(config.use_cls_token) + math.prod(config.grid_size), width)
+        self.position_embedding = POSITIONS[config.position_embedding_type](config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, pixel_values: torch.Tensor | None, patch_embeds: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        self,
+        pixel_values: torch.Tensor | None,
+        patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        kept: torch.Tensor | None = None,
+        num_kept: int | None = None,
+    ) -> EmbeddedImages:
         """
         Args:
-            pixel_values: (B, C, H, W), H and W multiples of the patch; cast to the dtype of the weights.
+            pixel_values: (B, C, H, W), H and W multiples of the patch, or any with `pad_to_patch`; cast to the dtype of
+                the weights.
             patch_embeds: (B, D, gh, gw) to take in place of the stem's output.
-
-        Returns:
-            tokens (B, P + gh * gw, D) and (gh, gw).
+            pixel_mask: (B, H, W), 1 for pixels of the image and 0 for padding right of it and below; None for no
+                padding.
+            kept: (B, N) bool, the patches to go on with; None for all, less `patch_drop_rate` in training.
+            num_kept: how many each row of `kept` has, where all have as many.
 
         Raises:
-            ValueError: not exactly one input given, or an input of the wrong shape.
+            ValueError: not exactly one of pixel_values and patch_embeds, or an input of the wrong shape.
         """
         if (pixel_values is None) == (patch_embeds is None):
             got = "neither" if pixel_values is None else "both"
             raise ValueError(f"give exactly one of pixel_values and patch_embeds, got {got}")
+        if patch_embeds is not None and pixel_mask is not None:
+            raise ValueError("pixel_mask says which pixels are padding, but patch_embeds have no pixels; leave it out")
         if patch_embeds is not None:
-            tokens, grid_size = self._tokens_of(patch_embeds)
+            stem_output = self._read_patch_embeds(patch_embeds)
         else:
-            self._check_pixel_values(pixel_values)
-            tokens, grid_size = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        class_position, patch_positions = self.positions(grid_size, tokens)
-        if patch_positions is not None:
-            tokens = tokens + patch_positions  # (B, N, D)
-        return self.dropout(self._with_prefix(tokens, class_position)), grid_size
+            self.check_pixel_values(pixel_values)
+            if pixel_mask is not None:
+                return self._read_mixed_sizes(pixel_values, image_sizes(pixel_mask, pixel_values))
+            stem_output = self._read_pixels(pixel_values)
+        return self._embed(stem_output, kept, num_kept)
 
-    def positions(
-        self, grid_size: tuple[int, int], like: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The positions of the class token (1, D) or None, and of the patches (N, D) or None.
+    def _embed(
+        self, stem_output: StemOutput, kept: torch.Tensor | None = None, num_kept: int | None = None
+    ) -> EmbeddedImages:
+        """Adds positions, selects tokens, puts the prefix before them."""
+        class_position, tokens = self._placed(stem_output)  # (B, N, D)
+        tokens, layout = self.patch_embedding.select(tokens, stem_output)  # (B, n, D)
+        if kept is None and self.training and self.config.patch_drop_rate:
+            kept, num_kept = random_kept(*tokens.shape[:2], self.config.patch_drop_rate, tokens.device)
+        if kept is not None:
+            tokens, layout = keep_tokens(tokens, layout, kept, num_kept)
+        tokens = self.dropout(self._with_prefix(tokens, class_position))
+        return EmbeddedImages(tokens, layout, stem_output.feature_pyramid, stem_output.loss)
 
-        Args:
-            grid_size: (gh, gw).
-            like: a tensor whose device and dtype computed positions take.
-        """
-        if self.config.position_embedding_type == "none":
-            return None, None
-        if self.config.position_embedding_type == "sinusoidal":
-            return None, sinusoidal_positions(grid_size, self.config.hidden_size, like.device).to(like.dtype)
-        num_class_positions = int(self.config.use_cls_token)
-        table = self.position_embedding.weight
-        patch_table = interpolate_positions(
-            table[num_class_positions:], self.config.grid_size, grid_size, self.config.position_interpolation
-        )
-        return (table[:1] if num_class_positions else None), patch_table
-
-    def resize_positions(self, grid_size: tuple[int, int]) -> None:
-        """Replaces the learned table, if there is one, by itself resampled to `grid_size` (gh, gw)."""
+    def _placed(self, stem_output: StemOutput) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The class token's position (1, D), if it has one, and the stem's tokens at theirs (B, N, D)."""
         if self.position_embedding is None:
-            return
-        with torch.no_grad():
-            class_position, patch_positions = self.positions(grid_size, self.position_embedding.weight)
-            table = patch_positions if class_position is None else torch.cat([class_position, patch_positions])
-        old = self.position_embedding
-        self.position_embedding = nn.Embedding.from_pretrained(table.clone(), freeze=not old.weight.requires_grad)
-        self.position_embedding.train(old.training)
+            return None, stem_output.tokens
+        tokens = stem_output.tokens
+        class_position, positions = self.position_embedding(stem_output.grid_size)
+        return class_position, tokens + positions.to(tokens.device, tokens.dtype)
+
+    def _read_pixels(self, pixel_values: torch.Tensor) -> StemOutput:
+        """(B, C, H, W) -> the stem's output, after padding where the config asks for it."""
+        height, width = pixel_values.shape[2:]
+        padded_height, padded_width = self.config.padded_shape((height, width))
+        if (padded_height, padded_width) != (height, width):
+            pixel_values = F.pad(pixel_values, (0, padded_width - width, 0, padded_height - height))
+        return self.patch_embedding(pixel_values.to(self._dtype))
+
+    def _read_mixed_sizes(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> EmbeddedImages:
+        """Embeds images of one size at a time, each as if it were alone, and pads the rows of tokens to the longest.
+
+        The common grid is that of the padded batch; its patches outside an image belong to no token.
+        """
+        batch = len(sizes)
+        rows, columns = self.config.grid_of(tuple(pixel_values.shape[2:]))
+        self._check_sizes(sizes)
+        parts = {}
+        for size in sorted(set(sizes)):
+            members = [i for i in range(batch) if sizes[i] == size]
+            parts[size] = members, self._embed(self._read_pixels(pixel_values[members, :, : size[0], : size[1]]))
+        length = max(part.tokens.shape[1] for _, part in parts.values())
+        tokens = next(iter(parts.values()))[1].tokens.new_zeros(batch, length, self.config.hidden_size)
+        token_sizes = torch.zeros(batch, length - self.config.num_prefix_tokens, device=tokens.device)
+        of_patch = torch.full((batch, rows, columns), -1, device=tokens.device)
+        losses = []
+        for members, (part_tokens, layout, _, loss) in parts.values():
+            tokens[members, : part_tokens.shape[1]] = part_tokens
+            num_tokens = part_tokens.shape[1] - self.config.num_prefix_tokens
+            token_sizes[members, :num_tokens] = 1.0 if layout.sizes is None else layout.sizes.to(token_sizes.dtype)
+            if layout.grid_size is not None:
+                place = layout.token_of_patch
+                place = torch.arange(num_tokens, device=tokens.device)[None] if place is None else place
+                of_patch[members, : layout.grid_size[0], : layout.grid_size[1]] = place.unflatten(1, layout.grid_size)
+            if loss is not None:
+                losses.append(loss * len(members) / batch)
+        has_grid = self.config.stem_type not in GRIDLESS_STEMS
+        layout = TokenLayout((rows, columns), token_sizes, of_patch.flatten(1)) if has_grid else TokenLayout(None)
+        return EmbeddedImages(tokens, layout, None, sum(losses) if losses else None)
 
     def _with_prefix(self, tokens: torch.Tensor, class_position: torch.Tensor | None) -> torch.Tensor:
-        """(B, N, D) -> (B, P + N, D)."""
+        """(B, n, D) -> (B, P + n, D)."""
         prefix = []
         if self.class_embedding is not None:
             class_token = self.class_embedding[None]  # (1, D)
@@ -222,30 +302,72 @@ class VitEmbedEmbeddings(nn.Module):
         prefix = torch.cat(prefix).to(tokens.dtype).expand(tokens.shape[0], -1, -1)  # (B, P, D)
         return torch.cat([prefix, tokens], dim=1)
 
-    def _tokens_of(self, patch_embeds: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        width = self.config.hidden_size
+    def _read_patch_embeds(self, patch_embeds: torch.Tensor) -> StemOutput:
+        width, stem_type = self.config.hidden_size, self.config.stem_type
+        if stem_type == "adaptive":
+            raise ValueError(
+                "patch_embeds take the place of the stem, but stem_type='adaptive' has to see pixels to choose its "
+                "tokens; use another stem_type, or pixel_values"
+            )
         if patch_embeds.dim() != 4 or patch_embeds.shape[1] != width:
             raise ValueError(
                 f"patch_embeds must be (batch, hidden_size={width}, grid rows, grid columns), got "
                 f"{tuple(patch_embeds.shape)}"
             )
-        tokens = patch_embeds.flatten(2).transpose(1, 2)  # (B, N, D)
-        return tokens.to(self.patch_embedding.weight.dtype), tuple(patch_embeds.shape[2:])
+        return as_tokens(patch_embeds.to(self._dtype))
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What pixels are cast to: the dtype of the stem's weights."""
+        return next(self.patch_embedding.parameters()).dtype
+
+    def check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        """Raises ValueError unless they are (B, C, H, W) of whole patches."""
         channels = self.config.num_channels
         if pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.shape[0]:
             raise ValueError(
                 f"pixel_values must be (batch, num_channels={channels}, height, width), got "
                 f"{tuple(pixel_values.shape)}; convert the images to {channels} channels in the image processor"
             )
-        height, width = pixel_values.shape[2:]
-        patch_height, patch_width = self.config.patch_shape
-        if height % patch_height or width % patch_width or not height or not width:
-            raise ValueError(
-                f"image height and width must be multiples of patch_size ({patch_height}, {patch_width}), got "
-                f"({height}, {width}); resize or crop in the image processor"
-            )
+        self._check_sizes([tuple(pixel_values.shape[2:])])
+
+    def _check_sizes(self, sizes: list[tuple[int, int]]) -> None:
+        """Raises ValueError for an image (height, width) that is not cut into whole patches."""
+        unit = self.config.image_multiple
+        for height, width in sizes:
+            remainder = height % unit[0] or width % unit[1]
+            if not height or not width or (remainder and not self.config.pad_to_patch):
+                twice = "twice " if unit != self.config.patch_shape else ""
+                raise ValueError(
+                    f"image height and width must be multiples of {twice}patch_size {unit}, got ({height}, {width}); "
+                    "resize or crop in the image processor, or set pad_to_patch=True"
+                )
+
+
+def image_sizes(pixel_mask: torch.Tensor, pixel_values: torch.Tensor) -> list[tuple[int, int]]:
+    """(height, width) in pixels of each image of a padded batch.
+
+    Args:
+        pixel_mask: (B, H, W), 1 for pixels of the image, which lie in the top left corner, and 0 for padding.
+        pixel_values: (B, C, H, W) that it belongs to.
+
+    Raises:
+        ValueError: another shape, or an image that is no rectangle in the top left corner.
+    """
+    expected = (pixel_values.shape[0], *pixel_values.shape[2:])
+    if tuple(pixel_mask.shape) != expected:
+        raise ValueError(f"pixel_mask must be (batch, height, width) = {expected}, got {tuple(pixel_mask.shape)}")
+    mask = pixel_mask.bool()
+    heights, widths = mask[:, :, 0].sum(dim=1), mask[:, 0].sum(dim=1)
+    rows = torch.arange(mask.shape[1], device=mask.device)[:, None] < heights[:, None, None]
+    columns = torch.arange(mask.shape[2], device=mask.device) < widths[:, None, None]
+    wrong = (mask != (rows & columns)).flatten(1).any(dim=1)
+    if wrong.any():
+        raise ValueError(
+            "pixel_mask must be 1 in a rectangle in the top left corner and 0 elsewhere, image "
+            f"{int(wrong.int().argmax())} is not; pad images on the right and at the bottom"
+        )
+    return list(zip(heights.tolist(), widths.tolist()))
 
 
 class VitEmbedTextEmbeddings(nn.Module):

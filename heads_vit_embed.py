@@ -34,14 +34,14 @@ class AttentionPooling(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.intermediate_size, width)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, D)."""
+    def forward(self, tokens: torch.Tensor, key_bias: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L, D), and what to add to the scores of each, (B, 1, 1, L) -> (B, D)."""
         probe = self.probe.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         query, key, value = (
             states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, h, 1 or L, D / h)
             for states in (self.q_proj(probe), self.k_proj(tokens), self.v_proj(tokens))
         )
-        pooled = F.scaled_dot_product_attention(query, key, value)  # (B, h, 1, D / h)
+        pooled = F.scaled_dot_product_attention(query, key, value, attn_mask=key_bias)  # (B, h, 1, D / h)
         pooled = self.out_proj(pooled.transpose(1, 2).flatten(2))[:, 0]  # (B, D)
         return pooled + self.fc2(self.activation(self.fc1(self.layernorm(pooled))))
 
@@ -101,6 +101,9 @@ class DPTDepthHead(nn.Module):
     Source: arXiv:2103.13413 sections 3.2 and 3.3; channels D/8, D/4, D/2, D (its ViT-Base has 96 ... 768). Prefix
     tokens are left out instead of being projected into the patches (its "ignore" readout), and the fusion width is
     min(256, D/2) so that small trunks keep a small head.
+
+    With `use_feature_pyramid` the two finest levels read the stem's maps of strides p/4 and p/2 in place of shallow
+    layers, as the paper's hybrid reads its CNN's.
     """
 
     num_taps = NUM_DPT_TAPS
@@ -110,15 +113,19 @@ class DPTDepthHead(nn.Module):
         width = config.hidden_size
         channels = [max(1, width // divisor) for divisor in (8, 4, 2, 1)]
         fusion = max(2, min(256, width // 2))
-        self.projections = nn.ModuleList([nn.Conv2d(width, channel, kernel_size=1) for channel in channels])
-        self.resizes = nn.ModuleList(
-            [
+        widths, fine_resizes = [width] * 4, [nn.Identity(), nn.Identity()]
+        if config.use_feature_pyramid:
+            widths[:2] = config.pyramid_widths[-3:-1]
+        else:
+            fine_resizes = [
                 nn.ConvTranspose2d(channels[0], channels[0], kernel_size=4, stride=4),
                 nn.ConvTranspose2d(channels[1], channels[1], kernel_size=2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(channels[3], channels[3], kernel_size=3, stride=2, padding=1),
             ]
+        self.projections = nn.ModuleList(
+            [nn.Conv2d(width_in, channel, kernel_size=1) for width_in, channel in zip(widths, channels)]
         )
+        coarse_resize = nn.Conv2d(channels[3], channels[3], kernel_size=3, stride=2, padding=1)
+        self.resizes = nn.ModuleList([*fine_resizes, nn.Identity(), coarse_resize])
         self.levels = nn.ModuleList([nn.Conv2d(c, fusion, kernel_size=3, padding=1, bias=False) for c in channels])
         deepest = len(channels) - 1
         self.fusions = nn.ModuleList([FeatureFusion(fusion, has_deeper=i < deepest) for i in range(len(channels))])
@@ -127,7 +134,8 @@ class DPTDepthHead(nn.Module):
         self.head3 = nn.Conv2d(32, 1, kernel_size=1)
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Four (B, D, gh, gw), shallow to deep -> (B, 16 gh, 16 gw), any real number."""
+        """Four (B, D, gh, gw), shallow to deep, or a pyramid's two (B, C_i, H_i, W_i) and two of those -> (B, 16 gh,
+        16 gw), any real number."""
         stages = zip(feature_maps, self.projections, self.resizes, self.levels)
         levels = [level(resize(projection(maps))) for maps, projection, resize, level in stages]
         fused = None

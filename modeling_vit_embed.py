@@ -8,6 +8,7 @@ The state dict of `VitEmbedForContrastive` is that of `transformers.CLIPModel`, 
 """
 
 import copy
+import math
 import os
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,27 +18,37 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
     DepthEstimatorOutput,
     ImageClassifierOutput,
+    MaskedImageModelingOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_vit_embed import (
+    GRIDLESS_STEMS,
     LEGACY_EOS_TOKEN_ID,
     NUM_DPT_TAPS,
+    TOKEN_CHOOSING_STEMS,
     VitEmbedConfig,
     VitEmbedTextConfig,
     as_size,
 )
 from .embeddings_vit_embed import (
+    LearnedPositions,
     VitEmbedEmbeddings,
     VitEmbedTextEmbeddings,
+    image_sizes,
+    sinusoidal_positions,
+)
+from .encoder_vit_embed import (
+    NORMS,
+    QUERY_SUBSET,
+    VitEmbedEncoder,
+    VitEmbedLayer,
+    linear,
 )
 from .heads_vit_embed import (
     DEPTH_HEADS,
@@ -54,12 +65,18 @@ from .losses_vit_embed import (
 from .processor_files_vit_embed import (
     write_processor_files,
 )
-
-NORMS = {
-    "layer_norm": nn.LayerNorm,
-    "rms_norm": nn.RMSNorm,
-    "none": lambda width, eps: nn.Identity(),
-}
+from .stems_vit_embed import (
+    patchify,
+    unpatchify,
+)
+from .tokens_vit_embed import (
+    TokenLayout,
+    key_bias,
+    mean_of_patches,
+    random_kept,
+    select_rows,
+    spread,
+)
 
 # Implementations that are told to be causal by a flag; every other one is given a causal mask.
 CAUSAL_BY_FLAG = ("sdpa", "flash_attention_2", "flash_attention_3")
@@ -70,10 +87,6 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 # What `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision", "tags", "token")
 
-# Implementations with which the last layer can run on the pooled rows alone: they take any number of queries and any
-# mask.
-QUERY_SUBSET = ("eager", "sdpa")
-
 # Cross-entropy's mark for a row to leave out.
 IGNORED_LABEL = -100
 
@@ -81,231 +94,8 @@ IGNORED_LABEL = -100
 SIGMOID_LOGIT_BIAS_INIT = -10.0
 
 
-def eager_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as it is written, with its weights: the reference for every other implementation.
-
-    Args:
-        query: (B, h, Q, D/h), Q = L or the pooled rows; key, value: (B, h, L, D/h).
-        attention_mask: added to the scores, broadcast to (B, h, Q, L), or None.
-
-    Returns:
-        (B, Q, h, D/h) and the weights (B, h, Q, L).
-    """
-    scores = query @ key.transpose(-1, -2) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    mixed = F.dropout(weights, p=dropout, training=module.training) @ value
-    return mixed.transpose(1, 2), weights
-
-
-def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Zeroes the whole branch of a random share of the samples and scales up the others. (B, ...) -> the same."""
-    if rate == 0.0 or not training:
-        return branch
-    kept = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= rate
-    return branch * kept.to(branch.dtype) / (1 - rate)
-
-
-def select_rows(hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """(B, L, D) and row numbers (B, R) -> (B, R, D); without row numbers, all rows."""
-    if rows is None:
-        return hidden_states
-    return hidden_states.gather(1, rows[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
-
-
-def linear(width_in: int, width_out: int, std: float, bias: bool = True) -> nn.Linear:
-    """A linear layer that knows the standard deviation its weight starts with.
-
-    It has to know it itself: transformers 5 calls `_init_weights` of custom code only for modules that own parameters,
-    so an attention block is never asked to initialise its projections.
-    """
-    layer = nn.Linear(width_in, width_out, bias=bias)
-    layer.init_std = std
-    return layer
-
-
-class VitEmbedAttention(nn.Module):
-    """Multi-head attention with separate q, k, v and output projections (arXiv:1706.03762 section 3.2.2)."""
-
-    def __init__(self, config: VitEmbedConfig | VitEmbedTextConfig):
-        super().__init__()
-        self.config = config
-        width = config.hidden_size
-        self.head_dim = width // config.num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False  # read by transformers' attention functions when a call does not say
-        std = width**-0.5 * config.initializer_factor
-        in_std = std * (2 * config.num_hidden_layers) ** -0.5
-        self.k_proj = linear(width, width, in_std, bias=config.qkv_bias)
-        self.v_proj = linear(width, width, in_std, bias=config.qkv_bias)
-        self.q_proj = linear(width, width, in_std, bias=config.qkv_bias)
-        self.out_proj = linear(width, width, std)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        rows: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, L, D) -> (B, Q, D) with Q = L, or the number of `rows`; and the weights (B, h, Q, L) if asked for."""
-        query, key, value = (
-            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h, Q or L, D / h)
-            for states in (
-                self.q_proj(select_rows(hidden_states, rows)),
-                self.k_proj(hidden_states),
-                self.v_proj(hidden_states),
-            )
-        )
-        # Only the plain implementation has weights to show, so a call that wants them takes it.
-        implementation = "eager" if output_attentions else self.config._attn_implementation
-        attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            is_causal=is_causal,
-        )
-        return self.out_proj(mixed.flatten(2)), weights if output_attentions else None
-
-
-class VitEmbedMLP(nn.Module):
-    """fc1, activation, fc2. (B, L, D) -> the same."""
-
-    def __init__(self, config: VitEmbedConfig | VitEmbedTextConfig):
-        super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
-        width, factor = config.hidden_size, config.initializer_factor
-        out_std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5 * factor
-        self.fc1 = linear(width, config.intermediate_size, (2 * width) ** -0.5 * factor)
-        self.fc2 = linear(config.intermediate_size, width, out_std)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
-
-
-class VitEmbedLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each a branch on the residual stream: x + f(norm(x)) for "pre", norm(x + f(x)) for "post"."""
-
-    def __init__(self, config: VitEmbedConfig | VitEmbedTextConfig, drop_path_rate: float = 0.0):
-        super().__init__()
-        width = config.hidden_size
-        self.norm_first = config.norm_position == "pre"
-        self.drop_path_rate = drop_path_rate
-        self.self_attn = VitEmbedAttention(config)
-        self.layer_norm1 = NORMS[config.norm_type](width, eps=config.layer_norm_eps)
-        self.mlp = VitEmbedMLP(config)
-        self.layer_norm2 = NORMS[config.norm_type](width, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layer_scale1 = self.layer_scale2 = None
-        if config.layer_scale_init_value is not None:
-            self.layer_scale1 = nn.Parameter(torch.full((width,), config.layer_scale_init_value))
-            self.layer_scale2 = nn.Parameter(torch.full((width,), config.layer_scale_init_value))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        rows: torch.Tensor | None = None,
-        output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, L, D) -> (B, L, D), or (B, R, D) for row numbers (B, R); and the attention weights if asked for."""
-        residual = select_rows(hidden_states, rows)
-        if self.norm_first:
-            hidden_states = self.layer_norm1(hidden_states)
-        mixed, weights = self.self_attn(hidden_states, attention_mask, is_causal, rows, output_attentions)
-        hidden_states = residual + self._scaled(mixed, self.layer_scale1)
-        if not self.norm_first:
-            hidden_states = self.layer_norm1(hidden_states)
-
-        residual = hidden_states
-        if self.norm_first:
-            hidden_states = self.layer_norm2(hidden_states)
-        hidden_states = residual + self._scaled(self.mlp(hidden_states), self.layer_scale2)
-        if not self.norm_first:
-            hidden_states = self.layer_norm2(hidden_states)
-        return hidden_states, weights
-
-    def _scaled(self, branch: torch.Tensor, layer_scale: torch.Tensor | None) -> torch.Tensor:
-        branch = self.dropout(branch)
-        if layer_scale is not None:
-            branch = branch * layer_scale
-        return drop_path(branch, self.drop_path_rate, self.training)
-
-
-class EncoderOutput(NamedTuple):
-    """What the layers give: last_hidden_state (B, L, D), or (B, R, D) where rows were asked for; one entry a layer in
-    attentions (B, h, L, L), and the input besides in hidden_states (B, L, D); each None unless asked for."""
-
-    last_hidden_state: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None
-    attentions: tuple[torch.Tensor, ...] | None
-
-
-class VitEmbedEncoder(nn.Module):
-    """The stack of layers that both towers use."""
-
-    def __init__(self, config: VitEmbedConfig | VitEmbedTextConfig):
-        super().__init__()
-        depth = config.num_hidden_layers
-        self.layers = nn.ModuleList(
-            [VitEmbedLayer(config, config.drop_path_rate * i / max(1, depth - 1)) for i in range(depth)]
-        )
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        is_causal: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        last_rows: torch.Tensor | None = None,
-        last_mask: torch.Tensor | None = None,
-    ) -> EncoderOutput:
-        """
-        Args:
-            hidden_states: (B, L, D).
-            attention_mask: added to the scores of every layer, broadcast to (B, h, L, L), or None.
-            is_causal: whether a token sees only itself and those before it (for implementations without a mask).
-            last_rows: row numbers (B, R). The last layer then computes these rows alone: the same numbers for
-                1 / num_hidden_layers less work, as no later layer reads the others.
-            last_mask: as attention_mask, for `last_rows`: broadcast to (B, h, R, L).
-        """
-        all_hidden_states, all_attentions = [hidden_states], []
-        for layer in self.layers[:-1]:
-            hidden_states, weights = layer(hidden_states, attention_mask, is_causal, None, output_attentions)
-            all_hidden_states.append(hidden_states)
-            all_attentions.append(weights)
-        if last_rows is not None:
-            attention_mask, is_causal = last_mask, False
-        hidden_states, weights = self.layers[-1](hidden_states, attention_mask, is_causal, last_rows, output_attentions)
-        all_hidden_states.append(hidden_states)
-        all_attentions.append(weights)
-        return EncoderOutput(
-            hidden_states,
-            tuple(all_hidden_states) if output_hidden_states else None,
-            tuple(all_attentions) if output_attentions else None,
-        )
-
-
-def _fill(parameter: nn.Parameter | None, initialise, **options) -> None:
-    """Initialises a parameter, where there is one.
+def _fill(parameter: torch.Tensor | None, initialise, **options) -> None:
+    """Initialises a parameter, or a norm's statistic, where there is one.
 
     `initialise` is a function of `torch.nn.init`: those are what transformers 5 keeps from touching a loaded weight.
     """
@@ -343,6 +133,12 @@ class VitEmbedTower(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             _fill(module.weight, nn.init.normal_, std=width**-0.5 * factor)
             _fill(module.bias, nn.init.zeros_)
+        elif isinstance(module, nn.BatchNorm2d):
+            _fill(module.weight, nn.init.ones_)
+            _fill(module.bias, nn.init.zeros_)
+            _fill(module.running_mean, nn.init.zeros_)
+            _fill(module.running_var, nn.init.ones_)
+            _fill(module.num_batches_tracked, nn.init.zeros_)
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             _fill(module.weight, nn.init.kaiming_normal_, nonlinearity="relu")
             _fill(module.bias, nn.init.zeros_)
@@ -356,6 +152,8 @@ class VitEmbedTower(PreTrainedModel):
             _fill(module.register_tokens, nn.init.normal_, std=config.initializer_range * factor)
         elif isinstance(module, AttentionPooling):
             _fill(module.probe, nn.init.normal_, std=width**-0.5 * factor)
+        elif isinstance(module, VitEmbedPatchDecoder):
+            _fill(module.mask_token, nn.init.normal_, std=config.initializer_range * factor)
         elif isinstance(module, VitEmbedForContrastive):
             _fill(module.logit_scale, nn.init.constant_, val=config.logit_scale_init_value)
             _fill(module.logit_bias, nn.init.constant_, val=SIGMOID_LOGIT_BIAS_INIT)
@@ -565,12 +363,14 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     _no_split_modules = ["VitEmbedEmbeddings", "VitEmbedLayer"]
-    # A vision-only class takes its trunk from a dual encoder's checkpoint and leaves the rest.
+    # A vision-only class takes its trunk from a dual encoder's or a masked autoencoder's checkpoint and leaves the
+    # rest.
     _keys_to_ignore_on_load_unexpected = [
         *VitEmbedTower._keys_to_ignore_on_load_unexpected,
         r"^text_model\.",
         r"^(visual|text)_projection\.",
         r"^logit_(scale|bias)$",
+        r"^decoder\.",
     ]
     has_text_tower = False
     image_processor_type = "CLIPImageProcessor"
@@ -632,13 +432,14 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
         """Makes (height, width) in pixels the native size: a learned position table is resampled to its grid, in place.
 
         Raises:
-            ValueError: a side is not a multiple of the patch.
+            ValueError: a side is not a multiple of the patch, and `pad_to_patch` is not set.
         """
         changed = copy.deepcopy(self.config)
         changed.image_size = as_size(image_size)
         changed.validate_architecture()
-        if changed.grid_size != self.config.grid_size:
-            self.trunk.embeddings.resize_positions(changed.grid_size)
+        positions = self.trunk.embeddings.position_embedding
+        if isinstance(positions, LearnedPositions) and changed.grid_size != self.config.grid_size:
+            positions.resize(changed.grid_size)
         self.config.image_size = changed.image_size
 
     def __getstate__(self) -> dict:
@@ -674,13 +475,30 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
 
 
 class VisionFeatures(NamedTuple):
-    """What the trunk gives before pooling: last_hidden_state (B, L, D), or (B, 1, D) where only the pooled row was
-    asked for; grid_size (gh, gw); hidden_states and attentions as in EncoderOutput."""
+    """What the trunk gives before pooling.
+
+    last_hidden_state: (B, L, D), or (B, 1, D) where only the pooled row was asked for.
+    layout: which patches the tokens of last_hidden_state stand for.
+    hidden_states, attentions, layouts: as in EncoderOutput.
+    feature_pyramid: maps of the stem, from fine to coarse, or None.
+    loss: scalar of the stem that training adds to the head's, or None.
+    """
 
     last_hidden_state: torch.Tensor
-    grid_size: tuple[int, int]
+    layout: TokenLayout
     hidden_states: tuple[torch.Tensor, ...] | None
     attentions: tuple[torch.Tensor, ...] | None
+    layouts: tuple[TokenLayout, ...]
+    feature_pyramid: tuple[torch.Tensor, ...] | None
+    loss: torch.Tensor | None
+
+
+@dataclass
+class VitEmbedModelOutput(BaseModelOutputWithPooling):
+    """BaseModelOutputWithPooling, and feature_pyramid: a hierarchical stem's maps (B, C_i, H_i, W_i), fine to
+    coarse."""
+
+    feature_pyramid: tuple[torch.Tensor, ...] | None = None
 
 
 class VitEmbedModel(VitEmbedPreTrainedModel):
@@ -701,30 +519,35 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> VitEmbedModelOutput | tuple:
         """
         Args:
-            pixel_values: (B, C, H, W), normalised; H and W any multiples of the patch.
+            pixel_values: (B, C, H, W), normalised; H and W any multiples of the patch, or any with `pad_to_patch`.
             patch_embeds: (B, D, gh, gw) of another encoder, in place of pixel_values.
+            pixel_mask: (B, H, W) for images of different sizes: 1 in the image, which lies in the top left corner, 0 in
+                the padding. Each image then gives what it gives alone; its tokens come first in its row.
             output_attentions, output_hidden_states, return_dict: as in transformers.
 
         Returns:
             last_hidden_state (B, L, D) before the final norm, pooler_output (B, D) after it; hidden_states, one more
-            than layers, the first of them the input of layer 1; attentions (B, h, L, L) a layer.
+            than layers, the first of them the input of layer 1; attentions (B, h, L, L) a layer; feature_pyramid of a
+            hierarchical stem. L is the prefix and one token a patch, fewer where the config reduces tokens.
 
         Raises:
             ValueError: not exactly one input, or one of the wrong shape.
         """
-        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        features = self.forward_features(pixel_values, patch_embeds, output_attentions, output_hidden_states)
-        output = BaseModelOutputWithPooling(
+        wants = self._wants(output_attentions, output_hidden_states)
+        features = self.forward_features(pixel_values, patch_embeds, pixel_mask, *wants)
+        output = VitEmbedModelOutput(
             last_hidden_state=features.last_hidden_state,
-            pooler_output=self.pool(features.last_hidden_state),
+            pooler_output=self.pool(features),
             hidden_states=features.hidden_states,
             attentions=features.attentions,
+            feature_pyramid=features.feature_pyramid,
         )
         return self._returned(output, return_dict)
 
@@ -732,51 +555,135 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         pooled_only: bool = False,
+        kept: torch.Tensor | None = None,
+        num_kept: int | None = None,
     ) -> VisionFeatures:
-        """Everything before pooling. With `pooled_only` the last layer computes no row that `pool` does not read."""
-        tokens, grid_size = self.embeddings(pixel_values, patch_embeds)  # (B, L, D)
-        hidden_states = self.pre_layrnorm(tokens)
+        """Everything before pooling. With `pooled_only` the last layer computes no row that `pool` does not read;
+        `kept` and `num_kept` choose patches, as in VitEmbedEmbeddings."""
+        if pixel_mask is not None and self.config.token_merge_size and not self.training:
+            raise ValueError(
+                f"token_merge_size={self.config.token_merge_size} merges equally many tokens of every image, but "
+                "pixel_mask pads images of different sizes; set token_merge_size=0, or batch images of one size"
+            )
+        embedded = self.embeddings(pixel_values, patch_embeds, pixel_mask, kept, num_kept)  # tokens: (B, L, D)
+        hidden_states = self.pre_layrnorm(embedded.tokens)
         last_rows = None
         skips = pooled_only and not (output_attentions or output_hidden_states)
         if skips and self.config.pooling_type == "cls" and self.config._attn_implementation in QUERY_SUBSET:
-            last_rows = torch.zeros(len(tokens), 1, dtype=torch.long, device=tokens.device)  # the class token
+            # the class token
+            last_rows = torch.zeros(len(hidden_states), 1, dtype=torch.long, device=hidden_states.device)
         encoded = self.encoder(
             hidden_states,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             last_rows=last_rows,
+            layout=embedded.layout,
         )
-        return VisionFeatures(encoded.last_hidden_state, grid_size, encoded.hidden_states, encoded.attentions)
+        return VisionFeatures(
+            encoded.last_hidden_state,
+            encoded.layouts[-1],
+            encoded.hidden_states,
+            encoded.attentions,
+            encoded.layouts,
+            embedded.feature_pyramid,
+            embedded.loss,
+        )
 
-    def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
-        """(B, L, D) -> (B, D), normalised: after picking ("cls") or averaging ("mean"), before attending ("map")."""
+    def pool(self, features: VisionFeatures) -> torch.Tensor:
+        """(B, D), normalised: after picking ("cls") or averaging the patches ("mean"), before attending ("map")."""
+        hidden_states, num_prefix = features.last_hidden_state, self.config.num_prefix_tokens
         if self.config.pooling_type == "map":
-            return self.pooler(self.post_layernorm(last_hidden_state))
+            bias = key_bias(features.layout, num_prefix, hidden_states.dtype)
+            return self.pooler(self.post_layernorm(hidden_states), bias)
         if self.config.pooling_type == "mean":
-            return self.post_layernorm(last_hidden_state[:, self.config.num_prefix_tokens :].mean(dim=1))
-        return self.post_layernorm(last_hidden_state[:, 0])
+            return self.post_layernorm(mean_of_patches(hidden_states[:, num_prefix:], features.layout))
+        return self.post_layernorm(hidden_states[:, 0])
 
-    def patch_grid(self, hidden_states: torch.Tensor, grid_size: tuple[int, int]) -> torch.Tensor:
-        """(B, L, D) -> the patches alone, normalised, as (B, gh, gw, D)."""
-        patches = self.post_layernorm(hidden_states[:, self.config.num_prefix_tokens :])
-        return patches.unflatten(1, grid_size)
+    def patch_grid(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+        """(B, L, D) and what its tokens stand for -> one token a patch, normalised, as (B, gh, gw, D); zeros in
+        padding.
+
+        Raises:
+            ValueError: a stem without a grid, or patches that training has dropped.
+        """
+        require_grid(self.config, "a grid of patches")
+        if self.training and self.config.patch_drop_rate:
+            raise ValueError(
+                f"patch_drop_rate={self.config.patch_drop_rate} leaves holes in the grid in training; set "
+                "patch_drop_rate=0 for dense outputs"
+            )
+        patches = spread(self.post_layernorm(hidden_states[:, self.config.num_prefix_tokens :]), layout)
+        return patches.unflatten(1, layout.grid_size)
+
+    def feature_map(self, features: VisionFeatures, stage: int) -> torch.Tensor:
+        """Hidden state number `stage`, which `features` must have, as a map (B, D, gh, gw). Raises as `patch_grid`
+        does."""
+        return self.patch_grid(features.hidden_states[stage], features.layouts[stage]).permute(0, 3, 1, 2)
 
     def get_class_attentions(
-        self, pixel_values: torch.Tensor | None = None, patch_embeds: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """How much the class token looks at each patch: (B, layers, h, gh, gw), weights in [0, 1], at most 1 in sum.
 
+        What it looks at a token that stands for several patches is shared among them evenly.
+
         Raises:
-            ValueError: a model without a class token, or a bad input.
+            ValueError: a model without a class token or a grid, or a bad input.
         """
         if not self.config.use_cls_token:
             raise ValueError("class attention needs a class token: use_cls_token is False in this config")
-        features = self.forward_features(pixel_values, patch_embeds, output_attentions=True)
-        attentions = torch.stack(features.attentions, dim=1)  # (B, layers, h, L, L)
-        return attentions[:, :, :, 0, self.config.num_prefix_tokens :].unflatten(-1, features.grid_size)
+        require_grid(self.config, "attention over a grid of patches")
+        features = self.forward_features(pixel_values, patch_embeds, pixel_mask, output_attentions=True)
+        layers = []
+        for weights, layout in zip(features.attentions, features.layouts):
+            weights = weights[:, :, 0, self.config.num_prefix_tokens :].transpose(1, 2)  # (B, n, h)
+            if layout.sizes is not None:
+                weights = weights / layout.sizes[..., None].clamp(min=1)
+            layers.append(spread(weights, layout).transpose(1, 2))  # (B, h, N)
+        return torch.stack(layers, dim=1).unflatten(-1, features.layout.grid_size)
+
+    @torch.no_grad()
+    def get_token_map(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Which token stands for each patch behind the last layer: (B, gh, gw) counted from 0 behind the prefix, -1 for
+        padding. Patches of equal number were given one token by an adaptive stem, or merged into one.
+
+        Raises:
+            ValueError: a stem without a grid, or a bad input.
+        """
+        require_grid(self.config, "a map of tokens")
+        layout = self.forward_features(pixel_values, patch_embeds, pixel_mask).layout
+        of_patch = layout.token_of_patch
+        if of_patch is None:
+            rows, columns = layout.grid_size
+            batch = len(patch_embeds if pixel_values is None else pixel_values)
+            of_patch = torch.arange(rows * columns, device=self.device).expand(batch, -1)
+        return of_patch.unflatten(1, layout.grid_size)
+
+
+def require_grid(config: VitEmbedConfig, purpose: str) -> None:
+    """Raises ValueError for a stem whose tokens belong to no place in the image."""
+    if config.stem_type in GRIDLESS_STEMS:
+        raise ValueError(
+            f"{purpose} cannot be had with stem_type={config.stem_type!r}: its tokens belong to no place in the "
+            "image; use another stem_type"
+        )
+
+
+def with_stem_loss(loss: torch.Tensor, features: VisionFeatures, training: bool) -> torch.Tensor:
+    """A head's loss with what the stem adds to it in training."""
+    return loss + features.loss if training and features.loss is not None else loss
 
 
 class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
@@ -793,13 +700,14 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
         """
         Args:
-            pixel_values, patch_embeds: as in VitEmbedModel.
+            pixel_values, patch_embeds, pixel_mask: as in VitEmbedModel.
             labels: (B,) class numbers, for cross-entropy, -100 for a row to leave out. With `problem_type=
                 "multi_label_classification"` (B, num_labels) of 0 and 1, for binary cross-entropy; with "regression"
                 numbers (B, num_labels), or (B,) for one label, for the mean squared error.
@@ -812,11 +720,11 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         """
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
         features = self.vision_model.forward_features(
-            pixel_values, patch_embeds, output_attentions, output_hidden_states, pooled_only=True
+            pixel_values, patch_embeds, pixel_mask, output_attentions, output_hidden_states, pooled_only=True
         )
-        logits = self.classifier(self.vision_model.pool(features.last_hidden_state))
+        logits = self.classifier(self.vision_model.pool(features))
         output = ImageClassifierOutput(
-            loss=None if labels is None else self._loss(logits, labels),
+            loss=None if labels is None else with_stem_loss(self._loss(logits, labels), features, self.training),
             logits=logits,
             hidden_states=features.hidden_states,
             attentions=features.attentions,
@@ -865,6 +773,12 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__(config)
+        require_grid(config, "depth")
+        if config.patch_drop_rate:
+            raise ValueError(
+                f"depth needs every patch, but patch_drop_rate={config.patch_drop_rate} drops some in training; set "
+                "patch_drop_rate=0"
+            )
         self.vision_model = VitEmbedModel(config)
         self.depth_head = DEPTH_HEADS[config.depth_head_type](config)
         self.taps = self._evenly_spaced_layers(config.num_hidden_layers, self.depth_head.num_taps)
@@ -885,13 +799,14 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> DepthEstimatorOutput | tuple:
         """
         Args:
-            pixel_values, patch_embeds: as in VitEmbedModel.
+            pixel_values, patch_embeds, pixel_mask: as in VitEmbedModel.
             labels: (B, H', W') depths in the unit to be predicted; entries <= 0, NaN or infinite are left out. The
                 prediction is resized to them for the loss.
 
@@ -902,25 +817,78 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
             ValueError: labels that are not one map of depths an image.
         """
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, output_attentions, True)
-        grids = [self.vision_model.patch_grid(features.hidden_states[tap], features.grid_size) for tap in self.taps]
-        raw = self.depth_head(tuple(grid.permute(0, 3, 1, 2) for grid in grids))  # (B, any, any)
-        depth = to_depth(raw, self.config.max_depth)
-        height, width = (g * p for g, p in zip(features.grid_size, self.config.patch_shape))
+        if self.config.use_feature_pyramid:
+            require_pyramid(patch_embeds, pixel_mask, "use_feature_pyramid=True")
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, output_attentions, True)
+        maps = self._maps(features)
+        if pixel_mask is None:
+            depth = self._depth(maps, self._image_shape(pixel_values, features.layout))  # (B, H, W)
+        else:
+            depth = self._depth_of_sizes(maps, image_sizes(pixel_mask, pixel_values), tuple(pixel_values.shape[2:]))
         output = DepthEstimatorOutput(
-            loss=None if labels is None else self._loss(depth, labels),
-            predicted_depth=resize_depth(depth, (height, width)),
+            loss=None if labels is None else self._loss(depth, labels, features, pixel_mask),
+            predicted_depth=depth,
             hidden_states=features.hidden_states if output_hidden_states else None,
             attentions=features.attentions,
         )
         return self._returned(output, return_dict)
 
-    def _loss(self, depth: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _maps(self, features: VisionFeatures) -> tuple[torch.Tensor, ...]:
+        """What the head reads, fine and shallow first: maps of layers, or a pyramid's two finest and those of
+        layers."""
+        pyramid = features.feature_pyramid[-3:-1] if self.config.use_feature_pyramid else ()  # strides p / 4 and p / 2
+        return (*pyramid, *(self.vision_model.feature_map(features, tap) for tap in self.taps[len(pyramid) :]))
+
+    def _image_shape(self, pixel_values: torch.Tensor | None, layout: TokenLayout) -> tuple[int, int]:
+        """(height, width) in pixels of the image, or of what another encoder's patch features cover."""
+        if pixel_values is not None:
+            return tuple(pixel_values.shape[2:])
+        return tuple(count * side for count, side in zip(layout.grid_size, self.config.patch_shape))
+
+    def _depth(self, maps: tuple[torch.Tensor, ...], image_shape: tuple[int, int]) -> torch.Tensor:
+        """Maps of whole images -> (B, H, W): as the padded image, of which the padding is cut off."""
+        depth = to_depth(self.depth_head(maps), self.config.max_depth)  # (B, any, any)
+        height, width = image_shape
+        return resize_depth(depth, self.config.padded_shape(image_shape))[:, :height, :width]
+
+    def _depth_of_sizes(
+        self, maps: tuple[torch.Tensor, ...], sizes: list[tuple[int, int]], padded: tuple[int, int]
+    ) -> torch.Tensor:
+        """Depth of each image of a padded batch as if it were alone, (B, H, W), zeros in the padding."""
+        depth = torch.zeros(len(sizes), *padded, device=maps[0].device)
+        for height, width in sorted(set(sizes)):
+            members = [i for i, size in enumerate(sizes) if size == (height, width)]
+            rows, columns = self.config.grid_of((height, width))
+            part = self._depth(tuple(each[members, :, :rows, :columns] for each in maps), (height, width))
+            depth[members, :height, :width] = part
+        return depth
+
+    def _loss(
+        self, depth: torch.Tensor, labels: torch.Tensor, features: VisionFeatures, pixel_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         if labels.dim() != 3 or labels.shape[0] != depth.shape[0]:
             raise ValueError(
                 f"labels must be (batch={depth.shape[0]}, height, width), one depth a pixel; got {tuple(labels.shape)}"
             )
-        return DEPTH_LOSSES[self.config.depth_loss](resize_depth(depth, tuple(labels.shape[1:])), labels)
+        if pixel_mask is not None:
+            if labels.shape != depth.shape:
+                raise ValueError(
+                    f"labels of a batch with pixel_mask must have its height and width {tuple(depth.shape[1:])}, as "
+                    f"they are padded alike; got {tuple(labels.shape[1:])}"
+                )
+            labels = labels.masked_fill(~pixel_mask.bool(), 0)  # left out of the loss, whatever they say of the padding
+        depth = depth if labels.shape == depth.shape else resize_depth(depth, tuple(labels.shape[1:]))
+        return with_stem_loss(DEPTH_LOSSES[self.config.depth_loss](depth, labels), features, self.training)
+
+
+def require_pyramid(patch_embeds: torch.Tensor | None, pixel_mask: torch.Tensor | None, reader: str) -> None:
+    """Raises ValueError for inputs that have no feature pyramid."""
+    for name, value in (("patch_embeds", patch_embeds), ("pixel_mask", pixel_mask)):
+        if value is not None:
+            raise ValueError(
+                f"{reader} reads the stem's feature pyramid, which there is for pixel_values of one size only, got "
+                f"{name}; leave {name} out or do not read the pyramid"
+            )
 
 
 def resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -988,6 +956,7 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
         return_loss: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -995,7 +964,8 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
     ) -> VitEmbedContrastiveOutput | tuple:
         """
         Args:
-            pixel_values, patch_embeds: images, as in VitEmbedModel. Without images only text_embeds are returned.
+            pixel_values, patch_embeds, pixel_mask: images, as in VitEmbedModel. Without images only text_embeds are
+                returned.
             input_ids, attention_mask: texts, as in VitEmbedTextModel. Without texts only image_embeds are returned.
             return_loss: whether to return the loss; there is one where image i and text i are a pair, so with
                 as many images as texts. Under torch.distributed it is the loss of the joined batch of all processes.
@@ -1011,8 +981,10 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         wants = self._wants(output_attentions, output_hidden_states)
         image_embeds = hidden_states = attentions = None
         if pixel_values is not None or patch_embeds is not None:
-            features = self.vision_model.forward_features(pixel_values, patch_embeds, *wants, pooled_only=True)
-            projected = self.visual_projection(self.vision_model.pool(features.last_hidden_state))
+            features = self.vision_model.forward_features(
+                pixel_values, patch_embeds, pixel_mask, *wants, pooled_only=True
+            )
+            projected = self.visual_projection(self.vision_model.pool(features))
             image_embeds = F.normalize(projected, dim=-1)  # (images, projection_dim)
             hidden_states, attentions = features.hidden_states, features.attentions
         text_embeds = text_hidden_states = text_attentions = None
@@ -1023,7 +995,7 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         if image_embeds is not None and text_embeds is not None:
             logits = self._logits(image_embeds, text_embeds)  # (images, texts)
             if return_loss and logits.shape[0] == logits.shape[1]:
-                loss = self._loss(logits, image_embeds, text_embeds)
+                loss = with_stem_loss(self._loss(logits, image_embeds, text_embeds), features, self.training)
         output = VitEmbedContrastiveOutput(
             loss=loss,
             logits_per_image=logits,
@@ -1042,14 +1014,15 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         normalize: bool = False,
         patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Images in the joint space: (B, projection_dim), of unit length with `normalize`.
 
         Inputs as in VitEmbedModel.
         """
         _check_flag(normalize)
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pooled_only=True)
-        projected = self.visual_projection(self.vision_model.pool(features.last_hidden_state))
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, pooled_only=True)
+        projected = self.visual_projection(self.vision_model.pool(features))
         return F.normalize(projected, dim=-1) if normalize else projected
 
     def get_text_features(
@@ -1064,14 +1037,17 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         return F.normalize(projected, dim=-1) if normalize else projected
 
     def get_patch_features(
-        self, pixel_values: torch.Tensor | None = None, patch_embeds: torch.Tensor | None = None
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Every patch in the joint space, unit length: (B, gh, gw, projection_dim).
+        """Every patch in the joint space, unit length: (B, gh, gw, projection_dim); zeros in padding.
 
         `patches @ text_features.T` is then a similarity map of (B, gh, gw, texts), cosines in [-1, 1].
         """
-        features = self.vision_model.forward_features(pixel_values, patch_embeds)
-        patches = self.vision_model.patch_grid(features.last_hidden_state, features.grid_size)
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask)
+        patches = self.vision_model.patch_grid(features.last_hidden_state, features.layout)
         return F.normalize(self.visual_projection(patches), dim=-1)
 
     def _read_text(
@@ -1106,11 +1082,160 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         return CONTRASTIVE_LOSSES[self.config.contrastive_loss](logits)
 
 
+class VitEmbedPatchDecoder(VitEmbedTower):
+    """Masked autoencoding's light decoder: the encoder's tokens and a learned one for each hidden patch -> pixels."""
+
+    config_class = VitEmbedConfig
+    _no_split_modules = ["VitEmbedLayer"]
+
+    def __init__(self, config: VitEmbedConfig, width_in: int):
+        """
+        Args:
+            config: of the decoder's own layers, as `VitEmbedConfig.decoder_config` gives it.
+            width_in: D of the encoder.
+        """
+        super().__init__(config)
+        width = config.hidden_size
+        self.projection = linear(width_in, width, width_in**-0.5 * config.initializer_factor)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.encoder = VitEmbedEncoder(config)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.prediction = nn.Linear(width, config.num_channels * math.prod(config.patch_shape))
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.projection
+
+    def forward(self, tokens: torch.Tensor, layout: TokenLayout, num_prefix_tokens: int) -> torch.Tensor:
+        """The encoder's tokens (B, P + n, D) and what they stand for -> every patch's values (B, N, C * ph * pw)."""
+        hidden_states = self.projection(tokens)
+        prefix, seen = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
+        is_seen = (layout.token_of_patch >= 0)[..., None]  # (B, N, 1)
+        patches = torch.where(is_seen, spread(seen, layout), self.mask_token.to(seen.dtype))
+        positions = sinusoidal_positions(layout.grid_size, self.config.hidden_size, patches.device)
+        patches = patches + positions.to(patches.dtype)
+        decoded = self.encoder(torch.cat([prefix, patches], dim=1)).last_hidden_state[:, num_prefix_tokens:]
+        return self.prediction(self.layernorm(decoded))
+
+
+@dataclass
+class VitEmbedMaskedImageModelingOutput(MaskedImageModelingOutput):
+    """MaskedImageModelingOutput, and mask: (B, gh, gw) bool, True for the patches that were hidden."""
+
+    mask: torch.Tensor | None = None
+
+
+class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
+    """Masked autoencoding: the trunk sees a few patches, a light decoder predicts the pixels of the others.
+
+    Source: arXiv:2111.06377 section 3. Stems that mix the pixels of neighbouring patches get images with the hidden
+    patches blanked, so that nothing of them leaks.
+    """
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__(config)
+        if config.stem_type in TOKEN_CHOOSING_STEMS:
+            raise ValueError(
+                f"masked image modelling hides patches, but stem_type={config.stem_type!r} chooses its tokens "
+                "itself; use another stem_type"
+            )
+        whole = tuple(size // side for size, side in zip(config.padded_shape(config.image_shape), config.patch_shape))
+        if config.grid_size != whole:
+            raise ValueError(
+                f"masked image modelling needs one token a patch, {whole} for this image_size, but patch_kernel_size="
+                f"{config.patch_kernel_size!r} with patch_size={config.patch_size!r} gives {config.grid_size}; use a "
+                "kernel of patch_size plus an even number of at least patch_size pixels"
+            )
+        if config.patch_drop_rate:
+            raise ValueError(
+                f"masked image modelling hides patches by mask_ratio; set patch_drop_rate=0, got "
+                f"{config.patch_drop_rate}"
+            )
+        self.vision_model = VitEmbedModel(config)
+        self.decoder = VitEmbedPatchDecoder(config.decoder_config(), config.hidden_size)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> VitEmbedMaskedImageModelingOutput | tuple:
+        """
+        Args:
+            pixel_values: (B, C, H, W), as in VitEmbedModel.
+            bool_masked_pos: (B, N) or (B, gh, gw) bool, True for patches to hide, at least one of each image left; None
+                hides `mask_ratio` of them at random.
+
+        Returns:
+            loss: mean squared error over the values of the hidden patches, each patch less its mean and over its
+                standard deviation with `norm_pix_loss`.
+            reconstruction: (B, C, H, W), what the decoder predicts for every patch, in the units of pixel_values; with
+                `norm_pix_loss` each patch gets the mean and deviation of the picture's own.
+            mask: (B, gh, gw) bool, True for the hidden patches. hidden_states, attentions: of the trunk.
+
+        Raises:
+            ValueError: a mask of the wrong shape, or one that hides a whole image.
+        """
+        wants = self._wants(output_attentions, output_hidden_states)
+        trunk, patch = self.vision_model, self.config.patch_shape
+        trunk.embeddings.check_pixel_values(pixel_values)
+        image_shape = tuple(pixel_values.shape[2:])
+        grid_size = self.config.grid_of(image_shape)
+        height, width = self.config.padded_shape(image_shape)
+        padded = F.pad(pixel_values, (0, width - image_shape[1], 0, height - image_shape[0]))
+        kept, num_kept = self._kept(bool_masked_pos, len(pixel_values), grid_size)  # (B, N)
+        visible = padded
+        if not trunk.embeddings.patch_embedding.is_local:
+            visible = unpatchify(patchify(padded, patch) * kept[..., None], grid_size, patch)
+        features = trunk.forward_features(visible, None, None, *wants, kept=kept, num_kept=num_kept)
+        tokens = trunk.post_layernorm(features.last_hidden_state)
+        predicted = self.decoder(tokens, features.layout, self.config.num_prefix_tokens).float()  # (B, N, C * ph * pw)
+        patches = patchify(padded.float(), patch)
+        mean, deviation = patch_statistics(patches) if self.config.norm_pix_loss else (0.0, 1.0)
+        errors = (predicted - (patches - mean) / deviation).square().mean(dim=-1)  # (B, N)
+        reconstruction = unpatchify(predicted.detach() * deviation + mean, grid_size, patch)
+        output = VitEmbedMaskedImageModelingOutput(
+            loss=(errors * ~kept).sum() / (~kept).sum().clamp(min=1),
+            reconstruction=reconstruction[..., : image_shape[0], : image_shape[1]],
+            mask=~kept.unflatten(1, grid_size),
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+        )
+        return self._returned(output, return_dict)
+
+    def _kept(
+        self, bool_masked_pos: torch.Tensor | None, batch: int, grid_size: tuple[int, int]
+    ) -> tuple[torch.Tensor, int | None]:
+        """(B, N) bool, True for the patches that the trunk sees, and how many of each image where that is known."""
+        num_patches = math.prod(grid_size)
+        if bool_masked_pos is None:
+            return random_kept(batch, num_patches, self.config.mask_ratio, self.device)
+        if bool_masked_pos.shape not in ((batch, num_patches), (batch, *grid_size)):
+            raise ValueError(
+                f"bool_masked_pos must be (batch={batch}, patches={num_patches}) or (batch, {grid_size[0]}, "
+                f"{grid_size[1]}), got {tuple(bool_masked_pos.shape)}"
+            )
+        kept = ~bool_masked_pos.bool().flatten(1)
+        if not kept.any(dim=1).all():
+            raise ValueError("bool_masked_pos must leave at least one patch of each image, got an image with none")
+        return kept, None
+
+
+def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each patch's values: (B, N, values) -> twice (B, N, 1)."""
+    # 1e-6 as in the paper's reference code: flat patches are common.
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
 class VitEmbedBackbone(VitEmbedPreTrainedModel):
     """The trunk as a feature extractor for dense models of transformers (segmentation, detection, depth)."""
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__(config)
+        require_grid(config, "a feature map")
         self.vision_model = VitEmbedModel(config)
         self.post_init()
 
@@ -1126,35 +1251,45 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
 
     @property
     def stage_names(self) -> list[str]:
-        """Every stage there is: the input of the first layer, then the output of each."""
+        """Every stage there is: a hierarchical stem's maps, the input of the first layer, then the output of each."""
         return self.config.stage_names
 
     @property
     def out_feature_channels(self) -> dict[str, int]:
-        """D of each stage."""
-        return dict.fromkeys(self.stage_names, self.config.hidden_size)
+        """Channels of each stage: D, but for a hierarchical stem's maps."""
+        widths = self.config.pyramid_widths
+        return {
+            name: widths[i] if i < len(widths) else self.config.hidden_size for i, name in enumerate(self.stage_names)
+        }
 
     @property
     def channels(self) -> list[int]:
-        """D of each map returned."""
-        return [self.config.hidden_size] * len(self.out_features)
+        """Channels of each map returned."""
+        return [self.out_feature_channels[name] for name in self.out_features]
 
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple:
-        """Inputs as in VitEmbedModel. Returns feature_maps, a tuple of (B, D, gh, gw) after the final norm, one for
-        each of `out_features`."""
+        """Inputs as in VitEmbedModel. Returns feature_maps, one for each of `out_features`: (B, D, gh, gw) after the
+        final norm, or a hierarchical stem's (B, C_i, H_i, W_i) as it is."""
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, output_attentions, True)
-        states = [features.hidden_states[stage] for stage in self.out_indices]
-        grids = [self.vision_model.patch_grid(state, features.grid_size) for state in states]
+        num_maps = len(self.config.pyramid_widths)
+        reads_pyramid = any(stage < num_maps for stage in self.out_indices)
+        if reads_pyramid:
+            require_pyramid(patch_embeds, pixel_mask, f"out_features={self.out_features}")
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, output_attentions, True)
+        maps = list(features.feature_pyramid) if reads_pyramid else [None] * num_maps
+        for stage in range(len(features.hidden_states)):
+            wanted = num_maps + stage in self.out_indices
+            maps.append(self.vision_model.feature_map(features, stage) if wanted else None)
         output = BackboneOutput(
-            feature_maps=tuple(grid.permute(0, 3, 1, 2) for grid in grids),
+            feature_maps=tuple(maps[stage] for stage in self.out_indices),
             hidden_states=features.hidden_states if output_hidden_states else None,
             attentions=features.attentions,
         )
@@ -1196,4 +1331,5 @@ VitEmbedModel.register_for_auto_class("AutoModel")
 VitEmbedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 VitEmbedForDepthEstimation.register_for_auto_class("AutoModelForDepthEstimation")
 VitEmbedForContrastive.register_for_auto_class("AutoModelForZeroShotImageClassification")
+VitEmbedForMaskedImageModeling.register_for_auto_class("AutoModelForMaskedImageModeling")
 VitEmbedBackbone.register_for_auto_class("AutoBackbone")

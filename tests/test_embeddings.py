@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from vit_embed import VitEmbedModel
 from vit_embed.configuration_vit_embed import STEM_TYPES
-from vit_embed.embeddings_vit_embed import STEMS, interpolate_positions, patchify, sinusoidal_positions
+from vit_embed.embeddings_vit_embed import interpolate_positions, sinusoidal_positions
+from vit_embed.stems_vit_embed import STEMS, patchify
 
 GRIDS = [(8, 8), (16, 16), (8, 32), (32, 8), (3, 5), (4, 4)]
 

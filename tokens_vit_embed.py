@@ -1,0 +1,153 @@
+"""Which part of the image each token stands for, and the ways to have fewer tokens: dropping, sharing, merging.
+
+Every token has a size: how many patches it stands for, 0 for padding. Attention adds log(size) to the scores of a key,
+so a token of size s counts like s equal tokens and padding like none (proportional attention, arXiv:2210.09461 section
+3); means are weighted by size; and a map from patches to tokens gives dense heads their grid back.
+
+Symbols: B batch, N = gh * gw patches, P prefix tokens, n tokens behind them, L = P + n, D hidden size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+class TokenLayout(NamedTuple):
+    """What the n tokens behind the prefix stand for.
+
+    grid_size: (gh, gw), or None for tokens that belong to no place.
+    sizes: (B, n) float, patches of each token, 0 for padding; None where each stands for one.
+    token_of_patch: (B, N) which of the n tokens stands for a patch, -1 for none; None where patch i is token i.
+    """
+
+    grid_size: tuple[int, int] | None
+    sizes: torch.Tensor | None = None
+    token_of_patch: torch.Tensor | None = None
+
+
+def select_rows(hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """(B, L, D) and row numbers (B, R) -> (B, R, D); without row numbers, all rows."""
+    if rows is None:
+        return hidden_states
+    return hidden_states.gather(1, rows[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def key_bias(layout: TokenLayout, num_prefix_tokens: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """What to add to every score of a key, (B, 1, 1, L): log(size), the lowest number for padding; None for sizes of
+    1."""
+    if layout.sizes is None:
+        return None
+    bias = layout.sizes.float().log().clamp(min=torch.finfo(dtype).min).to(dtype)
+    return F.pad(bias, (num_prefix_tokens, 0))[:, None, None]
+
+
+def mean_of_patches(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """(B, n, D) -> (B, D), the mean over the patches that the tokens stand for."""
+    if layout.sizes is None:
+        return tokens.mean(dim=1)
+    weights = layout.sizes / layout.sizes.sum(dim=1, keepdim=True)  # (B, n)
+    return (weights.to(tokens.dtype)[:, None] @ tokens)[:, 0]
+
+
+def spread(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Gives each patch its token: (B, n, D) -> (B, N, D), zeros for a patch that has none."""
+    if layout.token_of_patch is None:
+        return tokens
+    patches = select_rows(tokens, layout.token_of_patch.clamp(min=0))
+    return patches.masked_fill(layout.token_of_patch[:, :, None] < 0, 0)
+
+
+def keep_tokens(
+    tokens: torch.Tensor,
+    layout: TokenLayout,
+    kept: torch.Tensor,
+    count: int | None = None,
+    sizes: torch.Tensor | None = None,
+    holder: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, TokenLayout]:
+    """Keeps some patches' tokens, in order, and pads rows that keep fewer than others.
+
+    Args:
+        tokens: (B, N, D), one a patch.
+        layout: of `tokens`; each stands for its patch.
+        kept: (B, N) bool.
+        count: how many each row keeps, where all keep as many; None reads it from the data.
+        sizes: (B, N), patches that each kept token stands for; None is 1.
+        holder: (B, N) the patch whose token stands for each patch; None is the patch itself.
+
+    Returns:
+        (B, n, D) and what they stand for, n = `count` or the most that a row keeps.
+    """
+    num_kept = kept.sum(dim=1, keepdim=True)  # (B, 1)
+    length = int(num_kept.max()) if count is None else count
+    order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, n)
+    place = torch.where(kept, kept.cumsum(dim=1) - 1, -1)  # (B, N)
+    if holder is not None:
+        place = place.gather(1, holder)
+    if sizes is None and count is None:
+        sizes = torch.ones_like(kept, dtype=torch.float32)
+    if sizes is not None:
+        is_padding = torch.arange(length, device=tokens.device) >= num_kept
+        sizes = sizes.gather(1, order).masked_fill(is_padding, 0)
+    return select_rows(tokens, order), layout._replace(sizes=sizes, token_of_patch=place)
+
+
+def random_kept(batch: int, num_patches: int, rate: float, device: torch.device) -> tuple[torch.Tensor, int]:
+    """Draws the patches that are kept when a share `rate` is dropped: (B, N) bool, as many in every row, and how
+    many."""
+    count = max(1, num_patches - int(num_patches * rate))
+    chosen = torch.rand(batch, num_patches, device=device).argsort(dim=1)[:, :count]
+    kept = torch.zeros(batch, num_patches, dtype=torch.bool, device=device)
+    return kept.scatter(1, chosen, True), count
+
+
+class Merge(NamedTuple):
+    """Which of n tokens merge into which.
+
+    source: (B, r) tokens that go; target: (B, r) tokens they go into; kept: (B, n - r) tokens that stay, in order.
+    place: (B, n) where each token is afterwards, among the n - r.
+    """
+
+    source: torch.Tensor
+    target: torch.Tensor
+    kept: torch.Tensor
+    place: torch.Tensor
+
+
+def match_tokens(metric: torch.Tensor, merge_size: int) -> Merge:
+    """Bipartite soft matching: the `merge_size` tokens of even place that are most like one of odd place go into it.
+
+    Args:
+        metric: (B, n, d), compared by cosine; a layer's keys, averaged over its heads.
+        merge_size: pairs to merge, at most n // 2.
+
+    Source: arXiv:2210.09461 section 3 and appendix D. There the tokens are left out of order; here they stay in it.
+    """
+    metric = F.normalize(metric.float(), dim=-1)
+    scores = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)  # (B, even, odd)
+    likeness, partner = scores.max(dim=-1)
+    even = likeness.topk(merge_size, dim=1).indices  # (B, r)
+    source, target = 2 * even, 2 * partner.gather(1, even) + 1
+    is_kept = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device).scatter(1, source, False)
+    place = is_kept.cumsum(dim=1) - 1
+    place = place.scatter(1, source, place.gather(1, target))
+    kept = is_kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : metric.shape[1] - merge_size]
+    return Merge(source, target, kept, place)
+
+
+def merge_tokens(tokens: torch.Tensor, layout: TokenLayout, merge: Merge) -> tuple[torch.Tensor, TokenLayout]:
+    """Replaces each group of tokens that merge by its mean, weighted by size: (B, n, D) -> (B, n - r, D)."""
+    sizes = layout.sizes
+    if sizes is None:
+        sizes = torch.ones(tokens.shape[:2], device=tokens.device)
+    into = merge.place.gather(1, merge.source)  # (B, r)
+    merged_sizes = sizes.gather(1, merge.kept).scatter_add(1, into, sizes.gather(1, merge.source))
+    weighted = tokens * sizes[..., None].to(tokens.dtype)
+    sums = select_rows(weighted, merge.kept).scatter_add(
+        1, into[..., None].expand(-1, -1, tokens.shape[-1]), select_rows(weighted, merge.source)
+    )
+    of_patch = layout.token_of_patch
+    of_patch = merge.place if of_patch is None else merge.place.gather(1, of_patch)
+    merged = sums / merged_sizes[..., None].to(tokens.dtype)
+    return merged, TokenLayout(layout.grid_size, merged_sizes, of_patch if layout.grid_size else None)
