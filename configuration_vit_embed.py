@@ -741,7 +741,7 @@ class VitEmbedConfig(PretrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names that `out_features` picks from: a hierarchical stem's maps, "pyramid1" of stride 2 first, the embeddings,
+        """Names that `out_features` picks from: a hierarchical stem's maps ("pyramid1" has stride 2), the embeddings,
         then the output of each layer."""
         pyramid = [f"pyramid{i}" for i in range(1, len(self.pyramid_widths) + 1)]
         return pyramid + ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]

@@ -220,7 +220,8 @@ def run_job(job: Job, rows: list[str], args: argparse.Namespace) -> None:
     for row in rows:
         evaluated = make_model(data, row)
         evaluated.load_state_dict(model.state_dict())
-        evaluated.eval()
+        # FlopCounterMode hooks what requires a gradient, which inference mode cannot give it.
+        evaluated.eval().requires_grad_(False)
         figures = {"accuracy": accuracy(evaluated, pixels, labels), **count(evaluated, pixels[:SAMPLE])}
         where = {"data": data, "row": row, "seed": seed, "settings": settings(args, data, row)}
         write_json(file_of(args, "results", data, row, seed), {**where, **figures, **training})
@@ -383,8 +384,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=ROW_NAMES, default=ROW_NAMES, metavar="ROW", help=str(ROW_NAMES))
     parser.add_argument("--data", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=750)
+    parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--weight_decay", type=float, default=0.05)
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="what accuracy is measured on")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny import TEXT, VISION, dual_config, vision_config
-from transformers import CLIPConfig
+from transformers import CLIPConfig, PretrainedConfig, ResNetConfig
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel, VitEmbedTextConfig
 from vit_embed.configuration_vit_embed import AUTO_MAP, FIELDS, TEXT_FIELDS
@@ -30,8 +30,11 @@ def test_defaults_are_openai_clip_vit_b_16():
         ({"hidden_size": 33}, "hidden_size.*num_attention_heads.*hidden_size=33.*num_attention_heads=4"),
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer"),
         ({"hidden_act": "swish"}, "hidden_act must be one of quick_gelu, gelu.*got 'swish'"),
-        ({"stem_type": "convolution"}, "stem_type must be one of conv, linear; got 'convolution'"),
-        ({"position_embedding_type": "rope"}, "position_embedding_type must be one of learned, sinusoidal, none"),
+        ({"stem_type": "convolution"}, "stem_type must be one of conv, linear, .*; got 'convolution'"),
+        (
+            {"position_embedding_type": "rope"},
+            "position_embedding_type must be one of learned, sinusoidal, polynomial",
+        ),
         ({"norm_type": "batch_norm"}, "norm_type must be one of layer_norm, rms_norm"),
         ({"final_norm_type": "no"}, "final_norm_type must be one of"),
         ({"norm_position": "sandwich"}, "norm_position must be one of pre, post"),
@@ -55,8 +58,8 @@ def test_defaults_are_openai_clip_vit_b_16():
             "position_interpolation='bilinear'.*position_embedding_type='none'",
         ),
         ({"num_register_tokens": -1}, "num_register_tokens"),
-        ({"patch_drop_rate": 0.5}, "patch_drop_rate must be 0"),
-        ({"token_merge_size": 2}, "token_merge_size must be 0"),
+        ({"patch_drop_rate": 1.0}, r"patch_drop_rate must be a number in \[0, 1\), got 1.0"),
+        ({"token_merge_size": 9}, "token_merge_size must be at most half of the 16 patch tokens, got 9"),
         ({"out_indices": [9]}, r"out_indices must be in \[-5, 4\], got \[9\]"),
         ({"out_features": ["stage9"]}, r"out_features must be among .*got \['stage9'\]"),
         ({"out_features": ["stage1"], "out_indices": [2]}, "name different stages"),
@@ -142,9 +145,9 @@ def test_saved_config_is_complete_and_read_back_equal(config, tmp_path):
     assert (tmp_path / "configuration_vit_embed.py").exists()
 
 
-def test_every_field_survives_saving(tmp_path):
-    """Values other than the defaults, for every field there is."""
-    changed = {
+# Values other than the defaults, for every field there is: those that go together, and those of one stem or scheme.
+CHANGED = {
+    "general": {
         **VISION,
         "hidden_act": "gelu",
         "image_size": (32, 64),
@@ -167,8 +170,15 @@ def test_every_field_survives_saving(tmp_path):
         "attention_dropout": 0.2,
         "drop_path_rate": 0.3,
         "pooling_type": "map",
-        "patch_drop_rate": 0.0,
-        "token_merge_size": 0,
+        "pad_to_patch": True,
+        "patch_drop_rate": 0.25,
+        "token_merge_size": 2,
+        "mask_ratio": 0.6,
+        "norm_pix_loss": False,
+        "decoder_hidden_size": 24,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 30,
         "projection_dim": 20,
         "logit_scale_init_value": 2.0,
         "contrastive_loss": "sigmoid",
@@ -180,15 +190,35 @@ def test_every_field_survives_saving(tmp_path):
         "initializer_range": 0.01,
         "initializer_factor": 0.5,
         "text_config": TEXT,
-    }
-    assert set(changed) == set(FIELDS), "a new field belongs into this list"
+    },
+    "overlap": {"stem_type": "overlap", "patch_kernel_size": (24, 20), "patch_pointwise": True},
+    "hierarchical": {
+        "stem_type": "hierarchical",
+        "stem_norm_type": "batch_norm",
+        "use_feature_pyramid": True,
+        "depth_head_type": "dpt",
+    },
+    "hybrid": {"stem_type": "hybrid", "backbone_config": ResNetConfig(hidden_sizes=[8, 16, 24, 32])},
+    "adaptive": {"stem_type": "adaptive", "adaptive_budget": 0.75, "adaptive_budget_weight": 2.0},
+    "token_learner": {"stem_type": "token_learner", "num_learned_tokens": 5},
+    "dct": {"stem_type": "dct", "num_coefficients": 7},
+    "polynomial": {"position_embedding_type": "polynomial", "position_degree": 2},
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED.values(), ids=CHANGED)
+def test_every_field_survives_saving(changed, tmp_path):
+    assert set().union(*CHANGED.values()) == set(FIELDS), "a new field belongs into this table"
     VitEmbedConfig(**changed).save_pretrained(tmp_path)
     loaded = VitEmbedConfig.from_pretrained(tmp_path)
     for name, value in changed.items():
-        if name != "text_config":
-            assert getattr(loaded, name) == value, name
-    for name, value in TEXT.items():
-        assert getattr(loaded.text_config, name) == value, name
+        found = getattr(loaded, name)
+        if isinstance(found, PretrainedConfig):
+            expected = value if isinstance(value, dict) else value.to_dict()
+            found = {key: entry for key, entry in found.to_dict().items() if key in expected}
+            assert found == expected, name
+        else:
+            assert found == value, name
     assert set(TEXT) < set(TEXT_FIELDS)
 
 

@@ -9,15 +9,18 @@ from tiny import VISION, clip_model, pixels, randomised, vision_config
 from torch.nn import functional as F
 
 from vit_embed import VitEmbedModel
-from vit_embed.configuration_vit_embed import STEM_TYPES
-from vit_embed.embeddings_vit_embed import interpolate_positions, sinusoidal_positions
-from vit_embed.stems_vit_embed import STEMS, patchify
+from vit_embed.configuration_vit_embed import POSITION_EMBEDDING_TYPES, STEM_NORM_TYPES, STEM_TYPES
+from vit_embed.embeddings_vit_embed import POSITIONS, interpolate_positions, sinusoidal_positions
+from vit_embed.stems_vit_embed import STEM_NORMS, STEMS, patchify, unpatchify
+from vit_embed.tokens_vit_embed import TokenLayout
 
 GRIDS = [(8, 8), (16, 16), (8, 32), (32, 8), (3, 5), (4, 4)]
 
 
-def test_stem_names_are_the_table():
+def test_names_are_the_tables():
     assert set(STEMS) == set(STEM_TYPES)
+    assert set(STEM_NORMS) == set(STEM_NORM_TYPES)
+    assert set(POSITIONS) == set(POSITION_EMBEDDING_TYPES)
 
 
 def test_patchify_is_row_by_row():
@@ -26,6 +29,7 @@ def test_patchify_is_row_by_row():
     assert patches.shape == (2, 4, 18)
     assert torch.equal(patches[1, 1], image[1, :, 0:2, 3:6].flatten())
     assert torch.equal(patches[0, 2], image[0, :, 2:4, 0:3].flatten())
+    assert torch.equal(unpatchify(patches, (2, 2), (2, 3)), image)
 
 
 @pytest.mark.parametrize("patch_size", [8, (4, 8)])
@@ -35,7 +39,7 @@ def test_conv_and_linear_stems_equal_a_convolution(patch_size, bias):
     config = vision_config(patch_size=patch_size, patch_bias=bias)
     conv, linear = STEMS["conv"](config), STEMS["linear"](config)
     linear.load_state_dict({**conv.state_dict(), "weight": conv.weight.flatten(1)})
-    tokens, grid_size = conv(pixels(2, 32, 48))
+    tokens, grid_size = conv(pixels(2, 32, 48))[:2]
     ph, pw = config.patch_shape
     assert grid_size == (32 // ph, 48 // pw)
     expected = F.conv2d(pixels(2, 32, 48), conv.weight, conv.bias, stride=(ph, pw)).flatten(2).transpose(1, 2)
@@ -90,7 +94,7 @@ def test_resampling_of_bfloat16_is_computed_in_float32():
 
 
 def test_sinusoidal_positions_follow_the_formula():
-    found = sinusoidal_positions((3, 5), 16, torch.device("cpu"))
+    found = sinusoidal_positions((3, 5), 16)
     row, column, quarter = 2, 4, 4
     frequencies = [10000 ** (-k / quarter) for k in range(quarter)]
     expected = [f(n * w) for n in (row, column) for f in (math.sin, math.cos) for w in frequencies]
@@ -98,7 +102,7 @@ def test_sinusoidal_positions_follow_the_formula():
     assert len(torch.unique(found, dim=0)) == 15, "no two patches share a position"
 
 
-@pytest.mark.parametrize("position_embedding_type", ["learned", "sinusoidal", "none"])
+@pytest.mark.parametrize("position_embedding_type", POSITION_EMBEDDING_TYPES)
 @pytest.mark.parametrize(("use_cls_token", "registers"), [(True, 0), (True, 2), (False, 0), (False, 3)])
 def test_token_order_and_count(position_embedding_type, use_cls_token, registers):
     config = vision_config(
@@ -108,12 +112,13 @@ def test_token_order_and_count(position_embedding_type, use_cls_token, registers
         pooling_type="cls" if use_cls_token else "mean",
     )
     embeddings = randomised(VitEmbedModel(config)).embeddings
-    tokens, grid_size = embeddings(pixels(2, 32, 64))
+    tokens, layout = embeddings(pixels(2, 32, 64))[:2]
     prefix = int(use_cls_token) + registers
     assert config.num_prefix_tokens == prefix
-    assert tokens.shape == (2, prefix + 32, 32) and grid_size == (4, 8)
-    class_position, patch_positions = embeddings.positions((4, 8), tokens)
-    patches, _ = embeddings.patch_embedding(pixels(2, 32, 64))
+    assert tokens.shape == (2, prefix + 32, 32) and layout == TokenLayout((4, 8))
+    positions = embeddings.position_embedding
+    class_position, patch_positions = (None, None) if positions is None else positions((4, 8))
+    patches = embeddings.patch_embedding(pixels(2, 32, 64)).tokens
     torch.testing.assert_close(tokens[:, prefix:], patches if patch_positions is None else patches + patch_positions)
     if use_cls_token:
         expected = embeddings.class_embedding + (0 if class_position is None else class_position[0])
@@ -125,7 +130,7 @@ def test_token_order_and_count(position_embedding_type, use_cls_token, registers
 @torch.no_grad()
 def test_patch_embeds_replace_the_stem():
     model = randomised(VitEmbedModel(vision_config()))
-    patches, grid_size = model.embeddings.patch_embedding(pixels(2, 32, 64))
+    patches, grid_size = model.embeddings.patch_embedding(pixels(2, 32, 64))[:2]
     grid = patches.transpose(1, 2).unflatten(2, grid_size)  # (B, D, gh, gw)
     torch.testing.assert_close(model(patch_embeds=grid).pooler_output, model(pixels(2, 32, 64)).pooler_output)
 

@@ -53,9 +53,9 @@ def test_deepseek_ocr_clip_l():
     assert count(model.post_layernorm) == 0, "the system has no norm behind its last layer"
     # Another encoder's features (SAM's are 1024 wide) at 224 and 448 pixels, and a rectangle of as many patches.
     for grid in ((16, 16), (32, 32), (8, 32)):
-        tokens, grid_size = embeddings(None, torch.empty(2, 1024, *grid, device="meta"))
-        assert tokens.shape == (2, 1 + grid[0] * grid[1], 1024) and grid_size == grid
-    tokens, _ = embeddings(torch.empty(1, 3, 224, 224, device="meta"))
+        tokens, layout = embeddings(None, torch.empty(2, 1024, *grid, device="meta"))[:2]
+        assert tokens.shape == (2, 1 + grid[0] * grid[1], 1024) and layout.grid_size == grid
+    tokens = embeddings(torch.empty(1, 3, 224, 224, device="meta")).tokens
     assert tokens.shape == (1, 257, 1024)
 
 
