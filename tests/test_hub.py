@@ -18,6 +18,7 @@ from vit_embed import (
     VitEmbedForContrastive,
     VitEmbedForDepthEstimation,
     VitEmbedForImageClassification,
+    VitEmbedForMaskedImageModeling,
     VitEmbedModel,
     VitEmbedTextModel,
 )
@@ -36,6 +37,7 @@ REPOS = {
         tiny.vision_config(num_labels=5),
     ),
     "depth": (VitEmbedForDepthEstimation, "AutoModelForDepthEstimation", tiny.vision_config(depth_head_type="dpt")),
+    "masked": (VitEmbedForMaskedImageModeling, "AutoModelForMaskedImageModeling", tiny.vision_config()),
     "dual": (VitEmbedForContrastive, "AutoModel", tiny.dual_config()),
     "backbone": (VitEmbedBackbone, "AutoBackbone", tiny.vision_config(out_indices=[2, 4])),
     "text": (VitEmbedTextModel, None, tiny.dual_config().text_config),

@@ -17,7 +17,7 @@ import transformers
 from fresh_process import digests, junk_in_new_memory, outputs, run_fresh
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, ResNetConfig
 
 import vit_embed
 from vit_embed import (
@@ -26,6 +26,7 @@ from vit_embed import (
     VitEmbedForContrastive,
     VitEmbedForDepthEstimation,
     VitEmbedForImageClassification,
+    VitEmbedForMaskedImageModeling,
     VitEmbedModel,
     VitEmbedTextModel,
 )
@@ -61,6 +62,22 @@ CASES = {
     "map_pooling": Case(VitEmbedModel, "AutoModel", {"pooling_type": "map", "use_cls_token": False}),
     "sinusoidal": Case(VitEmbedModel, "AutoModel", {"position_embedding_type": "sinusoidal", "pooling_type": "mean"}),
     "no_positions": Case(VitEmbedModel, "AutoModel", {"position_embedding_type": "none"}),
+    "polynomial": Case(VitEmbedModel, "AutoModel", {"position_embedding_type": "polynomial", "position_degree": 2}),
+    "hierarchical": Case(VitEmbedModel, "AutoModel", {"stem_type": "hierarchical", "stem_norm_type": "batch_norm"}),
+    "hybrid": Case(
+        VitEmbedModel,
+        "AutoModel",
+        {
+            "stem_type": "hybrid",
+            "backbone_config": ResNetConfig(
+                embedding_size=6, hidden_sizes=[6, 10], depths=[1, 1], out_features=["stage2"]
+            ),
+        },
+    ),
+    "adaptive": Case(VitEmbedModel, "AutoModel", {"stem_type": "adaptive"}),
+    "token_learner": Case(VitEmbedModel, "AutoModel", {"stem_type": "token_learner", "num_learned_tokens": 5}),
+    "dct": Case(VitEmbedModel, "AutoModel", {"stem_type": "dct", "num_coefficients": 20, "token_merge_size": 2}),
+    "deformable": Case(VitEmbedModel, "AutoModel", {"stem_type": "deformable", "patch_drop_rate": 0.25}),
     "rectangle": Case(VitEmbedModel, "AutoModel", {"image_size": (24, 40), "patch_size": (8, 4)}),
     "classification": Case(
         VitEmbedForImageClassification, "AutoModelForImageClassification", {"num_labels": 5, "num_register_tokens": 2}
@@ -69,6 +86,7 @@ CASES = {
     "depth_dpt": Case(
         VitEmbedForDepthEstimation, "AutoModelForDepthEstimation", {"depth_head_type": "dpt", "patch_size": 8}
     ),
+    "masked": Case(VitEmbedForMaskedImageModeling, "AutoModelForMaskedImageModeling", {"stem_type": "overlap"}),
     "backbone": Case(VitEmbedBackbone, "AutoBackbone", {"out_features": ["stage2", "stage4"]}),
     "softmax": Case(VitEmbedForContrastive, "AutoModelForZeroShotImageClassification", {}, dual=True),
     "sigmoid": Case(
@@ -87,7 +105,11 @@ def build(name: str) -> torch.nn.Module:
 
 def inputs_of(name: str) -> dict[str, torch.Tensor]:
     height, width = (24, 40) if name == "rectangle" else (32, 32)
-    return {"pixel_values": tiny.pixels(height=height, width=width), "input_ids": tiny.tokens()}
+    return {
+        "pixel_values": tiny.pixels(height=height, width=width),
+        "input_ids": tiny.tokens(),
+        "bool_masked_pos": tiny.hidden_patches(),
+    }
 
 
 class Saved(NamedTuple):

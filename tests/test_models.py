@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import dual_config, pixels, randomised, tokens, use_attention, vision_config
+from tiny import dual_config, hidden_patches, pixels, randomised, tokens, use_attention, vision_config
 from torch import nn
 
 from vit_embed import (
@@ -10,6 +10,7 @@ from vit_embed import (
     VitEmbedForContrastive,
     VitEmbedForDepthEstimation,
     VitEmbedForImageClassification,
+    VitEmbedForMaskedImageModeling,
     VitEmbedModel,
     VitEmbedTextModel,
 )
@@ -40,6 +41,11 @@ CLASSES = {
         VitEmbedForContrastive,
         lambda: dual_config(contrastive_loss="sigmoid"),
         lambda: {"pixel_values": pixels(), "input_ids": tokens()},
+    ),
+    "masked": (
+        VitEmbedForMaskedImageModeling,
+        vision_config,
+        lambda: {"pixel_values": pixels(), "bool_masked_pos": hidden_patches()},
     ),
     "backbone": (VitEmbedBackbone, lambda: vision_config(out_indices=[0, 2, 4]), lambda: {"pixel_values": pixels()}),
 }

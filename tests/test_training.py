@@ -22,6 +22,7 @@ from vit_embed import (
     VitEmbedForContrastive,
     VitEmbedForDepthEstimation,
     VitEmbedForImageClassification,
+    VitEmbedForMaskedImageModeling,
     VitEmbedModel,
     VitEmbedTextModel,
 )
@@ -252,6 +253,10 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], dict[str, to
     "depth-dpt": (
         lambda: VitEmbedForDepthEstimation(tiny.vision_config(depth_head_type="dpt")),
         lambda: pixel_inputs(labels=torch.rand(3, 20, 24) + 0.5),
+    ),
+    "masked": (
+        lambda: VitEmbedForMaskedImageModeling(tiny.vision_config()),
+        lambda: pixel_inputs(bool_masked_pos=tiny.hidden_patches()),
     ),
     "backbone": (lambda: VitEmbedBackbone(tiny.vision_config(out_indices=[1, 4])), pixel_inputs),
 }

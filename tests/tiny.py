@@ -26,11 +26,17 @@ VISION = {
     "image_size": 32,
     "patch_size": 8,
 }
+DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 20,
+}
 
 
 def vision_config(**overrides) -> VitEmbedConfig:
     """A vision-only config: 32 x 32 pixels, 4 x 4 patches, 4 layers of 32."""
-    return VitEmbedConfig(**{**VISION, "projection_dim": 20, **overrides})
+    return VitEmbedConfig(**{**VISION, **DECODER, "projection_dim": 20, **overrides})
 
 
 def dual_config(**overrides) -> VitEmbedConfig:
@@ -70,6 +76,11 @@ def use_attention(model: torch.nn.Module, implementation: str) -> None:
 def pixels(batch: int = 3, height: int = 32, width: int = 32, seed: int = 1) -> torch.Tensor:
     """(batch, 3, height, width) of standard normal values."""
     return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def hidden_patches(batch: int = 3) -> torch.Tensor:
+    """(batch, 16) bool for 4 x 4 patches: three quarters of them hidden, others in every row."""
+    return torch.arange(16)[None] % 4 != torch.arange(batch)[:, None] % 4
 
 
 def tokens(batch: int = 3, length: int = 16, seed: int = 2) -> torch.Tensor:
