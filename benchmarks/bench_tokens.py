@@ -73,11 +73,11 @@ class Row(NamedTuple):
 
 
 def measure(what: str, calls: dict[str, Callable], tokens: str, target: float | None, args: argparse.Namespace) -> Row:
-    """Times `calls`, "without" and "with_it", after one call of each that fills caches."""
-    for call in calls.values():
-        call()
+    """Times `calls`, "without" and "with_it", which have run once before."""
     clocked = {name: timed(call, CLOCKS[args.clock]) for name, call in calls.items()}
-    return Row(what, tokens, **interleave(what, clocked, args.rounds), target=target)
+    row = Row(what, tokens, **interleave(what, clocked, args.rounds), target=target)
+    logger.info("%s", " | ".join(row.cells()))
+    return row
 
 
 def make_model(**fields) -> VitEmbedForContrastive:
@@ -160,6 +160,8 @@ def bench_matching(args: argparse.Namespace) -> list[Row]:
 
         with torch.inference_mode():
             calls = {"without": partial(model.get_image_features, pixel_values), "with_it": merge_all}
+            for call in calls.values():
+                call()
             what = f"image features against their matching and merging alone, {dtype_name}"
             rows.append(measure(what, calls, f"{counts[0]} to {counts[-1]}", None, args))
     return rows
@@ -256,6 +258,8 @@ def bench_adaptive(args: argparse.Namespace) -> list[Row]:
                 places = adaptive.vision_model.get_token_map(images).flatten(1)
                 counts = (places.amax(dim=1) + 1).tolist()
                 calls = {side: partial(m.get_image_features, images) for side, m in models.items()}
+                for call in calls.values():
+                    call()
                 low, high, mean = min(counts), max(counts), statistics.mean(counts)
                 tokens = str(low) if low == high else f"{low} - {high}, mean {mean:.0f}"
                 what = f"image features, stem_type='adaptive', {name}, {dtype_name}"

@@ -140,10 +140,16 @@ def stem_config(name: str, head: str = "trunk", **overrides) -> VitEmbedConfig:
 
 
 def build(name: str, head: str = "trunk", **overrides) -> torch.nn.Module:
-    """A model in eval mode, every weight random. A norm's running statistics are of some images, not 0 and 1."""
+    """A model in eval mode, every weight random. A norm's running statistics are of some images, not 0 and 1, and a
+    gate decides by what it sees, not by its bias."""
     model = randomised(HEADS[head].model_class(stem_config(name, head, **overrides)))
     stem = model.trunk.embeddings.patch_embedding
     with torch.no_grad():
+        for module in getattr(stem, "gate", ()):
+            if isinstance(module, torch.nn.LayerNorm):
+                module.weight.fill_(1.0)
+            if hasattr(module, "bias"):
+                module.bias.zero_()
         stem.train()(2 * pixels(4, seed=9) + 1)
     return model.eval()
 

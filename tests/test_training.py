@@ -152,7 +152,8 @@ def batches(dataset: Dataset) -> list[dict[str, torch.Tensor]]:
 
 
 def test_trainer_lowers_the_loss_and_reports_it_with_no_extra_arguments(run):
-    assert run.after["eval_loss"] < 0.8 * run.before["eval_loss"]
+    # A depth head starts flat, so with no more than the scene's own spread as its loss.
+    assert run.after["eval_loss"] < (0.9 if "max_depth" in run.head.settings else 0.8) * run.before["eval_loss"]
     logged = [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
     assert len(logged) == STEPS and np.isfinite(logged).all()
     # Trainer weighs each batch, the odd last one too, by its size.
@@ -327,8 +328,8 @@ def test_adapters_on_a_frozen_trunk_learn_under_gradient_checkpointing(name, use
 
     expected, found = adapted(False), adapted(True)
     layers = {key for key in expected if ".layers." in key}
-    # A and B of q and v in every layer of every tower that the task runs.
-    towers = {"text": 3, "contrastive": 4 + 3}
+    # A and B of q and v in every layer of every tower and decoder that the task runs.
+    towers = {"text": 3, "contrastive": 4 + 3, "masked": 4 + 1}
     assert len(layers) == 4 * towers.get(name, 4)
     assert all(expected[key].abs().max() > 0 for key in layers)
     assert_same_gradients(found, expected)
