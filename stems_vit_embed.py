@@ -248,11 +248,9 @@ class AdaptiveStem(Stem, nn.Module):
     In training the choice is a Gumbel-softmax sample with a straight-through gradient, and a coarse token stays as four
     equal slots: the same numbers as one token that counts as four, in tensors of fixed shape. In evaluation the choice
     is hard and only the chosen tokens are computed; images of a batch keep different counts, the rest is masked
-    padding.
-    The budget loss is `adaptive_budget_weight` * (share of tokens kept - `adaptive_budget`) ** 2.
+    padding. The budget loss is `adaptive_budget_weight` * (share of tokens kept - `adaptive_budget`) ** 2.
 
-    Source: arXiv:2307.02321 (which gates with a sigmoid, masks both scales, and bounds the share by a batch-shaping
-        loss).
+    Source: arXiv:2307.02321 (there with a sigmoid gate, both scales masked, and a batch-shaping loss for the share).
     """
 
     def __init__(self, config: VitEmbedConfig):
@@ -262,8 +260,7 @@ class AdaptiveStem(Stem, nn.Module):
         self.fine = ConvStem(config)
         coarse = tuple(2 * side for side in patch)
         self.coarse = nn.Conv2d(config.num_channels, width, coarse, stride=coarse, bias=config.patch_bias)
-        # A quarter of what a fine weight starts with would keep the sum over four times the pixels alike; one half
-        # keeps its deviation alike.
+        # Half of a fine weight's, for four times the pixels: coarse and fine tokens start with the same deviation.
         self.coarse.init_std = 0.5 * self.fine.init_std
         hidden = max(2, width // 4)
         self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 2))
@@ -334,8 +331,8 @@ class TokenLearnerStem(Stem, nn.Module):
 
 
 def dct_basis(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The orthonormal cosine transform (DCT-II): rows (length, length) in float64, and the frequency of each in [0,
-    1)."""
+    """The orthonormal cosine transform (DCT-II): rows (length, length) in float64, and the frequency of each, 0 to
+    1."""
     frequency = torch.arange(length, dtype=torch.float64)
     samples = torch.arange(length, dtype=torch.float64) + 0.5
     basis = torch.cos(math.pi / length * frequency[:, None] * samples) * math.sqrt(2 / length)
@@ -382,9 +379,8 @@ class SpectralStem(PatchLinear):
         return torch.kron(rows, columns)[lowest].float().to(device)
 
     def patch_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = (
-            super().patch_values(pixel_values).unflatten(-1, (-1, math.prod(self.patch_shape)))
-        )  # (B, N, C, ph * pw)
+        patches = super().patch_values(pixel_values)
+        patches = patches.unflatten(-1, (-1, math.prod(self.patch_shape)))  # (B, N, C, ph * pw)
         basis = self.basis(pixel_values.device).to(pixel_values.dtype)
         return (patches @ basis.t()).flatten(2)
 

@@ -1,0 +1,122 @@
+"""The scripts that pretrain by masking and that show tokens, run as a user runs them, on little."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pictures
+import pytest
+from PIL import Image
+from tiny import vision_config
+
+from vit_embed import VitEmbedForImageClassification, VitEmbedForMaskedImageModeling, VitEmbedModel
+
+pytest.importorskip("kornia", reason="the training scripts vary pictures by kornia")
+
+REPO = Path(__file__).parent.parent
+DECODER = {
+    "decoder_hidden_size": 24,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 3,
+    "decoder_intermediate_size": 24,
+}
+
+
+def run(script: str, *arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPO / "examples" / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def colours(path: Path) -> int:
+    return len(Image.open(path).convert("RGB").getcolors(2**24))
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[Path]:
+    """Crops of two photos as files in a folder `photos`: one with transparency, one grey, one of another shape."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    crops = [crop for name in ("astronaut", "flower") for crop in pictures.crops(name, 5, size=60)]
+    crops[1].putalpha(100)
+    crops[2] = crops[2].convert("L")
+    crops[3] = crops[3].crop((0, 0, 60, 40))
+    for i, crop in enumerate(crops):
+        crop.save(folder / f"{i}.png")
+    return sorted(folder.iterdir())
+
+
+def test_pretraining_end_to_end(photos, tmp_path, monkeypatch):
+    """A folder of pictures -> two steps -> a folder whose trunk loads, the loss, pictures of it, and a step more."""
+    (photos[0].parent / "broken.png").write_text("this is no picture")
+    vision_config(**DECODER).save_pretrained(tmp_path / "new")
+    arguments = ["--dataset", photos[0].parent, "--config_name", "new", "--output_dir", "run", "--mask_ratio", 0.5]
+    arguments += ["--validation_share", 0.3, "--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", 1]
+    arguments += ["--save_steps", 1, "--per_device_train_batch_size", 4, "--use_cpu", "--report_to", "none"]
+    ran = run("pretrain_masked.py", *arguments, "--max_steps", 2, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "rows with unreadable picture: [" in ran.stderr and "held out" in ran.stderr
+    first = json.loads((tmp_path / "run" / "eval_results.json").read_text())
+    assert 0 < first["eval_loss"] < 10
+    assert VitEmbedForMaskedImageModeling.from_pretrained(tmp_path / "run").config.mask_ratio == 0.5
+    VitEmbedForImageClassification.from_pretrained(tmp_path / "run", num_labels=3)
+    sheets = sorted(path.name for path in (tmp_path / "run" / "reconstructions").iterdir())
+    assert sheets == ["step-000001.png", "step-000002.png"]
+    assert colours(tmp_path / "run" / "reconstructions" / sheets[0]) > 500
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(REPO / "examples")
+    import pretrain_masked
+
+    arguments = ["pretrain_masked.py", *map(str, arguments), "--max_steps", "3"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint"):
+        pretrain_masked.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--resume_from_checkpoint", "True"])
+    pretrain_masked.main()
+    state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3 and [entry["step"] for entry in state["log_history"]][0] == 1
+    assert (tmp_path / "run" / "reconstructions" / "step-000003.png").exists()
+
+
+@pytest.fixture
+def checkpoints(tmp_path) -> dict[str, Path]:
+    """A small model of each kind that the sheet shows."""
+    made = {
+        "adaptive": VitEmbedModel(vision_config(stem_type="adaptive")),
+        "merged": VitEmbedModel(vision_config(image_size=(32, 24))),
+        "masked": VitEmbedForMaskedImageModeling(vision_config(**DECODER)),
+    }
+    for kind, model in made.items():
+        model.save_pretrained(tmp_path / kind)
+    return {kind: tmp_path / kind for kind in made}
+
+
+def test_the_sheet_of_tokens(photos, checkpoints, tmp_path):
+    arguments = [part for kind, folder in checkpoints.items() for part in (f"--{kind}", folder)]
+    arguments += ["--image_size", 48, 64, "--token_merge_size", 3, "--mask_ratio", 0.6, "--output", "new/sheet.png"]
+    ran = run("show_tokens.py", "--pictures", *photos[:4], *arguments, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "4 pictures shown" in ran.stderr
+    sheet = Image.open(tmp_path / "new" / "sheet.png")
+    assert sheet.width > 1000 and sheet.height > 700 and colours(tmp_path / "new" / "sheet.png") > 500
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a checkpoint with --adaptive, --merged or --masked"),
+        (["--adaptive", "merged"], "--adaptive must have stem_type='adaptive', merged has 'conv'"),
+        (["--merged", "merged", "--token_merge_size", "7"], "at most half of the 12 patch tokens, got 7"),
+        (["--merged", "merged", "--image_size", "8", "8", "8"], "one number or height and width"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(arguments, message, photos, checkpoints, monkeypatch, capsys):
+    monkeypatch.chdir(checkpoints["merged"].parent)
+    monkeypatch.syspath_prepend(REPO / "examples")
+    import show_tokens
+
+    with pytest.raises((ValueError, SystemExit)) as refusal:
+        show_tokens.main(["--pictures", str(photos[0]), *arguments])
+    assert message in capsys.readouterr().err + str(refusal.value)
