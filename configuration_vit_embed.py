@@ -152,7 +152,7 @@ def as_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConf
     if isinstance(value, dict) and "model_type" in value:
         return AutoConfig.for_model(**value)
     if value is None or isinstance(value, PretrainedConfig):
-        return value
+        return copy.deepcopy(value)  # transformers writes into the config of a model
     raise TypeError(f"backbone_config must be a config of transformers, or its dict with a model_type; got {value!r}")
 
 

@@ -233,22 +233,17 @@ class VitEmbedEmbeddings(nn.Module):
         self, stem_output: StemOutput, kept: torch.Tensor | None = None, num_kept: int | None = None
     ) -> EmbeddedImages:
         """Adds positions, selects tokens, puts the prefix before them."""
-        class_position, tokens = self._placed(stem_output)  # (B, N, D)
-        tokens, layout = self.patch_embedding.select(tokens, stem_output)  # (B, n, D)
+        class_position = positions = None
+        if self.position_embedding is not None:
+            class_position, positions = self.position_embedding(stem_output.grid_size)  # (1, D) or None, (N, D)
+            positions = positions.to(stem_output.tokens.device, stem_output.tokens.dtype)
+        tokens, layout = self.patch_embedding.select(stem_output, positions)  # (B, n, D)
         if kept is None and self.training and self.config.patch_drop_rate:
             kept, num_kept = random_kept(*tokens.shape[:2], self.config.patch_drop_rate, tokens.device)
         if kept is not None:
             tokens, layout = keep_tokens(tokens, layout, kept, num_kept)
         tokens = self.dropout(self._with_prefix(tokens, class_position))
         return EmbeddedImages(tokens, layout, stem_output.feature_pyramid, stem_output.loss)
-
-    def _placed(self, stem_output: StemOutput) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The class token's position (1, D), if it has one, and the stem's tokens at theirs (B, N, D)."""
-        if self.position_embedding is None:
-            return None, stem_output.tokens
-        tokens = stem_output.tokens
-        class_position, positions = self.position_embedding(stem_output.grid_size)
-        return class_position, tokens + positions.to(tokens.device, tokens.dtype)
 
     def _read_pixels(self, pixel_values: torch.Tensor) -> StemOutput:
         """(B, C, H, W) -> the stem's output, after padding where the config asks for it."""

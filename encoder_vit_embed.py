@@ -190,10 +190,11 @@ class VitEmbedLayer(GradientCheckpointingLayer):
         hidden_states = residual + self._scaled(mixed, self.layer_scale1)
         if not self.norm_first:
             hidden_states = self.layer_norm1(hidden_states)
+        num_prefix = self.num_prefix_tokens
+        merge_size = min(merge_size, (keys.shape[2] - num_prefix) // 2)
         if merge_size:
-            num_prefix = self.num_prefix_tokens
             prefix, patches = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
-            merge = match_tokens(keys[:, :, num_prefix:].mean(dim=1), min(merge_size, patches.shape[1] // 2))
+            merge = match_tokens(keys[:, :, num_prefix:].mean(dim=1), merge_size)
             patches, layout = merge_tokens(patches, layout, merge)
             hidden_states = torch.cat([prefix, patches], dim=1)  # (B, L - merge_size, D)
 

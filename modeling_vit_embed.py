@@ -66,6 +66,7 @@ from .processor_files_vit_embed import (
     write_processor_files,
 )
 from .stems_vit_embed import (
+    HybridStem,
     patchify,
     unpatchify,
 )
@@ -162,6 +163,21 @@ class VitEmbedTower(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         """True: every attention call looks the implementation up. transformers guesses from the text of the file."""
         return True
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], **kwargs) -> None:
+        """As in transformers, for towers and decoder. A hybrid stem's backbone keeps its own: few have the choice."""
+        hybrids = [module for module in self.modules() if isinstance(module, HybridStem)]
+        backbones = [hybrid.backbone for hybrid in hybrids]
+        for hybrid in hybrids:
+            hybrid.backbone = None
+        try:
+            super().set_attn_implementation(attn_implementation, **kwargs)
+        finally:
+            for hybrid, backbone in zip(hybrids, backbones):
+                hybrid.backbone = backbone
+        for module in self.modules():
+            if isinstance(module, VitEmbedPatchDecoder):
+                module.config._attn_implementation = self.config._attn_implementation
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """As in transformers, with the non-reentrant checkpoint unless told otherwise: the reentrant one gives no
@@ -929,7 +945,7 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
     has_text_tower = True
     input_modalities = ("image", "text")
     _no_split_modules = ["VitEmbedEmbeddings", "VitEmbedTextEmbeddings", "VitEmbedLayer"]
-    _keys_to_ignore_on_load_unexpected = VitEmbedTower._keys_to_ignore_on_load_unexpected
+    _keys_to_ignore_on_load_unexpected = [*VitEmbedTower._keys_to_ignore_on_load_unexpected, r"^decoder\."]
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__(config)
@@ -1082,11 +1098,8 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         return CONTRASTIVE_LOSSES[self.config.contrastive_loss](logits)
 
 
-class VitEmbedPatchDecoder(VitEmbedTower):
+class VitEmbedPatchDecoder(nn.Module):
     """Masked autoencoding's light decoder: the encoder's tokens and a learned one for each hidden patch -> pixels."""
-
-    config_class = VitEmbedConfig
-    _no_split_modules = ["VitEmbedLayer"]
 
     def __init__(self, config: VitEmbedConfig, width_in: int):
         """
@@ -1094,17 +1107,14 @@ class VitEmbedPatchDecoder(VitEmbedTower):
             config: of the decoder's own layers, as `VitEmbedConfig.decoder_config` gives it.
             width_in: D of the encoder.
         """
-        super().__init__(config)
-        width = config.hidden_size
-        self.projection = linear(width_in, width, width_in**-0.5 * config.initializer_factor)
+        super().__init__()
+        self.config = config
+        width, factor = config.hidden_size, config.initializer_factor
+        self.projection = linear(width_in, width, width_in**-0.5 * factor)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.encoder = VitEmbedEncoder(config)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.prediction = nn.Linear(width, config.num_channels * math.prod(config.patch_shape))
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.projection
+        self.prediction = linear(width, config.num_channels * math.prod(config.patch_shape), width**-0.5 * factor)
 
     def forward(self, tokens: torch.Tensor, layout: TokenLayout, num_prefix_tokens: int) -> torch.Tensor:
         """The encoder's tokens (B, P + n, D) and what they stand for -> every patch's values (B, N, C * ph * pw)."""
@@ -1146,19 +1156,22 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
                 f"{config.patch_kernel_size!r} with patch_size={config.patch_size!r} gives {config.grid_size}; use a "
                 "kernel of patch_size plus an even number of at least patch_size pixels"
             )
-        if config.patch_drop_rate:
-            raise ValueError(
-                f"masked image modelling hides patches by mask_ratio; set patch_drop_rate=0, got "
-                f"{config.patch_drop_rate}"
-            )
+        for name in ("patch_drop_rate", "token_merge_size"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"masked image modelling hides patches by mask_ratio and needs a token for each other one; set "
+                    f"{name}=0, got {getattr(config, name)}"
+                )
         self.vision_model = VitEmbedModel(config)
         self.decoder = VitEmbedPatchDecoder(config.decoder_config(), config.hidden_size)
+        self.decoder.config._attn_implementation = self.config._attn_implementation
         self.post_init()
 
     def forward(
         self,
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
+        return_loss: bool = True,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -1168,6 +1181,8 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
             pixel_values: (B, C, H, W), as in VitEmbedModel.
             bool_masked_pos: (B, N) or (B, gh, gw) bool, True for patches to hide, at least one of each image left; None
                 hides `mask_ratio` of them at random.
+            return_loss: whether to return the loss. It needs no labels; padding of `pad_to_patch` counts as pixels of
+                0.
 
         Returns:
             loss: mean squared error over the values of the hidden patches, each patch less its mean and over its
@@ -1198,7 +1213,7 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         errors = (predicted - (patches - mean) / deviation).square().mean(dim=-1)  # (B, N)
         reconstruction = unpatchify(predicted.detach() * deviation + mean, grid_size, patch)
         output = VitEmbedMaskedImageModelingOutput(
-            loss=(errors * ~kept).sum() / (~kept).sum().clamp(min=1),
+            loss=(errors * ~kept).sum() / (~kept).sum().clamp(min=1) if return_loss else None,
             reconstruction=reconstruction[..., : image_shape[0], : image_shape[1]],
             mask=~kept.unflatten(1, grid_size),
             hidden_states=features.hidden_states,

@@ -4,6 +4,7 @@ Symbols: B batch, C channels, H W image pixels, ph pw patch pixels, gh gw patch 
 kept, D hidden size. Height comes before width everywhere.
 """
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -51,10 +52,15 @@ class Stem:
     # Whether a token depends on the pixels of its own patch alone.
     is_local = True
 
-    def select(self, tokens: torch.Tensor, output: StemOutput) -> tuple[torch.Tensor, TokenLayout]:
-        """The tokens that enter the trunk, of `output.tokens` with their positions added: all N, unless a stem says
-        otherwise. (B, N, D) -> (B, n, D) and what each stands for."""
-        return tokens, TokenLayout(output.grid_size)
+    def select(self, output: StemOutput, positions: torch.Tensor | None) -> tuple[torch.Tensor, TokenLayout]:
+        """What enters the trunk of its own output at these positions (N, D): (B, n, D), and what each stands for. All N
+        tokens, unless a stem says otherwise."""
+        return placed(output.tokens, positions), TokenLayout(output.grid_size)
+
+
+def placed(tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """Tokens (B, N, D) at their positions (N, D) or (B, N, D), if there are any."""
+    return tokens if positions is None else tokens + positions
 
 
 def patchify(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> torch.Tensor:
@@ -223,7 +229,13 @@ class HybridStem(Stem, nn.Module):
     def __init__(self, config: VitEmbedConfig):
         super().__init__()
         self.patch_shape = config.patch_shape
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        try:
+            self.backbone = AutoBackbone.from_config(copy.deepcopy(config.backbone_config))
+        except ValueError as error:
+            raise ValueError(
+                "backbone_config must be of a transformers backbone, as ResNetConfig or ConvNextConfig, got "
+                f"{type(config.backbone_config).__name__}: {error}"
+            ) from error
         self.projection = pointwise(self.backbone.channels[-1], config.hidden_size, config, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> StemOutput:
@@ -248,7 +260,8 @@ class AdaptiveStem(Stem, nn.Module):
     In training the choice is a Gumbel-softmax sample with a straight-through gradient, and a coarse token stays as four
     equal slots: the same numbers as one token that counts as four, in tensors of fixed shape. In evaluation the choice
     is hard and only the chosen tokens are computed; images of a batch keep different counts, the rest is masked
-    padding. The budget loss is `adaptive_budget_weight` * (share of tokens kept - `adaptive_budget`) ** 2.
+    padding, so a batch costs as much as its fullest image. The budget loss is
+    `adaptive_budget_weight` * (share of tokens that evaluation keeps - `adaptive_budget`) ** 2.
 
     Source: arXiv:2307.02321 (there with a sigmoid gate, both scales masked, and a batch-shaping loss for the share).
     """
@@ -274,18 +287,23 @@ class AdaptiveStem(Stem, nn.Module):
         else:
             choice = F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
         is_coarse = repeat_cells(choice[..., 1:])[..., 0]  # (B, N)
-        kept = choice[..., 0].mean() + choice[..., 1].mean() / 4
+        # What evaluation would keep, not what this sample does; its gradient is that of the probabilities.
+        probability = logits.softmax(-1)
+        certain = F.one_hot(logits.argmax(-1), 2) + probability - probability.detach()
+        kept = certain[..., 0].mean() + certain[..., 1].mean() / 4
         gates = repeat_cells(choice).to(fine.dtype)  # (B, N, 2)
         tokens = gates[..., :1] * fine + gates[..., 1:] * repeat_cells(coarse)
         loss = self.budget_weight * (kept - self.budget) ** 2
         return StemOutput(tokens, grid_size, is_coarse=is_coarse, loss=loss)
 
-    def select(self, tokens: torch.Tensor, output: StemOutput) -> tuple[torch.Tensor, TokenLayout]:
+    def select(self, output: StemOutput, positions: torch.Tensor | None) -> tuple[torch.Tensor, TokenLayout]:
         rows, columns = output.grid_size
         is_coarse = output.is_coarse.detach()
-        cells = tokens.unflatten(1, (rows // 2, 2, columns // 2, 2)).mean(dim=(2, 4))  # (B, gh / 2, gw / 2, D)
-        # Its four patches differ by their positions only, so the mean is the coarse token at its mean position.
-        tokens = torch.where(is_coarse[..., None] > 0, repeat_cells(cells), tokens)
+        if positions is not None:
+            cells = positions.unflatten(0, (rows // 2, 2, columns // 2, 2)).mean(dim=(1, 3))  # (gh / 2, gw / 2, D)
+            # Positions alone are averaged: a mean over the slots would hide from the gate that they want to differ.
+            positions = torch.where(is_coarse[..., None] > 0, repeat_cells(cells[None]), positions)  # (B, N, D)
+        tokens = placed(output.tokens, positions)
         layout = TokenLayout(output.grid_size)
         if self.training or torch.compiler.is_compiling():  # counts read from the data would break the graph
             return tokens, layout
@@ -325,7 +343,8 @@ class TokenLearnerStem(Stem, nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> StemOutput:
         return self.patches(pixel_values)
 
-    def select(self, tokens: torch.Tensor, output: StemOutput) -> tuple[torch.Tensor, TokenLayout]:
+    def select(self, output: StemOutput, positions: torch.Tensor | None) -> tuple[torch.Tensor, TokenLayout]:
+        tokens = placed(output.tokens, positions)
         weights = self.maps(tokens).float().softmax(dim=1).to(tokens.dtype)  # (B, N, K)
         return weights.transpose(1, 2) @ tokens, TokenLayout(None)
 
@@ -374,7 +393,8 @@ class SpectralStem(PatchLinear):
     def basis(self, device: torch.device) -> torch.Tensor:
         """(kept coefficients, ph * pw) float32. Computed, not stored: it is no parameter and there are no buffers."""
         (rows, row_frequency), (columns, column_frequency) = (self.axis_basis(side) for side in self.patch_shape)
-        frequency = (row_frequency[:, None] + column_frequency).flatten()
+        # Made whole numbers, so that rounding does not order equal frequencies.
+        frequency = ((row_frequency[:, None] + column_frequency) * math.prod(self.patch_shape)).round().flatten()
         lowest = frequency.argsort(stable=True)[: self.num_kept]
         return torch.kron(rows, columns)[lowest].float().to(device)
 

@@ -1,6 +1,6 @@
 """Look at the tokens that a model makes of a picture, and at what it fills in where it sees nothing.
 
-    python examples/show_tokens.py --pictures photo.jpg --merged . --token_merge_size 32 --image_size 256 \\
+    python examples/show_tokens.py --pictures photo.jpg --merged . --merged_size 512 --token_merge_size 128 \\
         --adaptive runs/adaptive --masked runs/masked --output tokens.png
 
 A row for each picture, and behind the picture itself columns for each kind of checkpoint that is named:
@@ -19,6 +19,7 @@ import argparse
 import logging
 import tempfile
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import matplotlib
@@ -38,7 +39,7 @@ logger = logging.getLogger("show_tokens")
 HIDDEN_GREY = 0.7
 # Two colours that people who mix up red and green can tell apart (Okabe and Ito).
 COARSE_COLOUR, FINE_COLOUR = "#E69F00", "#0072B2"
-COLUMN_INCHES, DOTS_PER_INCH = 2.4, 110
+COLUMN_INCHES, DOTS_PER_INCH, PICTURE_PIXELS = 2.4, 105, 512
 
 
 def on_white(picture: Image.Image) -> Image.Image:
@@ -104,7 +105,9 @@ def draw_adaptive(axis, picture: np.ndarray, token_map: np.ndarray, patch_shape:
     thin = min(1.2, 30 / columns)
     for colour, width, chosen in ((FINE_COLOUR, thin, ~of_patch), (COARSE_COLOUR, 1.5 * thin, of_patch)):
         outlined = np.where(chosen, token_map, -1)
-        axis.add_collection(LineCollection(borders(outlined, patch_shape), colors=colour, linewidths=width))
+        axis.add_collection(
+            LineCollection(borders(outlined, patch_shape), colors=colour, linewidths=width), autolim=False
+        )
     num_tokens = len(np.unique(token_map))
     axis.set_title(f"adaptive: {num_tokens} of {token_map.size} tokens", fontsize=8)
 
@@ -112,7 +115,7 @@ def draw_adaptive(axis, picture: np.ndarray, token_map: np.ndarray, patch_shape:
 def draw_merged(axis, picture: np.ndarray, token_map: np.ndarray, patch_shape: tuple[int, int]) -> None:
     """Paints each token in its mean colour, with borders between tokens."""
     axis.imshow(mean_colours(picture, token_map))
-    axis.add_collection(LineCollection(borders(token_map, patch_shape), colors="white", linewidths=0.6))
+    axis.add_collection(LineCollection(borders(token_map, patch_shape), colors="0.5", linewidths=0.5), autolim=False)
     axis.set_title(f"merged: {len(np.unique(token_map))} of {token_map.size} tokens", fontsize=8)
 
 
@@ -147,6 +150,8 @@ def save_figure(figure, output: Path) -> None:
     with tempfile.TemporaryDirectory(dir=output.parent) as aside:
         written = Path(aside) / f"sheet{output.suffix or '.png'}"
         figure.savefig(written, dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.05)
+        if written.suffix == ".png":  # 256 colours are enough here, and a third of the bytes
+            Image.open(written).convert("RGB").quantize(256).save(written, optimize=True)
         written.replace(output)
     pyplot.close(figure)
 
@@ -193,7 +198,7 @@ def token_panels(draw, model: VitEmbedModel, processor, paths: list[Path]) -> li
 
 def adaptive_panels(options: argparse.Namespace) -> list[list]:
     """One column, the tokens of `--adaptive`."""
-    model, processor = load(VitEmbedModel, options.adaptive, options.image_size)
+    model, processor = load(VitEmbedModel, options.adaptive, options.adaptive_size)
     if model.config.stem_type != "adaptive":
         raise ValueError(
             f"--adaptive must have stem_type='adaptive', {options.adaptive} has {model.config.stem_type!r}"
@@ -203,7 +208,7 @@ def adaptive_panels(options: argparse.Namespace) -> list[list]:
 
 def merged_panels(options: argparse.Namespace) -> list[list]:
     """One column, the tokens of `--merged`."""
-    model, processor = load(VitEmbedModel, options.merged, options.image_size)
+    model, processor = load(VitEmbedModel, options.merged, options.merged_size)
     # Behind loading, as what can be merged depends on the image size.
     model.config.token_merge_size = options.token_merge_size
     model.config.validate_architecture()
@@ -212,7 +217,7 @@ def merged_panels(options: argparse.Namespace) -> list[list]:
 
 def masked_panels(options: argparse.Namespace) -> list[list]:
     """Two columns, what `--masked` sees and what it fills in."""
-    model, processor = load(VitEmbedForMaskedImageModeling, options.masked, options.image_size)
+    model, processor = load(VitEmbedForMaskedImageModeling, options.masked, options.masked_size)
     if options.mask_ratio is not None:
         model.config.mask_ratio = options.mask_ratio
         model.config.validate_architecture()
@@ -230,32 +235,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adaptive", help="folder or Hub id of a checkpoint of stem_type='adaptive'")
     parser.add_argument("--merged", help="folder or Hub id of any checkpoint of another stem")
     parser.add_argument("--masked", help="folder or Hub id of a checkpoint of masked image modelling")
-    parser.add_argument(
-        "--image_size", type=int, nargs="+", help="pixels to show at, one number or height and width; default: native"
-    )
+    for kind in KINDS:
+        parser.add_argument(
+            f"--{kind}_size", type=int, nargs="+", help="pixels, one number or height and width; default: native"
+        )
     parser.add_argument("--token_merge_size", type=int, default=32, help="tokens that each layer of --merged merges")
     parser.add_argument("--mask_ratio", type=float, help="share of the patches to hide; default: that of --masked")
     parser.add_argument("--output", type=Path, default=Path("demo_output/tokens.png"), help="picture to write")
     options = parser.parse_args(arguments)
     if not any(getattr(options, kind) for kind in KINDS):
         parser.error("name a checkpoint with --adaptive, --merged or --masked")
-    if options.image_size is not None and len(options.image_size) > 2:
-        parser.error(f"--image_size must be one number or height and width, got {options.image_size}")
+    for kind in KINDS:
+        size = getattr(options, f"{kind}_size")
+        if size is not None and len(size) > 2:
+            parser.error(f"--{kind}_size must be one number or height and width, got {size}")
     return options
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    pictures = [on_white(Image.open(path)) for path in options.pictures]
-    side = min(min(picture.size) for picture in pictures)
-    height, width = (options.image_size[0], options.image_size[-1]) if options.image_size else (side, side)
-    rows = [
-        [partial(draw_picture, picture=ImageOps.fit(picture, (width, height)), title="picture")] for picture in pictures
-    ]
-    for kind, panels in KINDS.items():
-        if getattr(options, kind):
-            rows = [row + more for row, more in zip(rows, panels(options))]
+    columns = [panels(options) for kind, panels in KINDS.items() if getattr(options, kind)]
+    height, width = columns[0][0][0].keywords["picture"].shape[:2]  # all show the same part of a picture
+    shape = (PICTURE_PIXELS, round(PICTURE_PIXELS * height / width))
+    rows = []
+    for path, *panels in zip(options.pictures, *columns):
+        picture = ImageOps.fit(on_white(Image.open(path)), shape)
+        rows.append([partial(draw_picture, picture=picture, title="picture"), *chain(*panels)])
     figure, axes = new_sheet(len(rows), len(rows[0]), shape=(height, width))
     for panels, axes_of_row in zip(rows, axes):
         for draw, axis in zip(panels, axes_of_row):

@@ -62,7 +62,7 @@ def test_pretraining_end_to_end(photos, tmp_path, monkeypatch):
     VitEmbedForImageClassification.from_pretrained(tmp_path / "run", num_labels=3)
     sheets = sorted(path.name for path in (tmp_path / "run" / "reconstructions").iterdir())
     assert sheets == ["step-000001.png", "step-000002.png"]
-    assert colours(tmp_path / "run" / "reconstructions" / sheets[0]) > 500
+    assert colours(tmp_path / "run" / "reconstructions" / sheets[0]) > 100, "it shows pictures, not blank axes"
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(REPO / "examples")
@@ -94,12 +94,26 @@ def checkpoints(tmp_path) -> dict[str, Path]:
 
 def test_the_sheet_of_tokens(photos, checkpoints, tmp_path):
     arguments = [part for kind, folder in checkpoints.items() for part in (f"--{kind}", folder)]
-    arguments += ["--image_size", 48, 64, "--token_merge_size", 3, "--mask_ratio", 0.6, "--output", "new/sheet.png"]
+    arguments += [
+        "--adaptive_size",
+        48,
+        64,
+        "--merged_size",
+        64,
+        "--token_merge_size",
+        3,
+        "--mask_ratio",
+        0.6,
+        "--output",
+        "new/sheet.png",
+    ]
     ran = run("show_tokens.py", "--pictures", *photos[:4], *arguments, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "4 pictures shown" in ran.stderr
     sheet = Image.open(tmp_path / "new" / "sheet.png")
-    assert sheet.width > 1000 and sheet.height > 700 and colours(tmp_path / "new" / "sheet.png") > 500
+    assert sheet.width > 1000 and sheet.height > 700 and colours(tmp_path / "new" / "sheet.png") > 100, (
+        "it shows pictures, not blank axes"
+    )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
 
 
@@ -109,7 +123,7 @@ def test_the_sheet_of_tokens(photos, checkpoints, tmp_path):
         ([], "name a checkpoint with --adaptive, --merged or --masked"),
         (["--adaptive", "merged"], "--adaptive must have stem_type='adaptive', merged has 'conv'"),
         (["--merged", "merged", "--token_merge_size", "7"], "at most half of the 12 patch tokens, got 7"),
-        (["--merged", "merged", "--image_size", "8", "8", "8"], "one number or height and width"),
+        (["--merged", "merged", "--merged_size", "8", "8", "8"], "one number or height and width"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(arguments, message, photos, checkpoints, monkeypatch, capsys):

@@ -352,7 +352,6 @@ def test_merging_stops_at_half_of_what_is_left():
 
 
 @pytest.mark.parametrize(("layers", "shape"), [(6, (32, 32)), (4, (8, 24)), (4, (8, 8))])
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="match_tokens of one token: max over no partners")
 def test_one_token_has_none_to_merge_with(layers, shape):
     model = build("mean", token_merge_size=8, num_hidden_layers=layers)
     features = features_of(model, pixels(2, *shape))
@@ -395,7 +394,6 @@ def test_features_of_another_encoder_merge():
     assert torch.equal(model.get_token_map(patch_embeds=embeds), model.get_token_map(pixels()))
 
 
-@pytest.mark.xfail(strict=True, reason="accepted; its evaluation then gathers with index -1 in merge_tokens")
 def test_masked_image_modeling_refuses_to_merge():
     """Hidden patches have no token, and images may keep different counts: the same as with `pixel_mask`."""
     with pytest.raises(ValueError, match="token_merge_size"):
@@ -467,7 +465,7 @@ def assert_gradients(model: nn.Module) -> None:
 def test_dropping_is_refused_where_every_patch_is_needed():
     with pytest.raises(ValueError, match="depth needs every patch.*patch_drop_rate=0.5"):
         VitEmbedForDepthEstimation(vision_config(patch_drop_rate=0.5))
-    with pytest.raises(ValueError, match="mask_ratio; set patch_drop_rate=0, got 0.5"):
+    with pytest.raises(ValueError, match="mask_ratio.*; set patch_drop_rate=0, got 0.5"):
         VitEmbedForMaskedImageModeling(vision_config(patch_drop_rate=0.5))
     for head in ("backbone", "patch features"):
         model = build(head, patch_drop_rate=0.5)
@@ -577,7 +575,8 @@ def test_coarse_token_is_the_cell_at_its_mean_position():
 
 
 def test_budget_loss_by_hand():
-    """In training every loss is the head's and weight * (share kept - budget) ** 2; in evaluation the head's alone."""
+    """In training every loss is the head's and weight * (share that evaluation keeps - budget) ** 2; in evaluation the
+    head's alone."""
     fields = {"adaptive_budget": 0.3, "adaptive_budget_weight": 7.0, **ADAPTIVE}
     cases = {
         "classification": {"labels": torch.tensor([0, 1, 1])},
@@ -588,16 +587,19 @@ def test_budget_loss_by_hand():
         model = build(head, **fields)
         outputs = []
         stem = trunk_of(model).embeddings.patch_embedding
+        torch.nn.init.zeros_(stem.gate[-1].bias)  # some cells each way
         stem.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output))
         model.train()
         total = model(pixel_values=pixels(3, 64, 64), **inputs).loss
-        is_coarse = outputs[-1].is_coarse.detach().round()
-        share = 1 - 0.75 * is_coarse.mean()
+        in_training = outputs[-1]
+        stem.eval()
+        is_coarse = stem(pixels(3, 64, 64)).is_coarse
+        stem.train()
         assert 0 < is_coarse.mean() < 1
-        by_hand = 7 * (share - 0.3) ** 2
-        torch.testing.assert_close(outputs[-1].loss, by_hand, **CLOSE)
+        by_hand = 7 * (1 - 0.75 * is_coarse.mean() - 0.3) ** 2
+        torch.testing.assert_close(in_training.loss, by_hand, **CLOSE)
         # The same choices again, and the head's own loss of what comes out.
-        stem.forward = lambda *_, given=outputs[-1]: given._replace(loss=None)
+        stem.forward = lambda *_, given=in_training: given._replace(loss=None)
         alone = model(pixel_values=pixels(3, 64, 64), **inputs).loss
         torch.testing.assert_close(total, alone + by_hand, **CLOSE)
         del stem.forward
@@ -611,15 +613,14 @@ def test_budget_loss_by_hand():
 def test_budget_loss_alone_brings_the_share_to_the_budget(budget):
     model = build("cls", adaptive_budget=budget, **ADAPTIVE).train()
     stem, images = model.embeddings.patch_embedding, pixels(8, 64, 64)
-    optimizer = torch.optim.SGD(stem.gate.parameters(), lr=3.0)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(stem.gate.parameters(), lr=1e-3)
+    for _ in range(150):
         optimizer.zero_grad()
         stem(images).loss.backward()
         optimizer.step()
     with torch.no_grad():
-        share = 1 - 0.75 * torch.stack([stem(images).is_coarse for _ in range(8)]).mean().item()
-    # 1,024 draws of cells: the share's own noise is below 0.02.
-    assert share == pytest.approx(budget, abs=0.06)
+        share = 1 - 0.75 * stem.eval()(images).is_coarse.mean().item()
+    assert share == pytest.approx(budget, abs=0.03)
 
 
 @pytest.mark.parametrize("head", ["classification", "contrastive", "deconv"])
