@@ -199,8 +199,6 @@ def main() -> None:
     set_seed(training_arguments.seed)
     # Rows carry pictures, which no forward takes by name; the collator turns them into what it takes.
     training_arguments.remove_unused_columns = False
-    # The loss needs no labels; Trainer reports eval_loss where it finds an input that it takes for one.
-    training_arguments.label_names = ["pixel_values"]
 
     model, processor = load_model(model_arguments)
     splits = with_validation(load_splits(data_arguments.dataset), data_arguments, training_arguments.seed)
