@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from tiny import dual_config, pixels, randomised, tokens, vision_config
+from tiny import CLOSE, dual_config, pixels, randomised, tokens, vision_config
 from transformers import ConvNextConfig, ResNetConfig
 
 from vit_embed import (
@@ -163,3 +163,14 @@ def result(head: str, output) -> tuple[torch.Tensor, ...]:
     """What the head was called for, as a tuple of tensors."""
     found = output[HEADS[head].result]
     return found if isinstance(found, tuple) else (found,)
+
+
+# Every config field that the trunk alone has no use for, so that one config serves all heads.
+ALL_HEADS = {"depth_head_type": "dpt", **DECODER}
+PYRAMID = {"stem_type": "hierarchical", "use_feature_pyramid": True, "depth_head_type": "dpt"}
+
+
+def assert_close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], **tolerance) -> None:
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, **(tolerance or CLOSE))

@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from tiny import dual_config, hidden_patches, pixels, randomised, tokens, use_attention, vision_config
+from tiny import (
+    CLOSE,
+    dual_config,
+    gradients,
+    hidden_patches,
+    pixels,
+    randomised,
+    score,
+    tokens,
+    use_attention,
+    vision_config,
+)
 from torch import nn
 
 from vit_embed import (
@@ -14,8 +25,6 @@ from vit_embed import (
     VitEmbedModel,
     VitEmbedTextModel,
 )
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 rounding of sums in another order
 
 # name: (class, config, inputs as a function)
 CLASSES = {
@@ -79,22 +88,6 @@ EVERY = pytest.mark.parametrize("name", CLASSES)
 def build(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     model_class, config, inputs = CLASSES[name]
     return randomised(model_class(config())), inputs()
-
-
-def score(output) -> torch.Tensor:
-    """A number that depends on everything an output says."""
-    if output.get("loss") is not None:
-        return output.loss
-    tensors = [value for value in output.values() if isinstance(value, torch.Tensor)] + list(
-        output.get("feature_maps") or ()
-    )
-    return sum(tensor.float().square().mean() for tensor in tensors)
-
-
-def gradients(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    score(model(**inputs)).backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 @EVERY

@@ -5,6 +5,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from vit_embed import VitEmbedConfig
 
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 rounding of sums in another order
 EOS = 99  # the end-of-text token of the tiny vocabulary, its last id as in CLIP
 
 TEXT = {
@@ -90,3 +91,19 @@ def tokens(batch: int = 3, length: int = 16, seed: int = 2) -> torch.Tensor:
     for row in range(batch):
         ids[row, 4 + 3 * row % (length - 4) :] = EOS
     return ids
+
+
+def score(output) -> torch.Tensor:
+    """A number that depends on everything an output says."""
+    if output.get("loss") is not None:
+        return output.loss
+    tensors = [value for value in output.values() if isinstance(value, torch.Tensor)] + list(
+        output.get("feature_maps") or ()
+    )
+    return sum(tensor.float().square().mean() for tensor in tensors)
+
+
+def gradients(model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    score(model(**inputs)).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
