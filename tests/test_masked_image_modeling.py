@@ -7,7 +7,7 @@ import pictures
 import pytest
 import torch
 from fresh_process import digests, outputs, run_fresh
-from tiny import TEXT, pixels, randomised, use_attention, vision_config
+from tiny import CLOSE, TEXT, pixels, randomised, use_attention, vision_config
 from torch.nn import functional as F
 from transformers import ResNetConfig, Trainer, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
 
@@ -20,8 +20,6 @@ from vit_embed import (
     VitEmbedModel,
 )
 from vit_embed.configuration_vit_embed import STEM_TYPES, TOKEN_CHOOSING_STEMS
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 rounding of sums in another order
 
 # Two stages of 8 and 16 channels, the second of stride 8, the patch of the tiny models.
 BACKBONE = ResNetConfig(

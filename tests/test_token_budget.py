@@ -8,7 +8,7 @@ import pictures
 import pytest
 import tiny
 import torch
-from tiny import dual_config, pixels, randomised, tokens, use_attention, vision_config
+from tiny import CLOSE, dual_config, pixels, randomised, tokens, use_attention, vision_config
 from torch import nn
 from transformers import PreTrainedModel, ResNetConfig, ViltImageProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -23,8 +23,6 @@ from vit_embed import (
 )
 from vit_embed.configuration_vit_embed import GRIDLESS_STEMS, STEM_TYPES
 from vit_embed.tokens_vit_embed import TokenLayout, match_tokens, mean_of_patches, merge_tokens, spread
-
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 rounding of sums in another order
 
 
 class Head(NamedTuple):
