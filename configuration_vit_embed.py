@@ -150,7 +150,12 @@ def as_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConf
         TypeError: neither of them, or a dict without its `model_type`.
     """
     if isinstance(value, dict) and "model_type" in value:
-        return AutoConfig.for_model(**value)
+        try:
+            return AutoConfig.for_model(**value)
+        except ValueError as error:
+            raise ValueError(
+                f"backbone_config must be of a model of transformers, got model_type={value['model_type']!r}"
+            ) from error
     if value is None or isinstance(value, PretrainedConfig):
         return copy.deepcopy(value)  # transformers writes into the config of a model
     raise TypeError(f"backbone_config must be a config of transformers, or its dict with a model_type; got {value!r}")
@@ -344,7 +349,7 @@ class VitEmbedConfig(PretrainedConfig):
         backbone_config: config, or its dict, of the transformers backbone of the "hybrid" stem; the stride of its last
             feature map is patch_size.
         adaptive_budget: tokens that the "adaptive" stem is trained to keep, as a share in [0.25, 1] of the patches.
-        adaptive_budget_weight: factor of the squared difference to that share in every training loss.
+        adaptive_budget_weight: factor of the squared difference to that share, in the training loss of every head.
         num_learned_tokens: tokens K of the "token_learner" stem, whatever the image size.
         num_coefficients: lowest-frequency coefficients that "dct" and "wavelet" keep of a patch and channel; None is
             all.
@@ -628,6 +633,12 @@ class VitEmbedConfig(PretrainedConfig):
                 f"stem_type='hierarchical' halves the image until a pixel is a patch: patch_size must be 2, 4, 8, "
                 f"..., got {self.patch_size!r}"
             )
+        if stem == "hierarchical" and self.stem_norm_type == "layer_norm" and self.pyramid_widths[0] < 4:
+            raise ValueError(
+                f"stem_norm_type='layer_norm' over {self.pyramid_widths[0]} channels says next to nothing: "
+                f"hidden_size must be at least 2 * patch_size for stem_type='hierarchical', got "
+                f"hidden_size={self.hidden_size} and patch_size={self.patch_size!r}"
+            )
         if self.use_feature_pyramid and patch[0] < 8:
             raise ValueError(
                 f"use_feature_pyramid=True reads maps of stride patch_size / 4 >= 2, got patch_size={self.patch_size!r}"
@@ -641,6 +652,11 @@ class VitEmbedConfig(PretrainedConfig):
                     f"num_coefficients must be at most the {math.prod(patch)} pixels of a patch, got "
                     f"{self.num_coefficients} with patch_size={self.patch_size!r}"
                 )
+        if min(self.grid_size) < 1:
+            raise ValueError(
+                f"patch_kernel_size must fit into the padded image, got patch_kernel_size={self.patch_kernel_shape} "
+                f"with image_size={self.image_size!r} and patch_size={self.patch_size!r}"
+            )
         if stem == "hybrid" and self.backbone_config is None:
             raise ValueError(
                 "stem_type='hybrid' needs backbone_config, the config of a transformers backbone whose last feature "

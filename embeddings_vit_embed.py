@@ -114,7 +114,9 @@ class LearnedPositions(nn.Embedding):
         self.grid_size = config.grid_size
         self.interpolation = config.position_interpolation
 
-    def forward(self, grid_size: tuple[int, int]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def forward(
+        self, grid_size: tuple[int, int], device: torch.device | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         patches = self.weight[self.num_class_positions :]
         patches = interpolate_positions(patches, self.grid_size, grid_size, self.interpolation)
         return (self.weight[:1] if self.num_class_positions else None), patches
@@ -135,8 +137,8 @@ class SinusoidalPositions(nn.Module):
         super().__init__()
         self.hidden_size = config.hidden_size
 
-    def forward(self, grid_size: tuple[int, int]) -> tuple[None, torch.Tensor]:
-        return None, sinusoidal_positions(grid_size, self.hidden_size)
+    def forward(self, grid_size: tuple[int, int], device: torch.device | None = None) -> tuple[None, torch.Tensor]:
+        return None, sinusoidal_positions(grid_size, self.hidden_size, device)
 
 
 class PolynomialPositions(nn.Embedding):
@@ -149,13 +151,13 @@ class PolynomialPositions(nn.Embedding):
         super().__init__((config.position_degree + 1) ** 2, config.hidden_size)
         self.degree = config.position_degree
 
-    def forward(self, grid_size: tuple[int, int]) -> tuple[None, torch.Tensor]:
+    def forward(self, grid_size: tuple[int, int], device: torch.device | None = None) -> tuple[None, torch.Tensor]:
         basis = polynomial_basis(grid_size, self.degree, self.weight.device)
         return None, (basis @ self.weight.float()).to(self.weight.dtype)
 
 
-# A position scheme is a module made from the config: (gh, gw) -> the class token's position (1, D) or None, and the
-# patches' (N, D). The names are `configuration_vit_embed.POSITION_EMBEDDING_TYPES`.
+# A position scheme is a module made from the config: (gh, gw) and the device to compute on -> the class token's
+# position (1, D) or None, and the patches' (N, D). The names are `configuration_vit_embed.POSITION_EMBEDDING_TYPES`.
 POSITIONS = {
     "learned": LearnedPositions,
     "sinusoidal": SinusoidalPositions,
@@ -233,16 +235,19 @@ class VitEmbedEmbeddings(nn.Module):
         self, stem_output: StemOutput, kept: torch.Tensor | None = None, num_kept: int | None = None
     ) -> EmbeddedImages:
         """Adds positions, selects tokens, puts the prefix before them."""
+        # Autocast gives a stem's tokens in half precision; the residual stream has the precision of the weights.
+        stem_output = stem_output._replace(tokens=stem_output.tokens.to(self._dtype))
         class_position = positions = None
         if self.position_embedding is not None:
-            class_position, positions = self.position_embedding(stem_output.grid_size)  # (1, D) or None, (N, D)
-            positions = positions.to(stem_output.tokens.device, stem_output.tokens.dtype)
+            device = stem_output.tokens.device
+            class_position, positions = self.position_embedding(stem_output.grid_size, device)  # (1, D) or None, (N, D)
+            positions = positions.to(self._dtype)
         tokens, layout = self.patch_embedding.select(stem_output, positions)  # (B, n, D)
         if kept is None and self.training and self.config.patch_drop_rate:
             kept, num_kept = random_kept(*tokens.shape[:2], self.config.patch_drop_rate, tokens.device)
         if kept is not None:
             tokens, layout = keep_tokens(tokens, layout, kept, num_kept)
-        tokens = self.dropout(self._with_prefix(tokens, class_position))
+        tokens = self.dropout(self._with_prefix(tokens.to(self._dtype), class_position))
         return EmbeddedImages(tokens, layout, stem_output.feature_pyramid, stem_output.loss)
 
     def _read_pixels(self, pixel_values: torch.Tensor) -> StemOutput:
@@ -304,7 +309,7 @@ class VitEmbedEmbeddings(nn.Module):
                 "patch_embeds take the place of the stem, but stem_type='adaptive' has to see pixels to choose its "
                 "tokens; use another stem_type, or pixel_values"
             )
-        if patch_embeds.dim() != 4 or patch_embeds.shape[1] != width:
+        if patch_embeds.dim() != 4 or patch_embeds.shape[1] != width or 0 in patch_embeds.shape:
             raise ValueError(
                 f"patch_embeds must be (batch, hidden_size={width}, grid rows, grid columns), got "
                 f"{tuple(patch_embeds.shape)}"
@@ -331,11 +336,16 @@ class VitEmbedEmbeddings(nn.Module):
         unit = self.config.image_multiple
         for height, width in sizes:
             remainder = height % unit[0] or width % unit[1]
-            if not height or not width or (remainder and not self.config.pad_to_patch):
+            if min(height, width) < 1 or (remainder and not self.config.pad_to_patch):
                 twice = "twice " if unit != self.config.patch_shape else ""
                 raise ValueError(
                     f"image height and width must be multiples of {twice}patch_size {unit}, got ({height}, {width}); "
                     "resize or crop in the image processor, or set pad_to_patch=True"
+                )
+            if min(self.config.grid_of((height, width))) < 1:
+                raise ValueError(
+                    f"an image must hold the kernel, patch_kernel_size={self.config.patch_kernel_shape}, got "
+                    f"({height}, {width}) pixels; enlarge it in the image processor"
                 )
 
 

@@ -34,9 +34,6 @@ NORMS = {
 # mask.
 QUERY_SUBSET = ("eager", "sdpa")
 
-# Implementations that take no mask to add to the scores: a call that has one, as sizes of tokens, is computed by sdpa.
-NO_DENSE_MASK = ("flash_attention_2", "flash_attention_3", "flex_attention")
-
 
 def eager_attention(
     module: nn.Module,
@@ -121,7 +118,8 @@ class VitEmbedAttention(nn.Module):
         )
         # Only the plain implementation has weights to show, so a call that wants them takes it.
         implementation = "eager" if output_attentions else self.config._attn_implementation
-        if implementation in NO_DENSE_MASK and isinstance(attention_mask, torch.Tensor):
+        has_sizes = isinstance(attention_mask, torch.Tensor) and not is_causal
+        if has_sizes and implementation not in QUERY_SUBSET:  # flash and flex attention take no bias of the scores
             implementation = "sdpa"
         attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         mixed, weights = attend(
@@ -192,7 +190,7 @@ class VitEmbedLayer(GradientCheckpointingLayer):
             hidden_states = self.layer_norm1(hidden_states)
         num_prefix = self.num_prefix_tokens
         merge_size = min(merge_size, (keys.shape[2] - num_prefix) // 2)
-        if merge_size:
+        if merge_size > 0:
             prefix, patches = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
             merge = match_tokens(keys[:, :, num_prefix:].mean(dim=1), merge_size)
             patches, layout = merge_tokens(patches, layout, merge)

@@ -188,7 +188,7 @@ class VitEmbedTower(PreTrainedModel):
     def enable_input_require_grads(self) -> None:
         """Makes the towers' input require a gradient, which reentrant checkpointing of a frozen trunk needs.
 
-        transformers hooks the input embedding's output and takes it for a tensor; a stem's is tokens and their grid.
+        transformers hooks the input embedding's output and takes it for a tensor; a stem's is a StemOutput.
         """
 
         def require_grad(module, inputs, output):
@@ -420,6 +420,7 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             ValueError: `image_size` is not a multiple of the patch.
         """
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        merge_size = kwargs.pop("token_merge_size", None) if image_size is not None else None
         if isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(config)
         # As remote code the config's class may come from another copy of the file than the one imported here.
@@ -432,7 +433,9 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
                 stored = config
             if stored.patch_shape == config.patch_shape:
                 config = copy.deepcopy(config)
-                config.image_size = stored.image_size
+                # What may merge is held against the size asked for, below.
+                merge_size = config.token_merge_size if merge_size is None else merge_size
+                config.image_size, config.token_merge_size = stored.image_size, 0
         loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
@@ -442,6 +445,9 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             model._loaded_from = (source, {k: v for k, v in hub_options.items() if k != "force_download"})
         if image_size is not None:
             model.set_image_size(image_size)
+        if merge_size is not None:
+            model.config.token_merge_size = merge_size
+            model.config.validate_architecture()
         return loaded
 
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
@@ -511,10 +517,11 @@ class VisionFeatures(NamedTuple):
 
 @dataclass
 class VitEmbedModelOutput(BaseModelOutputWithPooling):
-    """BaseModelOutputWithPooling, and feature_pyramid: a hierarchical stem's maps (B, C_i, H_i, W_i), fine to
-    coarse."""
+    """BaseModelOutputWithPooling, and feature_pyramid: a hierarchical stem's maps (B, C_i, H_i, W_i), fine to coarse;
+    stem_loss: scalar to add to the loss when training, of an adaptive stem (the classes with a loss have added it)."""
 
     feature_pyramid: tuple[torch.Tensor, ...] | None = None
+    stem_loss: torch.Tensor | None = None
 
 
 class VitEmbedModel(VitEmbedPreTrainedModel):
@@ -564,6 +571,7 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
             hidden_states=features.hidden_states,
             attentions=features.attentions,
             feature_pyramid=features.feature_pyramid,
+            stem_loss=features.loss if self.training else None,
         )
         return self._returned(output, return_dict)
 
@@ -697,6 +705,13 @@ def require_grid(config: VitEmbedConfig, purpose: str) -> None:
         )
 
 
+def freeze_pooler(trunk: VitEmbedModel) -> None:
+    """Leaves attention pooling out of training, for heads that read patches alone: DistributedDataParallel waits for a
+    gradient of every parameter that asks for one."""
+    if trunk.pooler is not None:
+        trunk.pooler.requires_grad_(False)
+
+
 def with_stem_loss(loss: torch.Tensor, features: VisionFeatures, training: bool) -> torch.Tensor:
     """A head's loss with what the stem adds to it in training."""
     return loss + features.loss if training and features.loss is not None else loss
@@ -796,6 +811,7 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
                 "patch_drop_rate=0"
             )
         self.vision_model = VitEmbedModel(config)
+        freeze_pooler(self.vision_model)
         self.depth_head = DEPTH_HEADS[config.depth_head_type](config)
         self.taps = self._evenly_spaced_layers(config.num_hidden_layers, self.depth_head.num_taps)
         self.post_init()
@@ -1118,10 +1134,11 @@ class VitEmbedPatchDecoder(nn.Module):
 
     def forward(self, tokens: torch.Tensor, layout: TokenLayout, num_prefix_tokens: int) -> torch.Tensor:
         """The encoder's tokens (B, P + n, D) and what they stand for -> every patch's values (B, N, C * ph * pw)."""
-        hidden_states = self.projection(tokens)
+        # In the precision of the weights, whatever autocast makes of the projection.
+        hidden_states = self.projection(tokens).to(self.mask_token.dtype)
         prefix, seen = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
         is_seen = (layout.token_of_patch >= 0)[..., None]  # (B, N, 1)
-        patches = torch.where(is_seen, spread(seen, layout), self.mask_token.to(seen.dtype))
+        patches = torch.where(is_seen, spread(seen, layout), self.mask_token)
         positions = sinusoidal_positions(layout.grid_size, self.config.hidden_size, patches.device)
         patches = patches + positions.to(patches.dtype)
         decoded = self.encoder(torch.cat([prefix, patches], dim=1)).last_hidden_state[:, num_prefix_tokens:]
@@ -1163,6 +1180,7 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
                     f"{name}=0, got {getattr(config, name)}"
                 )
         self.vision_model = VitEmbedModel(config)
+        freeze_pooler(self.vision_model)
         self.decoder = VitEmbedPatchDecoder(config.decoder_config(), config.hidden_size)
         self.decoder.config._attn_implementation = self.config._attn_implementation
         self.post_init()
@@ -1252,6 +1270,7 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
         super().__init__(config)
         require_grid(config, "a feature map")
         self.vision_model = VitEmbedModel(config)
+        freeze_pooler(self.vision_model)
         self.post_init()
 
     @property

@@ -220,8 +220,9 @@ class HierarchicalStem(Stem, nn.Module):
 class HybridStem(Stem, nn.Module):
     """The last feature map of any transformers backbone, then a 1x1 projection.
 
-    N = (H / p) * (W / p) tokens, p being the stride of that map. The backbone starts from random weights: load trained
-    ones into `embeddings.patch_embedding.backbone`. Source: arXiv:2010.11929 section 3.1 (hybrid architecture).
+    N = (H / p) * (W / p) tokens, p being the stride of that map; the backbone ends there. It starts from random
+    weights: load trained ones into `embeddings.patch_embedding.backbone`. Source: arXiv:2010.11929 section 3.1 (hybrid
+        architecture).
     """
 
     is_local = False
@@ -229,6 +230,11 @@ class HybridStem(Stem, nn.Module):
     def __init__(self, config: VitEmbedConfig):
         super().__init__()
         self.patch_shape = config.patch_shape
+        if getattr(config.backbone_config, "num_channels", config.num_channels) != config.num_channels:
+            raise ValueError(
+                f"backbone_config.num_channels must be num_channels={config.num_channels}, got "
+                f"{config.backbone_config.num_channels}"
+            )
         try:
             self.backbone = AutoBackbone.from_config(copy.deepcopy(config.backbone_config))
         except ValueError as error:
@@ -236,6 +242,12 @@ class HybridStem(Stem, nn.Module):
                 "backbone_config must be of a transformers backbone, as ResNetConfig or ConvNextConfig, got "
                 f"{type(config.backbone_config).__name__}: {error}"
             ) from error
+        last_stage = self.backbone.stage_names[-1]
+        if list(self.backbone.out_features) != [last_stage]:
+            raise ValueError(
+                f"backbone_config must give its last stage {last_stage!r} alone, or stages are computed that nothing "
+                f"reads; got out_features={list(self.backbone.out_features)}; make it as deep as the map that is wanted"
+            )
         self.projection = pointwise(self.backbone.channels[-1], config.hidden_size, config, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> StemOutput:
@@ -260,7 +272,8 @@ class AdaptiveStem(Stem, nn.Module):
     In training the choice is a Gumbel-softmax sample with a straight-through gradient, and a coarse token stays as four
     equal slots: the same numbers as one token that counts as four, in tensors of fixed shape. In evaluation the choice
     is hard and only the chosen tokens are computed; images of a batch keep different counts, the rest is masked
-    padding, so a batch costs as much as its fullest image. The budget loss is
+    padding, so a batch costs as much as its fullest image. Compiled or exported, the slots stay in evaluation, too: no
+    shape may depend on the data. The budget loss, a mean over image sizes where they are mixed, is
     `adaptive_budget_weight` * (share of tokens that evaluation keeps - `adaptive_budget`) ** 2.
 
     Source: arXiv:2307.02321 (there with a sigmoid gate, both scales masked, and a batch-shaping loss for the share).

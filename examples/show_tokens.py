@@ -179,10 +179,11 @@ def draw_reconstructions(
     save_figure(figure, output)
 
 
-def load(model_class: type, name: str, image_size: list[int] | None):
+def load(model_class: type, name: str, image_size: list[int] | None, **fields):
     """A checkpoint in evaluation, at `image_size` (height, width) or else its own, and its image processor."""
     shape = None if image_size is None else (image_size[0], image_size[-1])
-    return model_class.from_pretrained(name, image_size=shape).eval(), AutoImageProcessor.from_pretrained(name)
+    return (model_class.from_pretrained(name, image_size=shape, **fields).eval(),)
+    AutoImageProcessor.from_pretrained(name)
 
 
 @torch.inference_mode()
@@ -208,10 +209,9 @@ def adaptive_panels(options: argparse.Namespace) -> list[list]:
 
 def merged_panels(options: argparse.Namespace) -> list[list]:
     """One column, the tokens of `--merged`."""
-    model, processor = load(VitEmbedModel, options.merged, options.merged_size)
-    # Behind loading, as what can be merged depends on the image size.
-    model.config.token_merge_size = options.token_merge_size
-    model.config.validate_architecture()
+    model, processor = load(
+        VitEmbedModel, options.merged, options.merged_size, token_merge_size=options.token_merge_size
+    )
     return token_panels(draw_merged, model, processor, options.pictures)
 
 

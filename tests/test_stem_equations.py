@@ -226,10 +226,22 @@ def test_hybrid_leaves_the_config_it_was_given_alone():
 
 
 def test_hybrid_refuses_a_backbone_of_another_stride():
-    backbone = ResNetConfig(**{**RESNET.to_dict(), "out_features": ["stage1"], "out_indices": None})
-    model = VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=backbone))
-    with pytest.raises(ValueError, match=r"backbone_config must have a stride of patch_size \(8, 8\).*\(8, 8\)"):
+    model = VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=RESNET, patch_size=4))
+    with pytest.raises(ValueError, match=r"backbone_config must have a stride of patch_size \(4, 4\).*got \(4, 4\)"):
         model(pixels())
+
+
+@pytest.mark.parametrize("out_features", [["stage1"], ["stage1", "stage2"]])
+def test_hybrid_refuses_a_backbone_that_goes_on_behind_its_map(out_features):
+    """Stages that nothing reads have no gradients, which DistributedDataParallel does not forgive."""
+    backbone = ResNetConfig(**{**RESNET.to_dict(), "out_features": out_features, "out_indices": None})
+    with pytest.raises(ValueError, match="backbone_config must give its last stage 'stage2' alone"):
+        VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=backbone))
+
+
+def test_hybrid_refuses_a_backbone_for_other_channels():
+    with pytest.raises(ValueError, match="backbone_config.num_channels must be num_channels=1, got 3"):
+        VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=RESNET, num_channels=1))
 
 
 @torch.no_grad()

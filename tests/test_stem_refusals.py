@@ -237,3 +237,28 @@ def test_masked_image_modelling_refuses_a_grid_that_is_not_the_patches():
     assert config.grid_size == (3, 3)
     with pytest.raises(ValueError, match=r"one token a patch, \(4, 4\).*patch_kernel_size=11.*patch_size=8.*\(3, 3\)"):
         VitEmbedForMaskedImageModeling(config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (
+            {"stem_type": "overlap", "patch_size": 4, "patch_kernel_size": 7, "image_size": 4},
+            "patch_kernel_size.*image",
+        ),
+        (
+            {"stem_type": "hierarchical", "patch_size": 32},
+            "hidden_size must be at least 2 .*patch_size=32",
+        ),
+        ({"stem_type": "hybrid", "backbone_config": {"model_type": "nope"}}, "backbone_config.*'nope'"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(fields, named):
+    with pytest.raises(ValueError, match=named):
+        vision_config(**fields)
+
+
+def test_an_image_smaller_than_the_kernel_is_refused():
+    model = VitEmbedModel(vision_config(stem_type="overlap", patch_size=4, patch_kernel_size=7))
+    with pytest.raises(ValueError, match="must hold the kernel, patch_kernel_size"):
+        model(pixels(1, 4, 32))

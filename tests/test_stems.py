@@ -25,7 +25,7 @@ from stem_family import (
     result,
     stem_config,
 )
-from tiny import CLOSE, gradients, pixels, randomised, vision_config
+from tiny import CLOSE, clip_model, gradients, pixels, randomised, vision_config
 from torch import nn
 
 from vit_embed import (
@@ -649,3 +649,57 @@ def test_depth_with_a_pyramid_trains():
     assert losses[-1] < 0.8 * losses[0], losses
     after = dict(model.named_parameters())
     assert before and all(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+# Precision and sizes
+
+
+@pytest.mark.parametrize("scheme", POSITION_EMBEDDING_TYPES)
+@pytest.mark.parametrize("stem", FAMILY)
+@torch.no_grad()
+def test_autocast_leaves_the_residual_stream_in_float32(stem, scheme):
+    """Its matrix products round to bfloat16; a stream that did so as well would add up the roundings of all layers."""
+    model = build(stem, position_embedding_type=scheme)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(pixels(), output_hidden_states=True)
+    assert {state.dtype for state in output.hidden_states} == {torch.float32}
+
+
+@torch.no_grad()
+def test_autocast_is_no_further_from_float32_than_clips(tmp_path):
+    """1.1: both are roundings of the same size at other places, averaged over 96 images."""
+    stock = clip_model()
+    stock.save_pretrained(tmp_path)
+    ours, images = VitEmbedModel.from_pretrained(tmp_path).eval(), pixels(96)
+    errors = []
+    for vision_model in (ours, stock.vision_model):
+        exact = vision_model(images).pooler_output
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append((vision_model(images).pooler_output - exact).square().mean().sqrt())
+    assert errors[0] <= 1.1 * errors[1]
+
+
+def test_what_may_merge_is_held_against_the_size_asked_for(tmp_path):
+    VitEmbedModel(vision_config()).save_pretrained(tmp_path)
+    larger = VitEmbedModel.from_pretrained(tmp_path, image_size=64, token_merge_size=16).eval()
+    assert larger.config.token_merge_size == 16
+    assert larger(pixels(1, 64, 64)).last_hidden_state.shape[1] == 1 + 64 - 16 - 16 - 16 - 8  # half of 16 in the last
+    config = VitEmbedConfig.from_pretrained(tmp_path, image_size=64, token_merge_size=16)
+    assert VitEmbedModel.from_pretrained(tmp_path, config=config).config.token_merge_size == 16
+    with pytest.raises(ValueError, match="token_merge_size must be at most half of the 64 patch tokens, got 33"):
+        VitEmbedModel.from_pretrained(tmp_path, image_size=64, token_merge_size=33)
+
+
+@pytest.mark.parametrize("head", ["depth-deconv", "backbone", "masked"])
+def test_dense_heads_leave_no_pooler_without_a_gradient(head):
+    model = build("conv", head, pooling_type="map").train()
+    gradients(model, inputs_of(head, model.config))
+    asked = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert asked and not any(".pooler." in name for name in asked)
+    assert all(model.get_parameter(name).grad is not None for name in asked)
+
+
+def test_the_trunk_alone_says_what_the_stem_adds_to_a_loss():
+    model = build("adaptive").train()
+    assert model(pixels()).stem_loss.requires_grad
+    assert model.eval()(pixels()).stem_loss is None and build("conv").train()(pixels()).stem_loss is None
