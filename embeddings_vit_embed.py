@@ -259,35 +259,15 @@ class VitEmbedEmbeddings(nn.Module):
         return self.patch_embedding(pixel_values.to(self._dtype))
 
     def _read_mixed_sizes(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> EmbeddedImages:
-        """Embeds images of one size at a time, each as if it were alone, and pads the rows of tokens to the longest.
-
-        The common grid is that of the padded batch; its patches outside an image belong to no token.
-        """
-        batch = len(sizes)
-        rows, columns = self.config.grid_of(tuple(pixel_values.shape[2:]))
+        """Embeds images of one size at a time, each as if it were alone, and joins them."""
         self._check_sizes(sizes)
-        parts = {}
-        for size in sorted(set(sizes)):
-            members = [i for i in range(batch) if sizes[i] == size]
-            parts[size] = members, self._embed(self._read_pixels(pixel_values[members, :, : size[0], : size[1]]))
-        length = max(part.tokens.shape[1] for _, part in parts.values())
-        tokens = next(iter(parts.values()))[1].tokens.new_zeros(batch, length, self.config.hidden_size)
-        token_sizes = torch.zeros(batch, length - self.config.num_prefix_tokens, device=tokens.device)
-        of_patch = torch.full((batch, rows, columns), -1, device=tokens.device)
-        losses = []
-        for members, (part_tokens, layout, _, loss) in parts.values():
-            tokens[members, : part_tokens.shape[1]] = part_tokens
-            num_tokens = part_tokens.shape[1] - self.config.num_prefix_tokens
-            token_sizes[members, :num_tokens] = 1.0 if layout.sizes is None else layout.sizes.to(token_sizes.dtype)
-            if layout.grid_size is not None:
-                place = layout.token_of_patch
-                place = torch.arange(num_tokens, device=tokens.device)[None] if place is None else place
-                of_patch[members, : layout.grid_size[0], : layout.grid_size[1]] = place.unflatten(1, layout.grid_size)
-            if loss is not None:
-                losses.append(loss * len(members) / batch)
+        parts = []
+        for height, width in sorted(set(sizes)):
+            members = [i for i, size in enumerate(sizes) if size == (height, width)]
+            parts.append((members, self._embed(self._read_pixels(pixel_values[members, :, :height, :width]))))
         has_grid = self.config.stem_type not in GRIDLESS_STEMS
-        layout = TokenLayout((rows, columns), token_sizes, of_patch.flatten(1)) if has_grid else TokenLayout(None)
-        return EmbeddedImages(tokens, layout, None, sum(losses) if losses else None)
+        grid_size = self.config.grid_of(tuple(pixel_values.shape[2:])) if has_grid else None
+        return join_sizes(parts, len(sizes), grid_size, self.config.num_prefix_tokens)
 
     def _with_prefix(self, tokens: torch.Tensor, class_position: torch.Tensor | None) -> torch.Tensor:
         """(B, n, D) -> (B, P + n, D)."""
@@ -347,6 +327,42 @@ class VitEmbedEmbeddings(nn.Module):
                     f"an image must hold the kernel, patch_kernel_size={self.config.patch_kernel_shape}, got "
                     f"({height}, {width}) pixels; enlarge it in the image processor"
                 )
+
+
+def join_sizes(
+    parts: list[tuple[list[int], EmbeddedImages]], batch: int, grid_size: tuple[int, int] | None, num_prefix_tokens: int
+) -> EmbeddedImages:
+    """Joins images that were embedded apart into one batch, whose rows of tokens are padded to the longest.
+
+    Args:
+        parts: numbers of images in the batch, and what was made of them.
+        batch: B.
+        grid_size: (gh, gw) that holds the grid of every image at its top left, or None for tokens without a grid.
+        num_prefix_tokens: P.
+    """
+    first = parts[0][1].tokens
+    length = max(part.tokens.shape[1] for _, part in parts)
+    tokens = first.new_zeros(batch, length, first.shape[2])
+    if grid_size is None:  # as many tokens for every image
+        for members, part in parts:
+            tokens[members] = part.tokens
+        return EmbeddedImages(tokens, TokenLayout(None), None, None)
+    sizes = torch.zeros(batch, length - num_prefix_tokens, device=first.device)
+    of_patch = torch.full((batch, *grid_size), -1, device=first.device)
+    losses = []
+    for members, (part_tokens, layout, _, loss) in parts:
+        rows, columns = layout.grid_size
+        num_tokens = part_tokens.shape[1] - num_prefix_tokens
+        tokens[members, : part_tokens.shape[1]] = part_tokens
+        sizes[members, :num_tokens] = 1.0 if layout.sizes is None else layout.sizes.to(sizes.dtype)
+        place = layout.token_of_patch
+        place = torch.arange(num_tokens, device=first.device)[None] if place is None else place
+        of_patch[members, :rows, :columns] = place.unflatten(1, (rows, columns))
+        if loss is not None:
+            losses.append(loss * len(members) / batch)
+    return EmbeddedImages(
+        tokens, TokenLayout(grid_size, sizes, of_patch.flatten(1)), None, sum(losses) if losses else None
+    )
 
 
 def image_sizes(pixel_mask: torch.Tensor, pixel_values: torch.Tensor) -> list[tuple[int, int]]:

@@ -1228,10 +1228,9 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         predicted = self.decoder(tokens, features.layout, self.config.num_prefix_tokens).float()  # (B, N, C * ph * pw)
         patches = patchify(padded.float(), patch)
         mean, deviation = patch_statistics(patches) if self.config.norm_pix_loss else (0.0, 1.0)
-        errors = (predicted - (patches - mean) / deviation).square().mean(dim=-1)  # (B, N)
         reconstruction = unpatchify(predicted.detach() * deviation + mean, grid_size, patch)
         output = VitEmbedMaskedImageModelingOutput(
-            loss=(errors * ~kept).sum() / (~kept).sum().clamp(min=1) if return_loss else None,
+            loss=masked_error(predicted, (patches - mean) / deviation, ~kept) if return_loss else None,
             reconstruction=reconstruction[..., : image_shape[0], : image_shape[1]],
             mask=~kept.unflatten(1, grid_size),
             hidden_states=features.hidden_states,
@@ -1255,6 +1254,12 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         if not kept.any(dim=1).all():
             raise ValueError("bool_masked_pos must leave at least one patch of each image, got an image with none")
         return kept, None
+
+
+def masked_error(predicted: torch.Tensor, patches: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the hidden patches' values: (B, N, values) twice and (B, N) bool -> scalar, 0 for none."""
+    errors = (predicted - patches).square().mean(dim=-1)  # (B, N)
+    return (errors * hidden).sum() / hidden.sum().clamp(min=1)
 
 
 def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
