@@ -10,7 +10,12 @@ import pytest
 from PIL import Image
 from tiny import vision_config
 
-from vit_embed import VitEmbedForImageClassification, VitEmbedForMaskedImageModeling, VitEmbedModel
+from vit_embed import (
+    VitEmbedForDepthEstimation,
+    VitEmbedForImageClassification,
+    VitEmbedForMaskedImageModeling,
+    VitEmbedModel,
+)
 
 pytest.importorskip("kornia", reason="the training scripts vary pictures by kornia")
 
@@ -77,6 +82,20 @@ def test_pretraining_end_to_end(photos, tmp_path, monkeypatch):
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and [entry["step"] for entry in state["log_history"]][0] == 1
     assert (tmp_path / "run" / "reconstructions" / "step-000003.png").exists()
+
+
+def test_training_an_adaptive_stem_end_to_end(photos, tmp_path):
+    """A folder of pictures -> steps of a dense task -> a folder whose tokens can be shown."""
+    arguments = ["--dataset", photos[0].parent, "--output_dir", "run", "--do_train", "--max_steps", 3, "--use_cpu"]
+    arguments += ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--report_to", "none"]
+    ran = run("train_adaptive.py", *arguments, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    model = VitEmbedForDepthEstimation.from_pretrained(tmp_path / "run")
+    assert model.config.stem_type == "adaptive" and model.config.adaptive_budget_weight == 0.5
+    history = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    assert all(0 < entry["grad_norm"] < 1e4 for entry in history if "grad_norm" in entry)
+    ran = run("show_tokens.py", "--pictures", photos[0], "--adaptive", "run", "--output", "sheet.png", cwd=tmp_path)
+    assert ran.returncode == 0 and colours(tmp_path / "sheet.png") > 20, ran.stderr[-3000:]
 
 
 @pytest.fixture
