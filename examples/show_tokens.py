@@ -182,8 +182,8 @@ def draw_reconstructions(
 def load(model_class: type, name: str, image_size: list[int] | None, **fields):
     """A checkpoint in evaluation, at `image_size` (height, width) or else its own, and its image processor."""
     shape = None if image_size is None else (image_size[0], image_size[-1])
-    return (model_class.from_pretrained(name, image_size=shape, **fields).eval(),)
-    AutoImageProcessor.from_pretrained(name)
+    model = model_class.from_pretrained(name, image_size=shape, **fields).eval()
+    return model, AutoImageProcessor.from_pretrained(name)
 
 
 @torch.inference_mode()
