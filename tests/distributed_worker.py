@@ -8,6 +8,7 @@ import os
 import socket
 from pathlib import Path
 
+import stem_family
 import tiny
 import torch
 import torch.distributed as dist
@@ -61,8 +62,31 @@ def evaluate_with_trainer(folder: Path) -> tuple[dict[str, float], tuple]:
     return trainer.evaluate(), trainer.predict(dataset).predictions
 
 
+def train_family(rank: int) -> dict[str, bool]:
+    """Whether every stem with every head that has a loss takes two steps, with equal gradients in both processes.
+
+    A parameter that asks for a gradient and gets none makes the second step an error.
+    """
+    agree = {}
+    for stem, head in stem_family.PAIRS:
+        torch.manual_seed(rank)
+        module = stem_family.build(stem, head, pooling_type="map")
+        inputs = stem_family.inputs_of(head, module.config)
+        if module(**inputs).get("loss") is None:
+            continue
+        model = DistributedDataParallel(module.train())
+        for _ in range(2):
+            model.zero_grad()
+            model(**inputs).loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in module.parameters() if p.requires_grad])
+        other = gradients.clone()
+        dist.broadcast(other, src=0)
+        agree[f"{stem}, {head}"] = bool(gradients.isfinite().all()) and torch.equal(gradients, other)
+    return agree
+
+
 def work(rank: int, port: int, folder: Path) -> None:
-    """Runs every case; process 0 writes what it found to `folder / "results.pt"`."""
+    """Runs every case; the last one writes what it found to `folder / "results.pt"`."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -74,9 +98,10 @@ def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=2))  # a process left alone gives up
     results = {name: train_step(rank, *case) for name, case in CASES.items()}
+    results["family"] = train_family(rank)
     metrics, predictions = evaluate_with_trainer(folder)
     results["trainer"] = ({"eval_loss": metrics["eval_loss"]}, tuple(map(torch.from_numpy, predictions)))
-    if rank == 0:
+    if rank == WORLD_SIZE - 1:
         torch.save(results, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()

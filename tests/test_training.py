@@ -408,6 +408,11 @@ def test_two_processes_learn_as_one_on_the_joined_batch(distributed_results, cas
     assert all(gradient.abs().max() > 0 for name, gradient in found.items() if not name.endswith("k_proj.bias"))
 
 
+def test_every_stem_and_head_trains_in_two_processes(distributed_results):
+    agree = distributed_results["family"]
+    assert len(agree) > 30 and all(agree.values()), agree
+
+
 def test_trainer_in_two_processes_reports_the_loss_of_the_joined_batch(distributed_results):
     size = distributed_worker.TRAINER_EXAMPLES
     with torch.no_grad():
