@@ -6,6 +6,7 @@ kept, D hidden size. Height comes before width everywhere.
 
 import copy
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -393,15 +394,13 @@ class SpectralStem(PatchLinear):
     `weight = carried(conv.weight)` it equals ConvStem.
     """
 
+    # Length of an axis -> rows (length, length) of its basis, and the frequency of each.
+    axis_basis: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+
     def __init__(self, config: VitEmbedConfig):
         num_kept = config.num_coefficients or math.prod(config.patch_shape)
         super().__init__(config, config.num_channels * num_kept)
         self.num_kept = num_kept
-
-    @staticmethod
-    def axis_basis(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows (length, length) of the basis of one axis, and the frequency of each."""
-        raise NotImplementedError
 
     def basis(self, device: torch.device) -> torch.Tensor:
         """(kept coefficients, ph * pw) float32. Computed, not stored: it is no parameter and there are no buffers."""
