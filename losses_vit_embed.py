@@ -123,7 +123,7 @@ def silog_loss(predicted_depth: torch.Tensor, depth: torch.Tensor, variance_focu
     Source: arXiv:1406.2283 equation 4 with lambda = 0.5.
     """
     valid = valid_depth(depth)
-    # Left-out labels become the prediction itself, so that no log of NaN reaches the gradients.
+    # Left-out labels become 1, so that no log of NaN reaches the gradients.
     smallest = torch.finfo(torch.float32).tiny
     predicted = predicted_depth.float().clamp(min=smallest)
     target = torch.where(valid, depth.float(), torch.ones_like(predicted))
