@@ -8,6 +8,7 @@ from .modeling_vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
     VitEmbedTextModel,
 )
 
@@ -19,6 +20,7 @@ __all__ = [
     "VitEmbedForImageClassification",
     "VitEmbedForMaskedImageModeling",
     "VitEmbedModel",
+    "VitEmbedModelWithProjection",
     "VitEmbedTextConfig",
     "VitEmbedTextModel",
 ]

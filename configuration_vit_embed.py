@@ -8,6 +8,7 @@ of a dual encoder and is None for a vision-only model. Every default is OpenAI C
 import copy
 import difflib
 import inspect
+import json
 import math
 from typing import Any
 
@@ -34,9 +35,11 @@ POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias", "bilinear")
 NORM_TYPES = ("layer_norm", "rms_norm")
 NORM_POSITIONS = ("pre", "post")
 POOLING_TYPES = ("cls", "mean", "map")
+TEXT_POOLING_TYPES = ("eos", "first", "last")
 HIDDEN_ACTS = ("quick_gelu", "gelu", "gelu_pytorch_tanh", "relu", "silu")
 CONTRASTIVE_LOSSES = ("softmax", "sigmoid")
 DEPTH_HEAD_TYPES = ("deconv", "dpt")
+DEPTH_ACTIVATIONS = (None, "identity")
 DEPTH_LOSSES = ("silog", "l1", "l2")
 PROBLEM_TYPES = (None, "single_label_classification", "multi_label_classification", "regression")
 
@@ -71,6 +74,8 @@ MEANT_FOR = {
     "num_coefficients": ("stem_type", ("dct", "wavelet")),
     "position_interpolation": ("position_embedding_type", ("learned",)),
     "position_degree": ("position_embedding_type", ("polynomial",)),
+    "norm_before_pooling": ("pooling_type", ("mean",)),
+    "deconv_kernel_size": ("depth_head_type", ("deconv",)),
 }
 
 # OpenAI's vocabulary has 49,408 tokens, the last of which ends a text. Configs written before transformers 4.31 say
@@ -111,7 +116,12 @@ CLIP_ARCHITECTURE = {
     "layer_scale_init_value": None,
     "pooling_type": "cls",
     "contrastive_loss": "softmax",
+    "use_visual_projection": True,
 }
+CLIP_TEXT_ARCHITECTURE = {"pooling_type": "eos", "use_causal_mask": True, "projection_bias": False}
+
+# Stock classes beside CLIPModel whose folders we read as they are, by the class of ours that has their parts.
+CLIP_VISION_CLASSES = {"CLIPVisionModelWithProjection": "VitEmbedModelWithProjection"}
 
 
 def _as_pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
@@ -210,6 +220,26 @@ def _check_size(config: PretrainedConfig, name: str) -> None:
         raise ValueError(f"{name} must be pixels > 0, one integer or (height, width); got {value!r}")
 
 
+def _check_even(config: PretrainedConfig, name: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, int) or value < 2 or value % 2:
+        raise ValueError(f"{name} must be an even integer >= 2, got {value!r}")
+
+
+def _check_json_dict(config: PretrainedConfig, name: str) -> None:
+    """Raises TypeError unless a field is None or a dict that comes back from JSON as it was."""
+    value = getattr(config, name)
+    if value is None:
+        return
+    message = f"{name} must be None, or a dict that JSON gives back unchanged: string keys, lists, no tuples"
+    try:
+        survives = isinstance(value, dict) and json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{message}; got {value!r}") from error
+    if not survives:
+        raise TypeError(f"{message}; got {value!r}")
+
+
 def _check_heads(config: PretrainedConfig) -> None:
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
@@ -219,7 +249,7 @@ def _check_heads(config: PretrainedConfig) -> None:
 
 
 class VitEmbedTextConfig(PretrainedConfig):
-    """The text tower of a dual encoder: CLIP's causal transformer, pooled at the end-of-text token.
+    """The text tower of a dual encoder; by default CLIP's causal transformer, pooled at the end-of-text token.
 
     Args:
         vocab_size: tokens in the vocabulary; 49,408 is OpenAI's byte-pair vocabulary.
@@ -236,7 +266,12 @@ class VitEmbedTextConfig(PretrainedConfig):
         initializer_factor: multiplies every standard deviation at initialisation.
         bos_token_id, eos_token_id: first and last token of every text. `eos_token_id=2` is CLIP's legacy value: read as
             49,407 with OpenAI's vocabulary, as "the largest id of the row" with any other.
-        pad_token_id: fills rows behind their end token; never seen by it.
+        pad_token_id: fills rows behind their end token; never seen by it, unless `reads_padding`.
+        pooling_type: "eos" reads the state of the first end-of-text token, "first" that of the first token, "last" that
+            of the last place of the row.
+        use_causal_mask: whether a token sees only itself and those before it; False is a bidirectional tower, as
+            SigLIP's (arXiv:2303.15343).
+        projection_bias: whether the projection of the pooled text into the joint space has a bias. CLIP's has none.
 
     Raises:
         ValueError: a value out of range, or a combination without a meaning; names the field.
@@ -265,6 +300,9 @@ class VitEmbedTextConfig(PretrainedConfig):
         bos_token_id: int | None = 49406,
         eos_token_id: int = CLIP_EOS_TOKEN_ID,
         pad_token_id: int | None = 1,
+        pooling_type: str = "eos",
+        use_causal_mask: bool = True,
+        projection_bias: bool = False,
         **kwargs,
     ):
         _reject_misspelled(kwargs, TEXT_FIELDS, type(self).__name__)
@@ -283,6 +321,9 @@ class VitEmbedTextConfig(PretrainedConfig):
         self.initializer_factor = initializer_factor
         self.bos_token_id = bos_token_id
         self.pad_token_id = pad_token_id
+        self.pooling_type = pooling_type
+        self.use_causal_mask = use_causal_mask
+        self.projection_bias = projection_bias
         if eos_token_id == LEGACY_EOS_TOKEN_ID and vocab_size == CLIP_VOCAB_SIZE:
             eos_token_id = CLIP_EOS_TOKEN_ID
         self.eos_token_id = eos_token_id
@@ -293,7 +334,8 @@ class VitEmbedTextConfig(PretrainedConfig):
         counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         _check_integers(self, dict.fromkeys((*counts, "max_position_embeddings", "projection_dim"), 1))
         _check_integers(self, {"eos_token_id": 0})
-        _check_choices(self, {"hidden_act": HIDDEN_ACTS})
+        flags = dict.fromkeys(("use_causal_mask", "projection_bias"), (True, False))
+        _check_choices(self, {"hidden_act": HIDDEN_ACTS, "pooling_type": TEXT_POOLING_TYPES, **flags})
         _check_rates(self, ("attention_dropout",))
         _check_positive(self, ("layer_norm_eps",))
         _check_heads(self)
@@ -302,6 +344,29 @@ class VitEmbedTextConfig(PretrainedConfig):
                 f"eos_token_id must be below vocab_size, got eos_token_id={self.eos_token_id} and "
                 f"vocab_size={self.vocab_size}"
             )
+        if self.pooling_type == "first" and self.use_causal_mask:
+            raise ValueError(
+                "pooling_type='first' reads a token that use_causal_mask=True lets see nothing but itself; set "
+                "use_causal_mask=False, or another pooling_type"
+            )
+        self._check_padding()
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether what stands behind a text changes its vector, so that the tower itself pads every row to
+        `max_position_embeddings`."""
+        return self.pooling_type != "eos" or not self.use_causal_mask
+
+    def _check_padding(self) -> None:
+        """Raises ValueError where rows are to be padded and there is nothing to pad them with."""
+        pad = self.pad_token_id
+        if not self.reads_padding or (isinstance(pad, int) and 0 <= pad < self.vocab_size):
+            return
+        field = "pooling_type" if self.pooling_type != "eos" else "use_causal_mask"
+        raise ValueError(
+            f"{field}={getattr(self, field)!r} reads the padding behind a text, so pad_token_id must be in "
+            f"[0, vocab_size={self.vocab_size}), got pad_token_id={pad!r}"
+        )
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -315,7 +380,7 @@ class VitEmbedTextConfig(PretrainedConfig):
             )
         return config_dict, kwargs
 
-    # The text tower has no options of its own: it is CLIP's. The layer that both towers share asks for these.
+    # The layers of the text tower have no options: they are CLIP's. The layer that both towers share asks for these.
     norm_type = "layer_norm"
     norm_position = "pre"
     qkv_bias = True
@@ -371,13 +436,20 @@ class VitEmbedConfig(PretrainedConfig):
             the first (arXiv:1603.09382), in training.
         pooling_type: "cls" takes the class token, "mean" the mean of the patches, each then normalised; "map" is
             attention pooling over the normalised tokens (arXiv:2106.04560, figure 1).
+        norm_before_pooling: with pooling_type="mean", the mean of the normalised patches in place of the normalised
+            mean (timm's models with global_pool="avg" and fc_norm=False).
         patch_drop_rate: share in [0, 1) of the patches left out at random, in training (arXiv:2212.00794).
         token_merge_size: pairs of most similar patch tokens that each layer merges, in evaluation (arXiv:2210.09461);
             at most half of the tokens that a layer has.
         projection_dim: width of the joint image-text space.
+        use_visual_projection: whether the pooled image vector is projected into that space; False takes it as it is
+            (SigLIP), and projection_dim must then be hidden_size.
         logit_scale_init_value: natural log of the inverse temperature at initialisation; ln(1 / 0.07) = 2.6592.
         contrastive_loss: "softmax" is CLIP's, "sigmoid" SigLIP's (arXiv:2303.15343) with a learned logit_bias.
         depth_head_type: one of DEPTH_HEAD_TYPES.
+        deconv_kernel_size: pixels of the kernels of the "deconv" depth head, even; their stride is 2 for any.
+        depth_activation: how depth is made of the head's numbers. None is softplus, or `max_depth` * sigmoid: always
+            positive; "identity" is the numbers themselves, which only "l1" and "l2" can train.
         depth_loss: one of DEPTH_LOSSES.
         max_depth: metres at the far end of the depth head's range; None predicts unitless positive depth.
         mask_ratio: share in [0, 1) of the patches that masked image modelling hides (arXiv:2111.06377).
@@ -388,10 +460,12 @@ class VitEmbedConfig(PretrainedConfig):
         initializer_range: standard deviation of the embeddings at initialisation.
         initializer_factor: multiplies every standard deviation at initialisation.
         text_config: a VitEmbedTextConfig or its dict; None for a vision-only model.
+        converted_from: where a converted checkpoint came from (layout, names, licence), a dict that JSON can hold:
+            `convert_checkpoint.py` writes it and reads it back. No model reads it; every class saves it.
 
     Raises:
         ValueError: a value out of range, or a combination without a meaning; names the fields.
-        TypeError: a keyword that is a misspelled field.
+        TypeError: a keyword that is a misspelled field, or a converted_from that JSON cannot hold.
 
     Source: transformers CLIPVisionConfig and CLIPConfig (field names). A CLIPConfig dict is read as it is by
     `from_dict` and `from_pretrained`.
@@ -446,12 +520,16 @@ class VitEmbedConfig(PretrainedConfig):
         attention_dropout: float = 0.0,
         drop_path_rate: float = 0.0,
         pooling_type: str = "cls",
+        norm_before_pooling: bool = False,
         patch_drop_rate: float = 0.0,
         token_merge_size: int = 0,
         projection_dim: int = 512,
+        use_visual_projection: bool = True,
         logit_scale_init_value: float = 2.6592,
         contrastive_loss: str = "softmax",
         depth_head_type: str = "deconv",
+        deconv_kernel_size: int = 2,
+        depth_activation: str | None = None,
         depth_loss: str = "silog",
         max_depth: float | None = None,
         mask_ratio: float = 0.75,
@@ -465,6 +543,7 @@ class VitEmbedConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         initializer_factor: float = 1.0,
         text_config: VitEmbedTextConfig | dict[str, Any] | None = None,
+        converted_from: dict[str, Any] | None = None,
         **kwargs,
     ):
         _reject_misspelled(kwargs, FIELDS, type(self).__name__)
@@ -504,12 +583,16 @@ class VitEmbedConfig(PretrainedConfig):
         self.attention_dropout = attention_dropout
         self.drop_path_rate = drop_path_rate
         self.pooling_type = pooling_type
+        self.norm_before_pooling = norm_before_pooling
         self.patch_drop_rate = patch_drop_rate
         self.token_merge_size = token_merge_size
         self.projection_dim = projection_dim
+        self.use_visual_projection = use_visual_projection
         self.logit_scale_init_value = logit_scale_init_value
         self.contrastive_loss = contrastive_loss
         self.depth_head_type = depth_head_type
+        self.deconv_kernel_size = deconv_kernel_size
+        self.depth_activation = depth_activation
         self.depth_loss = depth_loss
         self.max_depth = max_depth
         self.mask_ratio = mask_ratio
@@ -529,12 +612,14 @@ class VitEmbedConfig(PretrainedConfig):
             raise TypeError(
                 f"text_config must be a VitEmbedTextConfig, a dict of one, or None; got {self.text_config!r}"
             )
+        self.converted_from = copy.deepcopy(converted_from)
         super().__init__(**kwargs)
         self.validate_architecture()
         self.out_indices = self._stage_indices(out_features, out_indices)
 
     def validate_architecture(self) -> None:
-        """Raises ValueError, naming the fields, unless every field is in range and the combination has a meaning."""
+        """Raises ValueError, naming the fields, unless every field is in range and the combination has a meaning;
+        TypeError for a `converted_from` that JSON cannot hold."""
         counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels")
         decoder_counts = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
         counts = (*counts, *(f"decoder_{name}" for name in decoder_counts), "num_learned_tokens", "position_degree")
@@ -542,6 +627,7 @@ class VitEmbedConfig(PretrainedConfig):
         _check_integers(self, {"num_register_tokens": 0, "token_merge_size": 0})
         flags = ("patch_bias", "pad_to_patch", "patch_pointwise", "use_feature_pyramid", "norm_pix_loss")
         flags = (*flags, "use_cls_token", "use_pre_layernorm", "qkv_bias")
+        flags = (*flags, "norm_before_pooling", "use_visual_projection")
         _check_choices(
             self,
             {
@@ -556,6 +642,7 @@ class VitEmbedConfig(PretrainedConfig):
                 "pooling_type": POOLING_TYPES,
                 "contrastive_loss": CONTRASTIVE_LOSSES,
                 "depth_head_type": DEPTH_HEAD_TYPES,
+                "depth_activation": DEPTH_ACTIVATIONS,
                 "depth_loss": DEPTH_LOSSES,
                 **dict.fromkeys(flags, (True, False)),
             },
@@ -565,6 +652,8 @@ class VitEmbedConfig(PretrainedConfig):
         )
         _check_positive(self, ("layer_norm_eps", "initializer_range", "initializer_factor"))
         _check_integers(self, {"num_labels": 1})
+        _check_even(self, "deconv_kernel_size")
+        _check_json_dict(self, "converted_from")
         _check_choices(self, {"problem_type": PROBLEM_TYPES})
         scale = self.logit_scale_init_value
         if not isinstance(scale, (int, float)) or not scale <= math.log(MAX_INVERSE_TEMPERATURE) + 1e-4:
@@ -610,6 +699,16 @@ class VitEmbedConfig(PretrainedConfig):
             raise ValueError(
                 "use_feature_pyramid=True feeds the depth head of depth_head_type='dpt', got "
                 f"depth_head_type={self.depth_head_type!r}"
+            )
+        if self.depth_activation is not None and self.max_depth is not None:
+            raise ValueError(
+                f"max_depth={self.max_depth} bounds a positive depth, but depth_activation={self.depth_activation!r} "
+                "gives any number; leave one of them at None"
+            )
+        if not self.use_visual_projection and self.projection_dim != self.hidden_size:
+            raise ValueError(
+                "use_visual_projection=False makes the pooled image vector the embedding, so projection_dim must be "
+                f"hidden_size; got projection_dim={self.projection_dim} and hidden_size={self.hidden_size}"
             )
 
     def _check_stem(self) -> None:
@@ -809,6 +908,9 @@ class VitEmbedConfig(PretrainedConfig):
         square = isinstance(self.image_size, int) and isinstance(self.patch_size, int)
         if not square or any(own[name] != value for name, value in CLIP_ARCHITECTURE.items()):
             return None
+        text = self.text_config
+        if text is not None and any(getattr(text, name) != value for name, value in CLIP_TEXT_ARCHITECTURE.items()):
+            return None
         return {name: getattr(self, name) for name in CLIP_VISION_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
@@ -847,7 +949,11 @@ def from_clip_config(config_dict: dict[str, Any]) -> dict[str, Any]:
     """
     vision_defaults = {"patch_size": 32}  # the one default of CLIPVisionConfig that is not ViT-B/16
     if config_dict.get("model_type") == "clip_vision_model":
-        return {**vision_defaults, **{name: config_dict[name] for name in CLIP_VISION_FIELDS if name in config_dict}}
+        result = {name: config_dict[name] for name in CLIP_VISION_FIELDS if name in config_dict}
+        stock_classes = config_dict.get("architectures") or ()
+        if ours := [CLIP_VISION_CLASSES[name] for name in stock_classes if name in CLIP_VISION_CLASSES]:
+            result["architectures"] = ours
+        return {**vision_defaults, **result}
     if config_dict.get("model_type") != "clip":
         return {name: value for name, value in config_dict.items() if name != "vision_config"}
     towers = {

@@ -47,15 +47,20 @@ class AttentionPooling(nn.Module):
 
 
 class DeconvDepthHead(nn.Module):
-    """Two transposed convolutions D -> D/2 -> D/4, each doubling the grid, then a 1x1 convolution to one channel."""
+    """Two transposed convolutions D -> D/2 -> D/4, each doubling the grid, then a 1x1 convolution to one channel.
+
+    Their kernel is `deconv_kernel_size`; what a wider one than 2 adds around the map, its padding takes off.
+    """
 
     num_taps = 1
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__()
         width, half, quarter = (max(1, config.hidden_size // divisor) for divisor in (1, 2, 4))
-        self.deconv1 = nn.ConvTranspose2d(width, half, kernel_size=2, stride=2)
-        self.deconv2 = nn.ConvTranspose2d(half, quarter, kernel_size=2, stride=2)
+        kernel = config.deconv_kernel_size
+        doubling = {"kernel_size": kernel, "stride": 2, "padding": (kernel - 2) // 2}
+        self.deconv1 = nn.ConvTranspose2d(width, half, **doubling)
+        self.deconv2 = nn.ConvTranspose2d(half, quarter, **doubling)
         self.projection = nn.Conv2d(quarter, 1, kernel_size=1)
         self.projection.init_std = config.initializer_range * config.initializer_factor  # a flat depth to start from
 
@@ -158,3 +163,13 @@ DEPTH_HEADS = {"deconv": DeconvDepthHead, "dpt": DPTDepthHead}
 def to_depth(raw: torch.Tensor, max_depth: float | None) -> torch.Tensor:
     """A head's real numbers -> depth > 0: metres in (0, max_depth), or unitless and unbounded without a max_depth."""
     return F.softplus(raw.float()) if max_depth is None else max_depth * torch.sigmoid(raw.float())
+
+
+def raw_depth(raw: torch.Tensor, max_depth: None) -> torch.Tensor:
+    """A head's real numbers in float32: any number, in whatever unit it was trained in."""
+    return raw.float()
+
+
+# How depth is made of a head's real numbers, by `depth_activation`. The names are
+# `configuration_vit_embed.DEPTH_ACTIVATIONS`.
+DEPTH_ACTIVATIONS = {None: to_depth, "identity": raw_depth}

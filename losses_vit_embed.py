@@ -92,11 +92,13 @@ def contrastive_logits(
 
     Args:
         image_embeds, text_embeds: (images, D) and (texts, D), unit length.
-        logit_scale: scalar, natural log of the inverse temperature.
+        logit_scale: scalar, natural log of the inverse temperature; bounded where there is no bias. SigLIP's has no
+            bound: that of google/siglip-base-patch16-224 is beyond OpenAI's.
         logit_bias: scalar added to every cell, or None.
     """
     with torch.autocast(device_type=image_embeds.device.type, enabled=False):
-        logits = bounded_logit_scale(logit_scale) * (image_embeds.float() @ text_embeds.float().t())
+        scale = bounded_logit_scale(logit_scale) if logit_bias is None else logit_scale.float().exp()
+        logits = scale * (image_embeds.float() @ text_embeds.float().t())
         return logits if logit_bias is None else logits + logit_bias.float()
 
 

@@ -51,9 +51,9 @@ from .encoder_vit_embed import (
     linear,
 )
 from .heads_vit_embed import (
+    DEPTH_ACTIVATIONS,
     DEPTH_HEADS,
     AttentionPooling,
-    to_depth,
 )
 from .losses_vit_embed import (
     CONTRASTIVE_LOSSES,
@@ -233,8 +233,23 @@ def causal_mask(hidden_states: torch.Tensor, implementation: str) -> torch.Tenso
     return hidden_states.new_full((1, 1, length, length), lowest).triu(diagonal=1)
 
 
+# Which place of a row (B, T) its text is read at, (B,), from the place of the first end-of-text token and T. The names
+# are `configuration_vit_embed.TEXT_POOLING_TYPES`.
+TEXT_PLACES = {
+    "eos": lambda ends, length: ends,
+    "first": lambda ends, length: torch.zeros_like(ends),
+    "last": lambda ends, length: torch.full_like(ends, length - 1),
+}
+
+
 class VitEmbedTextModel(VitEmbedTower):
-    """CLIP's text tower: a causal transformer, its last state normalised and read at the end-of-text token."""
+    """The text tower: a transformer, its last state normalised and read at one place; CLIP's is causal and read at the
+    end-of-text token.
+
+    Where `config.reads_padding`, what stands behind a text changes its vector. Such towers were trained on rows of one
+    length, so rows are padded here to `max_position_embeddings` tokens of `pad_token_id`, and so is what attention_mask
+    hides: the result does not depend on how much padding the tokenizer gave.
+    """
 
     config_class = VitEmbedTextConfig
     base_model_prefix = "text_model"
@@ -271,61 +286,100 @@ class VitEmbedTextModel(VitEmbedTower):
     ) -> BaseModelOutputWithPooling | tuple:
         """
         Args:
-            input_ids: (B, T) token ids, each row with its end-of-text token and padded behind it.
-            attention_mask: (B, T) of the tokenizer. What lies behind the end token cannot be seen before it, so the
-                mask changes nothing; it is checked, as padding in front would.
+            input_ids: (B, T) token ids, padded behind the text; with pooling_type="eos" each row with its end-of-text
+                token.
+            attention_mask: (B, T) of the tokenizer. What lies behind the end token cannot be seen before it under a
+                causal mask, so there it changes nothing; it is checked, as padding in front would. Where
+                `config.reads_padding`, what it hides is padding, whatever ids stand there.
             output_attentions, output_hidden_states, return_dict: as in transformers.
 
         Returns:
-            last_hidden_state (B, T, D) after the final norm, pooler_output (B, D) at the first end-of-text token;
-            hidden_states, one more than layers, before the final norm; attentions (B, h, T, T) a layer.
+            last_hidden_state (B, T, D) after the final norm, pooler_output (B, D) at the place that `pooling_type`
+            reads; hidden_states, one more than layers, before the final norm; attentions (B, h, T, T) a layer. Where
+            `config.reads_padding`, T is `max_position_embeddings`.
 
         Raises:
             ValueError: more tokens than `max_position_embeddings`, an id outside the vocabulary, a row without an end
-                token, padding on the left.
+                token that is to be read there, padding on the left.
         """
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        ends = self.end_of_text(input_ids, attention_mask)
+        input_ids, places = self.read_text(input_ids, attention_mask)
         hidden_states = self.embeddings(input_ids)
         encoded = self.encoder(
             hidden_states,
-            attention_mask=causal_mask(
-                hidden_states, "eager" if output_attentions else self.config._attn_implementation
-            ),
-            is_causal=True,
+            attention_mask=self._mask(hidden_states, "eager" if output_attentions else None),
+            is_causal=self.config.use_causal_mask,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
         last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)  # (B, T, D)
         output = BaseModelOutputWithPooling(
             last_hidden_state=last_hidden_state,
-            pooler_output=select_rows(last_hidden_state, ends[:, None])[:, 0],  # (B, D)
+            pooler_output=select_rows(last_hidden_state, places[:, None])[:, 0],  # (B, D)
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
         return self._returned(output, return_dict)
 
     def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`pooler_output` (B, D) of `forward` for less work: no token behind the batch's last end-of-text token, and
-        of the last layer the end-of-text rows alone. Exact, as under the causal mask nothing else can reach them."""
-        ends = self.end_of_text(input_ids, attention_mask)
-        if not torch.compiler.is_compiling():  # a length read from the data would break the graph
-            input_ids = input_ids[:, : int(ends.max()) + 1]
+        """`pooler_output` (B, D) of `forward` for less work: of the last layer the rows that are read alone, and no
+        token behind the batch's last end-of-text token where nothing reads the padding. Exact, as nothing else can
+        reach them."""
+        input_ids, places = self.read_text(input_ids, attention_mask)
+        if not self.config.reads_padding and not torch.compiler.is_compiling():
+            # A length read from the data would break the graph.
+            input_ids = input_ids[:, : int(places.max()) + 1]
         hidden_states = self.embeddings(input_ids)
-        length = input_ids.shape[1]
         rows = last_mask = None
         if self.config._attn_implementation in QUERY_SUBSET:
-            rows = ends[:, None]  # (B, 1)
-            seen = torch.arange(length, device=rows.device) <= rows  # (B, T)
-            lowest = torch.finfo(hidden_states.dtype).min
-            last_mask = torch.zeros_like(seen, dtype=hidden_states.dtype).masked_fill(~seen, lowest)[:, None, None]
-        mask = causal_mask(hidden_states, self.config._attn_implementation)
-        encoded = self.encoder(hidden_states, mask, is_causal=True, last_rows=rows, last_mask=last_mask)
-        ended = encoded.last_hidden_state if rows is not None else select_rows(encoded.last_hidden_state, ends[:, None])
-        return self.final_layer_norm(ended)[:, 0]
+            rows = places[:, None]  # (B, 1)
+            last_mask = self._mask_of_rows(hidden_states, rows)
+        encoded = self.encoder(
+            hidden_states,
+            self._mask(hidden_states),
+            is_causal=self.config.use_causal_mask,
+            last_rows=rows,
+            last_mask=last_mask,
+        )
+        states = encoded.last_hidden_state  # (B, T, D), or (B, 1, D) of the rows
+        pooled = states if rows is not None else select_rows(states, places[:, None])
+        return self.final_layer_norm(pooled)[:, 0]
+
+    def _mask(self, hidden_states: torch.Tensor, implementation: str | None = None) -> torch.Tensor | BlockMask | None:
+        """`causal_mask` for an implementation, by default the one that is set; None for a bidirectional tower."""
+        if not self.config.use_causal_mask:
+            return None
+        return causal_mask(hidden_states, implementation or self.config._attn_implementation)
+
+    def _mask_of_rows(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+        """The lines of the mask for row numbers (B, 1), as (B, 1, 1, T); None for a bidirectional tower."""
+        if not self.config.use_causal_mask:
+            return None
+        seen = torch.arange(hidden_states.shape[1], device=rows.device) <= rows  # (B, T)
+        lowest = torch.finfo(hidden_states.dtype).min
+        return torch.zeros_like(seen, dtype=hidden_states.dtype).masked_fill(~seen, lowest)[:, None, None]
+
+    def read_text(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the encoder is given for a batch, and where its texts are read. Raises as `forward` does.
+
+        Returns:
+            (B, T) token ids, as they came or, where `config.reads_padding`, padded to `max_position_embeddings`; and
+            (B,) places in them.
+        """
+        config = self.config
+        ends = self.end_of_text(input_ids, attention_mask)
+        if config.reads_padding:
+            if attention_mask is not None:
+                input_ids = input_ids.masked_fill(~attention_mask.bool(), config.pad_token_id)
+            missing = config.max_position_embeddings - input_ids.shape[1]
+            input_ids = F.pad(input_ids, (0, missing), value=config.pad_token_id)
+        return input_ids, TEXT_PLACES[config.pooling_type](ends, input_ids.shape[1])
 
     def end_of_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T) token ids -> (B,) place of the first end-of-text token. Raises as `forward` does."""
+        """(B, T) token ids -> (B,) place of the first end-of-text token, 0 for a row that may go without one. Raises as
+        `forward` does."""
         config = self.config
         if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
             raise ValueError(
@@ -346,28 +400,40 @@ class VitEmbedTextModel(VitEmbedTower):
         is_end = input_ids == (input_ids.amax(dim=1, keepdim=True) if legacy else config.eos_token_id)
         ends = is_end.int().argmax(dim=1)
         if not torch.compiler.is_compiling():
-            self._check_text(input_ids, is_end, ends, attention_mask)
+            self._check_ids(input_ids)
+            if config.pooling_type == "eos":
+                self._check_ends(is_end, ends, attention_mask)
+            if config.reads_padding and attention_mask is not None:
+                self._check_padding(attention_mask)
         return ends
 
-    def _check_text(
-        self, input_ids: torch.Tensor, is_end: torch.Tensor, ends: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> None:
-        config = self.config
-        outside = (input_ids < 0) | (input_ids >= config.vocab_size)
+    def _check_ids(self, input_ids: torch.Tensor) -> None:
+        vocab_size = self.config.vocab_size
+        outside = (input_ids < 0) | (input_ids >= vocab_size)
         if outside.any():
             raise ValueError(
-                f"input_ids must be in [0, vocab_size={config.vocab_size}), got {int(input_ids[outside][0])}; use the "
+                f"input_ids must be in [0, vocab_size={vocab_size}), got {int(input_ids[outside][0])}; use the "
                 "tokenizer of this checkpoint"
             )
+
+    def _check_ends(self, is_end: torch.Tensor, ends: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         endless = ~is_end.any(dim=1)
         if endless.any():
             raise ValueError(
-                f"every row of input_ids needs its end-of-text token {config.eos_token_id}, row "
+                f"every row of input_ids needs its end-of-text token {self.config.eos_token_id}, row "
                 f"{int(endless.int().argmax())} has none; tokenize with add_special_tokens=True and keep the last token"
             )
         if attention_mask is not None and not attention_mask.cumprod(dim=1).gather(1, ends[:, None]).all():
             raise ValueError(
                 "attention_mask hides a token before a row's end-of-text token; pad on the right (padding_side='right')"
+            )
+
+    @staticmethod
+    def _check_padding(attention_mask: torch.Tensor) -> None:
+        seen = attention_mask.bool()
+        if (seen[:, 1:] & ~seen[:, :-1]).any():
+            raise ValueError(
+                "attention_mask hides a token before one that it shows; pad on the right (padding_side='right')"
             )
 
 
@@ -618,13 +684,17 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
         )
 
     def pool(self, features: VisionFeatures) -> torch.Tensor:
-        """(B, D), normalised: after picking ("cls") or averaging the patches ("mean"), before attending ("map")."""
+        """(B, D), normalised: after picking ("cls") or averaging the patches ("mean"), before attending ("map"), and
+        before averaging with `norm_before_pooling`."""
         hidden_states, num_prefix = features.last_hidden_state, self.config.num_prefix_tokens
         if self.config.pooling_type == "map":
             bias = key_bias(features.layout, num_prefix, hidden_states.dtype)
             return self.pooler(self.post_layernorm(hidden_states), bias)
         if self.config.pooling_type == "mean":
-            return self.post_layernorm(mean_of_patches(hidden_states[:, num_prefix:], features.layout))
+            patches = hidden_states[:, num_prefix:]
+            if self.config.norm_before_pooling:
+                return mean_of_patches(self.post_layernorm(patches), features.layout)
+            return self.post_layernorm(mean_of_patches(patches, features.layout))
         return self.post_layernorm(hidden_states[:, 0])
 
     def patch_grid(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
@@ -843,10 +913,12 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
                 prediction is resized to them for the loss.
 
         Returns:
-            loss if labels were given; predicted_depth (B, H, W) > 0, in metres up to `max_depth`, unitless without one.
+            loss if labels were given; predicted_depth (B, H, W) > 0, in metres up to `max_depth`, unitless without one;
+            any number with depth_activation="identity".
 
         Raises:
-            ValueError: labels that are not one map of depths an image.
+            ValueError: labels that are not one map of depths an image, or that depth_loss="silog" is to compare with
+                depths that may be negative.
         """
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
         if self.config.use_feature_pyramid:
@@ -879,7 +951,8 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
 
     def _depth(self, maps: tuple[torch.Tensor, ...], image_shape: tuple[int, int]) -> torch.Tensor:
         """Maps of whole images -> (B, H, W): as the padded image, of which the padding is cut off."""
-        depth = to_depth(self.depth_head(maps), self.config.max_depth)  # (B, any, any)
+        activation = DEPTH_ACTIVATIONS[self.config.depth_activation]
+        depth = activation(self.depth_head(maps), self.config.max_depth)  # (B, any, any)
         height, width = image_shape
         return resize_depth(depth, self.config.padded_shape(image_shape))[:, :height, :width]
 
@@ -898,6 +971,11 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
     def _loss(
         self, depth: torch.Tensor, labels: torch.Tensor, features: VisionFeatures, pixel_mask: torch.Tensor | None
     ) -> torch.Tensor:
+        if self.config.depth_activation == "identity" and self.config.depth_loss == "silog":
+            raise ValueError(
+                "depth_loss='silog' takes the logarithm of a depth, which may be negative with "
+                "depth_activation='identity'; set depth_loss='l1' or 'l2'"
+            )
         if labels.dim() != 3 or labels.shape[0] != depth.shape[0]:
             raise ValueError(
                 f"labels must be (batch={depth.shape[0]}, height, width), one depth a pixel; got {tuple(labels.shape)}"
@@ -934,6 +1012,103 @@ def _check_flag(normalize: bool) -> None:
         raise TypeError(f"normalize must be True or False, got {type(normalize).__name__}; pass other inputs by name")
 
 
+def visual_projection(config: VitEmbedConfig) -> nn.Module:
+    """(..., D) -> (..., projection_dim): a linear layer, or nothing where the pooled vector is the embedding itself."""
+    if not config.use_visual_projection:
+        return nn.Identity()
+    std = config.hidden_size**-0.5 * config.initializer_factor
+    return linear(config.hidden_size, config.projection_dim, std, bias=False)
+
+
+class VitEmbedProjectedModel(VitEmbedPreTrainedModel):
+    """What reads images into the joint space: any class with a trunk `vision_model` and its `visual_projection`."""
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        normalize: bool = False,
+        patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Images in the joint space: (B, projection_dim), of unit length with `normalize`.
+
+        Inputs as in VitEmbedModel.
+        """
+        _check_flag(normalize)
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, pooled_only=True)
+        projected = self.visual_projection(self.vision_model.pool(features))
+        return F.normalize(projected, dim=-1) if normalize else projected
+
+    def get_patch_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Every patch in the joint space, unit length: (B, gh, gw, projection_dim); zeros in padding.
+
+        `patches @ text_features.T` is then a similarity map of (B, gh, gw, texts), cosines in [-1, 1].
+        """
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask)
+        patches = self.vision_model.patch_grid(features.last_hidden_state, features.layout)
+        return F.normalize(self.visual_projection(patches), dim=-1)
+
+
+@dataclass
+class VitEmbedProjectionOutput(ModelOutput):
+    """What the image tower says of a batch, in the joint space and before it.
+
+    image_embeds: (B, projection_dim), of whatever length, as those of transformers' CLIPVisionModelWithProjection.
+    last_hidden_state, hidden_states, attentions, stem_loss: as in VitEmbedModelOutput.
+    """
+
+    image_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    stem_loss: torch.Tensor | None = None
+
+
+class VitEmbedModelWithProjection(VitEmbedProjectedModel):
+    """The image tower of a dual encoder with its projection into the joint space, without the text tower."""
+
+    _keys_to_ignore_on_load_unexpected = [
+        *VitEmbedTower._keys_to_ignore_on_load_unexpected,
+        r"^text_model\.",
+        r"^text_projection\.",
+        r"^logit_(scale|bias)$",
+        r"^decoder\.",
+    ]
+
+    def __init__(self, config: VitEmbedConfig):
+        super().__init__(config)
+        self.vision_model = VitEmbedModel(config)
+        self.visual_projection = visual_projection(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> VitEmbedProjectionOutput | tuple:
+        """Inputs as in VitEmbedModel. Returns as VitEmbedProjectionOutput says; `get_image_features` gives the same
+        image_embeds for less work."""
+        wants = self._wants(output_attentions, output_hidden_states)
+        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, *wants)
+        output = VitEmbedProjectionOutput(
+            image_embeds=self.visual_projection(self.vision_model.pool(features)),  # (B, projection_dim)
+            last_hidden_state=features.last_hidden_state,
+            hidden_states=features.hidden_states,
+            attentions=features.attentions,
+            stem_loss=features.loss if self.training else None,
+        )
+        return self._returned(output, return_dict)
+
+
 @dataclass
 class VitEmbedContrastiveOutput(ModelOutput):
     """What two towers say of a batch.
@@ -955,7 +1130,7 @@ class VitEmbedContrastiveOutput(ModelOutput):
     text_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-class VitEmbedForContrastive(VitEmbedPreTrainedModel):
+class VitEmbedForContrastive(VitEmbedProjectedModel):
     """CLIP: images and texts in one space, where a cosine says how well they go together."""
 
     has_text_tower = True
@@ -972,10 +1147,12 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
             )
         self.vision_model = VitEmbedModel(config)
         self.text_model = VitEmbedTextModel(config.text_config)
-        width, text_width = config.hidden_size, config.text_config.hidden_size
-        factor = config.initializer_factor
-        self.visual_projection = linear(width, config.projection_dim, width**-0.5 * factor, bias=False)
-        self.text_projection = linear(text_width, config.projection_dim, text_width**-0.5 * factor, bias=False)
+        self.visual_projection = visual_projection(config)
+        text_width = config.text_config.hidden_size
+        text_std = text_width**-0.5 * config.initializer_factor
+        self.text_projection = linear(
+            text_width, config.projection_dim, text_std, bias=config.text_config.projection_bias
+        )
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.logit_bias = (
             nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS_INIT)) if config.contrastive_loss == "sigmoid" else None
@@ -1041,22 +1218,6 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         )
         return self._returned(output, return_dict)
 
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        normalize: bool = False,
-        patch_embeds: torch.Tensor | None = None,
-        pixel_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Images in the joint space: (B, projection_dim), of unit length with `normalize`.
-
-        Inputs as in VitEmbedModel.
-        """
-        _check_flag(normalize)
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, pooled_only=True)
-        projected = self.visual_projection(self.vision_model.pool(features))
-        return F.normalize(projected, dim=-1) if normalize else projected
-
     def get_text_features(
         self, input_ids: torch.Tensor, normalize: bool = False, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -1067,20 +1228,6 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         _check_flag(normalize)
         projected = self.text_projection(self.text_model.pool(input_ids, attention_mask))
         return F.normalize(projected, dim=-1) if normalize else projected
-
-    def get_patch_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        patch_embeds: torch.Tensor | None = None,
-        pixel_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Every patch in the joint space, unit length: (B, gh, gw, projection_dim); zeros in padding.
-
-        `patches @ text_features.T` is then a similarity map of (B, gh, gw, texts), cosines in [-1, 1].
-        """
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask)
-        patches = self.vision_model.patch_grid(features.last_hidden_state, features.layout)
-        return F.normalize(self.visual_projection(patches), dim=-1)
 
     def _read_text(
         self,
@@ -1100,7 +1247,7 @@ class VitEmbedForContrastive(VitEmbedPreTrainedModel):
         return self.text_model.resize_token_embeddings(*args, **kwargs)
 
     def _logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        if self.training:
+        if self.training and self.logit_bias is None:
             # As OpenAI trains: the parameter itself stays in bounds, for beyond them it would get no gradient back.
             with torch.no_grad():
                 self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
@@ -1340,7 +1487,8 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
 
 
 class VitEmbedAutoModel(VitEmbedPreTrainedModel):
-    """What AutoModel loads: both towers where the checkpoint has a text tower, else the image tower alone.
+    """What AutoModel loads: both towers where the checkpoint has a text tower, else the image tower, with its
+    projection where it was saved with one.
 
     One name for every checkpoint: transformers 5 remembers, for the whole process, which class AutoModel took for
     folders of one base name, and would give a dual encoder named like an earlier vision-only one no text tower.
@@ -1349,7 +1497,10 @@ class VitEmbedAutoModel(VitEmbedPreTrainedModel):
     @classmethod
     def class_for(cls, config: PretrainedConfig) -> type[VitEmbedPreTrainedModel]:
         """The class that a config describes."""
-        return VitEmbedModel if config.text_config is None else VitEmbedForContrastive
+        if config.text_config is not None:
+            return VitEmbedForContrastive
+        with_projection = config.architectures == [VitEmbedModelWithProjection.__name__]
+        return VitEmbedModelWithProjection if with_projection else VitEmbedModel
 
     @classmethod
     def from_pretrained(
@@ -1367,6 +1518,7 @@ class VitEmbedAutoModel(VitEmbedPreTrainedModel):
 
 VitEmbedTextModel.register_for_auto_class("AutoModel")
 VitEmbedModel.register_for_auto_class("AutoModel")
+VitEmbedModelWithProjection.register_for_auto_class("AutoModel")
 VitEmbedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 VitEmbedForDepthEstimation.register_for_auto_class("AutoModelForDepthEstimation")
 VitEmbedForContrastive.register_for_auto_class("AutoModelForZeroShotImageClassification")

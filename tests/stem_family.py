@@ -19,6 +19,7 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
 )
 from vit_embed.configuration_vit_embed import GRIDLESS_STEMS, STEM_TYPES, TOKEN_CHOOSING_STEMS
 
@@ -90,6 +91,7 @@ HEADS = {
         VitEmbedForImageClassification, {"num_labels": 5}, "logits", "AutoModelForImageClassification", class_labels
     ),
     "contrastive": Head(VitEmbedForContrastive, {}, "image_embeds", "AutoModelForZeroShotImageClassification", texts),
+    "projection": Head(VitEmbedModelWithProjection, {}, "image_embeds", "AutoModel"),
     "depth-deconv": Head(
         VitEmbedForDepthEstimation,
         {},

@@ -42,6 +42,28 @@ def test_defaults_are_openai_clip_vit_b_16():
         ({"contrastive_loss": "triplet"}, "contrastive_loss must be one of softmax, sigmoid"),
         ({"depth_head_type": "unet"}, "depth_head_type must be one of deconv, dpt"),
         ({"depth_loss": "huber"}, "depth_loss must be one of silog, l1, l2"),
+        ({"depth_activation": "relu"}, "depth_activation must be one of None, identity; got 'relu'"),
+        (
+            {"depth_activation": "identity", "max_depth": 10.0},
+            "max_depth=10.0 bounds a positive depth, but depth_activation='identity'",
+        ),
+        ({"deconv_kernel_size": 3}, "deconv_kernel_size must be an even integer >= 2, got 3"),
+        ({"deconv_kernel_size": 0}, "deconv_kernel_size must be an even integer >= 2, got 0"),
+        ({"deconv_kernel_size": 4.0}, "deconv_kernel_size must be an even integer >= 2, got 4.0"),
+        (
+            {"deconv_kernel_size": 4, "depth_head_type": "dpt"},
+            "deconv_kernel_size=4 has a meaning with depth_head_type='deconv' only, got depth_head_type='dpt'",
+        ),
+        (
+            {"norm_before_pooling": True},
+            "norm_before_pooling=True has a meaning with pooling_type='mean' only, got pooling_type='cls'",
+        ),
+        ({"norm_before_pooling": "yes", "pooling_type": "mean"}, "norm_before_pooling must be one of True, False"),
+        (
+            {"use_visual_projection": False},
+            "use_visual_projection=False.*projection_dim=20 and hidden_size=32",
+        ),
+        ({"use_visual_projection": None}, "use_visual_projection must be one of True, False; got None"),
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be a number in \[0, 1\), got 1.0"),
         ({"drop_path_rate": -0.1}, "drop_path_rate"),
         ({"attention_dropout": "0.1"}, "attention_dropout"),
@@ -81,6 +103,19 @@ def test_values_without_a_meaning_are_refused(overrides, message):
         ({"max_position_embeddings": 0}, "max_position_embeddings"),
         ({"hidden_size": 25}, "num_attention_heads=3"),
         ({"hidden_act": "tanh"}, "hidden_act must be one of"),
+        ({"pooling_type": "argmax"}, "pooling_type must be one of eos, first, last; got 'argmax'"),
+        ({"use_causal_mask": "no"}, "use_causal_mask must be one of True, False; got 'no'"),
+        ({"projection_bias": None}, "projection_bias must be one of True, False; got None"),
+        ({"pooling_type": "first"}, "pooling_type='first'.*use_causal_mask=True"),
+        (
+            {"pooling_type": "last", "pad_token_id": None},
+            r"pooling_type='last' reads the padding.*pad_token_id must be in \[0, vocab_size=100\).*pad_token_id=None",
+        ),
+        ({"pooling_type": "last", "pad_token_id": 100}, "pooling_type='last'.*got pad_token_id=100"),
+        (
+            {"use_causal_mask": False, "pad_token_id": None},
+            "use_causal_mask=False reads the padding.*got pad_token_id=None",
+        ),
     ],
 )
 def test_text_values_without_a_meaning_are_refused(overrides, message):
@@ -102,7 +137,20 @@ def test_another_librarys_name_for_a_field_is_refused(foreign, ours):
         VitEmbedConfig(**{foreign: 3})
 
 
-@pytest.mark.parametrize("overrides", [{"out_indices": 1}, {"out_features": "stage1"}, {"text_config": "x"}])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"out_indices": 1},
+        {"out_features": "stage1"},
+        {"text_config": "x"},
+        {"converted_from": "timm"},
+        {"converted_from": ["timm"]},
+        {"converted_from": {"layout": object()}},
+        {"converted_from": {"sizes": (1, 2)}},
+        {"converted_from": {1: "one"}},
+        {"converted_from": {"scale": float("nan")}},
+    ],
+)
 def test_values_of_the_wrong_type_are_refused(overrides):
     with pytest.raises(TypeError, match=next(iter(overrides))):
         vision_config(**overrides)
@@ -144,6 +192,18 @@ def test_saved_config_is_complete_and_read_back_equal(config, tmp_path):
     assert loaded.to_dict() == config.to_dict()
     assert (tmp_path / "configuration_vit_embed.py").exists()
 
+
+# A source in all that JSON can say, and under names that transformers has a use for.
+ORIGIN = {
+    "layout": "timm",
+    "names": {"blocks.0.norm1.weight": ["encoder.layers.0.layer_norm1.weight", None]},
+    "dtype": "bfloat16",
+    "transformers_version": "4.0.0",
+    "architectures": ["vit_base"],
+    "scale": 0.5,
+    "count": 3,
+    "sure": True,
+}
 
 # Values other than the defaults, for every field there is: those that go together, and those of one stem or scheme.
 CHANGED = {
@@ -189,7 +249,14 @@ CHANGED = {
         "out_indices": [0, 3],
         "initializer_range": 0.01,
         "initializer_factor": 0.5,
-        "text_config": TEXT,
+        "text_config": {
+            **TEXT,
+            "pooling_type": "last",
+            "use_causal_mask": False,
+            "projection_bias": True,
+            "pad_token_id": 7,
+        },
+        "converted_from": ORIGIN,
     },
     "overlap": {"stem_type": "overlap", "patch_kernel_size": (24, 20), "patch_pointwise": True},
     "hierarchical": {
@@ -203,6 +270,9 @@ CHANGED = {
     "token_learner": {"stem_type": "token_learner", "num_learned_tokens": 5},
     "dct": {"stem_type": "dct", "num_coefficients": 7},
     "polynomial": {"position_embedding_type": "polynomial", "position_degree": 2},
+    "unprojected": {"use_visual_projection": False, "projection_dim": 768},
+    "mean": {"pooling_type": "mean", "norm_before_pooling": True},
+    "raw depth": {"deconv_kernel_size": 4, "depth_activation": "identity"},
 }
 
 
@@ -261,6 +331,35 @@ def test_a_config_outside_clip_says_nothing_to_clip():
     assert dual_config().to_clip_vision_config()["hidden_size"] == VISION["hidden_size"]
     assert dual_config(num_register_tokens=2).to_clip_vision_config() is None
     assert dual_config(final_norm_type="none").to_clip_vision_config() is None
+    unprojected = dual_config(use_visual_projection=False, projection_dim=VISION["hidden_size"])
+    assert unprojected.to_clip_vision_config() is None
+    assert dual_config(pooling_type="mean", norm_before_pooling=True).to_clip_vision_config() is None
+    for fields in ({"pooling_type": "last"}, {"use_causal_mask": False}, {"projection_bias": True}):
+        config = dual_config(text_config={**TEXT, **fields})
+        assert config.to_clip_vision_config() is None and "vision_config" not in config.to_dict()
+        assert config.vision_only().to_clip_vision_config() is not None
+
+
+def test_the_origin_of_a_checkpoint_is_copied_and_kept():
+    origin = {"layout": "timm", "names": ["a"]}
+    config = dual_config(converted_from=origin)
+    origin["names"].append("b")
+    assert config.converted_from == {"layout": "timm", "names": ["a"]}
+    assert config.vision_only().converted_from == config.converted_from
+    assert vision_config().converted_from is None
+    config.converted_from = {"names": {1}}
+    with pytest.raises(TypeError, match="converted_from must be None, or a dict that JSON gives back unchanged"):
+        VitEmbedForContrastive(config)
+
+
+@pytest.mark.parametrize(
+    ("stock", "ours"),
+    [("CLIPVisionModelWithProjection", ["VitEmbedModelWithProjection"]), ("CLIPVisionModel", None), (None, None)],
+)
+def test_a_clip_vision_config_says_whether_it_projects(stock, ours):
+    named = {} if stock is None else {"architectures": [stock]}
+    config = VitEmbedConfig.from_dict({"model_type": "clip_vision_model", "projection_dim": 20, **named})
+    assert config.architectures == ours and config.projection_dim == 20 and config.patch_size == 32
 
 
 def test_contrastive_without_a_text_tower_is_refused():

@@ -1,5 +1,6 @@
 """Depth heads against the same networks put together another way."""
 
+import pytest
 import torch
 from tiny import pixels, randomised, vision_config
 from torch import nn
@@ -8,7 +9,8 @@ from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTPreActResidualLayer
 
 from vit_embed import VitEmbedForDepthEstimation, VitEmbedModel
-from vit_embed.heads_vit_embed import DPTDepthHead, ResidualConvUnit, to_depth
+from vit_embed.configuration_vit_embed import DEPTH_ACTIVATIONS as DEPTH_ACTIVATION_NAMES
+from vit_embed.heads_vit_embed import DEPTH_ACTIVATIONS, DeconvDepthHead, DPTDepthHead, ResidualConvUnit, to_depth
 
 
 def depth_model(**overrides) -> VitEmbedForDepthEstimation:
@@ -82,6 +84,52 @@ def test_depth_ranges():
     torch.testing.assert_close(to_depth(raw, None), F.softplus(raw))
     torch.testing.assert_close(to_depth(raw, 4.0), 4 * torch.sigmoid(raw))
     assert to_depth(raw.bfloat16(), 4.0).dtype == torch.float32
+
+
+def test_every_depth_activation_of_the_config_is_there():
+    assert set(DEPTH_ACTIVATIONS) == set(DEPTH_ACTIVATION_NAMES)
+    assert DEPTH_ACTIVATIONS[None] is to_depth
+
+
+@torch.no_grad()
+def test_identity_gives_the_heads_own_numbers():
+    model = depth_model(depth_activation="identity")
+    raw = []
+    model.depth_head.register_forward_hook(lambda module, inputs, output: raw.append(output))
+    depth = model(pixels(2, 32, 64)).predicted_depth
+    expected = F.interpolate(raw[0][:, None], size=(32, 64), mode="bilinear")[:, 0]
+    torch.testing.assert_close(depth, expected, rtol=1e-5, atol=1e-5)
+    assert depth.min() < 0 < depth.max()
+    assert model.to(torch.bfloat16)(pixels()).predicted_depth.dtype == torch.float32
+
+
+def test_raw_depth_is_not_trained_by_its_logarithm():
+    labels = torch.rand(3, 32, 32) + 0.5
+    with pytest.raises(ValueError, match="depth_loss='silog'.*depth_activation='identity'; set depth_loss='l1' or"):
+        depth_model(depth_activation="identity")(pixels(), labels=labels)
+    output = depth_model(depth_activation="identity", depth_loss="l2")(pixels(), labels=labels)
+    torch.testing.assert_close(output.loss, (output.predicted_depth - labels).square().mean())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [2, 4, 6])
+def test_a_deconvolution_of_any_kernel_doubles_the_grid(kernel):
+    head = randomised(DeconvDepthHead(vision_config(deconv_kernel_size=kernel)))
+    maps = torch.randn(2, 32, 3, 5)
+    assert head.deconv1.weight.shape == (32, 16, kernel, kernel) and head.deconv2.weight.shape == (
+        16,
+        8,
+        kernel,
+        kernel,
+    )
+    hidden, margin = maps, (kernel - 2) // 2
+    for layer in (head.deconv1, head.deconv2):
+        # A transposed convolution is the sum of what each pixel paints; what lies outside the doubled map is cut off.
+        full = F.conv_transpose2d(hidden, layer.weight, layer.bias, stride=2)
+        height, width = 2 * hidden.shape[2], 2 * hidden.shape[3]
+        hidden = full[:, :, margin : margin + height, margin : margin + width].relu()
+    torch.testing.assert_close(head((maps,)), head.projection(hidden)[:, 0], rtol=1e-5, atol=1e-5)
+    assert head((maps,)).shape == (2, 12, 20)
 
 
 def test_the_smallest_trunk_has_a_head():

@@ -20,6 +20,7 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
     VitEmbedTextModel,
 )
 from vit_embed.configuration_vit_embed import AUTO_MAP
@@ -31,6 +32,7 @@ REGULAR_LIMIT = 60_000
 # repo -> (class, Auto class that pulls it, its config)
 REPOS = {
     "model": (VitEmbedModel, "AutoModel", tiny.vision_config(num_register_tokens=2)),
+    "projection": (VitEmbedModelWithProjection, "AutoModel", tiny.vision_config()),
     "classification": (
         VitEmbedForImageClassification,
         "AutoModelForImageClassification",

@@ -28,6 +28,7 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
     VitEmbedTextModel,
 )
 from vit_embed.configuration_vit_embed import AUTO_MAP
@@ -53,6 +54,7 @@ class Case(NamedTuple):
 # Every class, and every option that adds, drops or reshapes a parameter.
 CASES = {
     "model": Case(VitEmbedModel, "AutoModel", {}),
+    "projection": Case(VitEmbedModelWithProjection, "AutoModel", {}),
     "registers": Case(VitEmbedModel, "AutoModel", {"num_register_tokens": 3}),
     "layer_scale": Case(VitEmbedModel, "AutoModel", {"layer_scale_init_value": 0.1}),
     "linear_stem": Case(VitEmbedModel, "AutoModel", {"stem_type": "linear", "patch_bias": True}),
@@ -60,6 +62,7 @@ CASES = {
     "mixed_norm": Case(VitEmbedModel, "AutoModel", {"final_norm_type": "rms_norm", "use_pre_layernorm": False}),
     "post_norm": Case(VitEmbedModel, "AutoModel", {"norm_position": "post", "final_norm_type": "none"}),
     "map_pooling": Case(VitEmbedModel, "AutoModel", {"pooling_type": "map", "use_cls_token": False}),
+    "norm_before_mean": Case(VitEmbedModel, "AutoModel", {"pooling_type": "mean", "norm_before_pooling": True}),
     "sinusoidal": Case(VitEmbedModel, "AutoModel", {"position_embedding_type": "sinusoidal", "pooling_type": "mean"}),
     "no_positions": Case(VitEmbedModel, "AutoModel", {"position_embedding_type": "none"}),
     "polynomial": Case(VitEmbedModel, "AutoModel", {"position_embedding_type": "polynomial", "position_degree": 2}),
@@ -83,6 +86,11 @@ CASES = {
         VitEmbedForImageClassification, "AutoModelForImageClassification", {"num_labels": 5, "num_register_tokens": 2}
     ),
     "depth_deconv": Case(VitEmbedForDepthEstimation, "AutoModelForDepthEstimation", {"max_depth": 10.0}),
+    "depth_raw": Case(
+        VitEmbedForDepthEstimation,
+        "AutoModelForDepthEstimation",
+        {"deconv_kernel_size": 4, "depth_activation": "identity"},
+    ),
     "depth_dpt": Case(
         VitEmbedForDepthEstimation, "AutoModelForDepthEstimation", {"depth_head_type": "dpt", "patch_size": 8}
     ),
@@ -92,6 +100,8 @@ CASES = {
     "sigmoid": Case(
         VitEmbedForContrastive, "AutoModel", {"contrastive_loss": "sigmoid", "layer_scale_init_value": 0.1}, dual=True
     ),
+    "siglip": Case(VitEmbedForContrastive, "AutoModelForZeroShotImageClassification", tiny.SIGLIP, dual=True),
+    "siglip_image": Case(VitEmbedModelWithProjection, "AutoModel", {**tiny.SIGLIP, "text_config": None}),
     "text": Case(VitEmbedTextModel, None, {}),
 }
 # The only buffers: running statistics, which batch norm keeps in the state dict.
@@ -215,18 +225,30 @@ def trunk_of(expected: dict[str, str]) -> dict[str, str]:
     return {name.removeprefix(prefix): value for name, value in expected.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("name", ["classification", "depth_deconv", "depth_dpt", "backbone", "softmax", "sigmoid"])
+BESIDE_THE_TRUNK = [
+    "classification",
+    "depth_deconv",
+    "depth_dpt",
+    "backbone",
+    "projection",
+    "softmax",
+    "sigmoid",
+    "siglip",
+]
+
+
+@pytest.mark.parametrize("name", BESIDE_THE_TRUNK)
 def test_head_into_base(saved, name):
     with junk_in_new_memory():
         model, info = VitEmbedModel.from_pretrained(saved[name].folder, output_loading_info=True)
     assert digests(model) == trunk_of(saved[name].digests)
     assert not reported(info, "missing_keys") and not reported(info, "mismatched_keys")
-    # What the head had and the trunk has not is reported; the second tower of a dual encoder is left on purpose.
+    # What the head had and the trunk has not is reported; the rest of a dual encoder is left on purpose.
     head = {key for key in saved[name].digests if not key.startswith("vision_model.")}
-    assert reported(info, "unexpected_keys") == (set() if CASES[name].dual else head)
+    assert reported(info, "unexpected_keys") == (set() if CASES[name].dual or name == "projection" else head)
 
 
-@pytest.mark.parametrize("name", ["classification", "depth_deconv", "depth_dpt", "backbone", "softmax", "sigmoid"])
+@pytest.mark.parametrize("name", BESIDE_THE_TRUNK)
 def test_base_into_head(saved, tmp_path, name):
     trunk = VitEmbedModel.from_pretrained(saved[name].folder)
     trunk.save_pretrained(tmp_path)
@@ -235,7 +257,7 @@ def test_base_into_head(saved, tmp_path, name):
     case = CASES[name]
     options = dict(case.config)
     if case.dual:
-        options["text_config"] = dict(tiny.TEXT)
+        options.setdefault("text_config", dict(tiny.TEXT))
     with junk_in_new_memory():
         model, info = case.model_class.from_pretrained(tmp_path, output_loading_info=True, **options)
     head = {key for key in saved[name].digests if not key.startswith("vision_model.")}

@@ -18,6 +18,7 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
 )
 from vit_embed.configuration_vit_embed import STEM_TYPES, TOKEN_CHOOSING_STEMS
 
@@ -346,6 +347,7 @@ def test_the_auto_class_loads_it_in_a_new_process(saved, tmp_path):
 # class: fields to load it with, and the first parts of the names of parameters that the checkpoint cannot have.
 HEADS = {
     VitEmbedModel: ({}, set()),
+    VitEmbedModelWithProjection: ({}, {"visual_projection"}),
     VitEmbedForImageClassification: ({"num_labels": 5}, {"classifier"}),
     VitEmbedForDepthEstimation: ({}, {"depth_head"}),
     VitEmbedForContrastive: (

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import (
     CLOSE,
+    SIGLIP,
     dual_config,
     gradients,
     hidden_patches,
@@ -23,6 +24,7 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
     VitEmbedTextModel,
 )
 
@@ -40,6 +42,11 @@ CLASSES = {
         vision_config,
         lambda: {"pixel_values": pixels(), "labels": pixels()[:, 0].abs()},
     ),
+    "depth-deconv-wide": (
+        VitEmbedForDepthEstimation,
+        lambda: vision_config(deconv_kernel_size=4, depth_activation="identity", depth_loss="l1"),
+        lambda: {"pixel_values": pixels(), "labels": pixels()[:, 0].abs()},
+    ),
     "depth-dpt": (
         VitEmbedForDepthEstimation,
         lambda: vision_config(depth_head_type="dpt", max_depth=10.0),
@@ -51,6 +58,12 @@ CLASSES = {
         lambda: dual_config(contrastive_loss="sigmoid"),
         lambda: {"pixel_values": pixels(), "input_ids": tokens()},
     ),
+    "contrastive-siglip": (
+        VitEmbedForContrastive,
+        lambda: dual_config(**SIGLIP),
+        lambda: {"pixel_values": pixels(), "input_ids": tokens()},
+    ),
+    "projection": (VitEmbedModelWithProjection, vision_config, lambda: {"pixel_values": pixels()}),
     "masked": (
         VitEmbedForMaskedImageModeling,
         vision_config,
@@ -66,6 +79,7 @@ OPTIONS = {
     "registers": {"num_register_tokens": 3},
     "no class token": {"use_cls_token": False, "pooling_type": "mean"},
     "map pooling": {"pooling_type": "map"},
+    "norm before mean": {"pooling_type": "mean", "norm_before_pooling": True},
     "rms norm": {"norm_type": "rms_norm"},
     "final rms norm": {"final_norm_type": "rms_norm"},
     "no final norm": {"final_norm_type": "none"},
@@ -275,12 +289,15 @@ def test_initialisation_is_clips():
 
 @torch.no_grad()
 def test_pooling_reads_what_it_says():
-    for pooling_type in ("cls", "mean", "map"):
-        model = randomised(VitEmbedModel(vision_config(pooling_type=pooling_type, num_register_tokens=2)))
+    for pooling_type, norm_first in (("cls", False), ("mean", False), ("mean", True), ("map", False)):
+        fields = {"pooling_type": pooling_type, "norm_before_pooling": norm_first, "num_register_tokens": 2}
+        model = randomised(VitEmbedModel(vision_config(**fields)))
         hidden = model(pixels()).last_hidden_state
         pooled = model(pixels()).pooler_output
         if pooling_type == "cls":
             expected = model.post_layernorm(hidden[:, 0])
+        elif norm_first:
+            expected = model.post_layernorm(hidden)[:, 3:].mean(1)
         elif pooling_type == "mean":
             expected = model.post_layernorm(hidden[:, 3:].mean(1))
         else:

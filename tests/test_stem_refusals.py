@@ -20,6 +20,7 @@ from vit_embed import (
     VitEmbedForDepthEstimation,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
     configuration_vit_embed,
 )
 from vit_embed.configuration_vit_embed import (
@@ -41,12 +42,12 @@ def other_than_default(field: str):
     if isinstance(default, str):
         choices = getattr(configuration_vit_embed, f"{field.upper()}S")
         return next(choice for choice in choices if choice != default)
-    return default + 1 if isinstance(default, int) else default / 2
+    return default * 2 if isinstance(default, int) else default / 2
 
 
 def fields_for(name: str, value: str) -> dict:
     """The fields that make `name=value` a config that stands."""
-    return {name: value, **(NEEDED.get(value, {}) if name == "stem_type" else {}), **ALL_HEADS}
+    return {**ALL_HEADS, name: value, **(NEEDED.get(value, {}) if name == "stem_type" else {})}
 
 
 @pytest.mark.parametrize("field", MEANT_FOR)
@@ -213,6 +214,7 @@ PATCHES = torch.randn(2, 32, 4, 4)
             for model_class, call in (
                 (VitEmbedModel, "get_token_map"),
                 (VitEmbedModel, "get_class_attentions"),
+                (VitEmbedModelWithProjection, "get_patch_features"),
                 (VitEmbedForContrastive, "get_patch_features"),
             )
         ),

@@ -20,6 +20,7 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
 )
 from vit_embed.configuration_vit_embed import GRIDLESS_STEMS, STEM_TYPES
 from vit_embed.tokens_vit_embed import TokenLayout, match_tokens, mean_of_patches, merge_tokens, spread
@@ -53,6 +54,13 @@ HEADS = {
         lambda model, **inputs: model.get_image_features(**inputs),
         text_config=dict(tiny.TEXT),
     ),
+    "mean of normalised": vector(
+        VitEmbedModel,
+        lambda model, **inputs: model(**inputs).pooler_output,
+        pooling_type="mean",
+        norm_before_pooling=True,
+    ),
+    "projection": vector(VitEmbedModelWithProjection, lambda model, **inputs: model(**inputs).image_embeds),
     "patch features": Head(VitEmbedForContrastive, {"text_config": dict(tiny.TEXT)}, read_patch_features),
     "backbone": Head(
         VitEmbedBackbone,

@@ -24,6 +24,7 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
+    VitEmbedModelWithProjection,
     VitEmbedTextModel,
 )
 
@@ -243,6 +244,8 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[], dict[str, to
     "vision-map": (lambda: VitEmbedModel(tiny.vision_config(pooling_type="map")), pixel_inputs),
     "text": (lambda: VitEmbedTextModel(tiny.dual_config().text_config), lambda: {"input_ids": tiny.tokens()}),
     "contrastive": (lambda: VitEmbedForContrastive(tiny.dual_config()), dual_inputs),
+    "contrastive-siglip": (lambda: VitEmbedForContrastive(tiny.dual_config(**tiny.SIGLIP)), dual_inputs),
+    "projection": (lambda: VitEmbedModelWithProjection(tiny.vision_config()), pixel_inputs),
     "classification": (
         lambda: VitEmbedForImageClassification(tiny.vision_config(num_labels=5)),
         lambda: pixel_inputs(labels=torch.tensor([4, 0, 2])),
@@ -329,7 +332,7 @@ def test_adapters_on_a_frozen_trunk_learn_under_gradient_checkpointing(name, use
     expected, found = adapted(False), adapted(True)
     layers = {key for key in expected if ".layers." in key}
     # A and B of q and v in every layer of every tower and decoder that the task runs.
-    towers = {"text": 3, "contrastive": 4 + 3, "masked": 4 + 1}
+    towers = {"text": 3, "contrastive": 4 + 3, "contrastive-siglip": 4 + 3, "masked": 4 + 1}
     assert len(layers) == 4 * towers.get(name, 4)
     assert all(expected[key].abs().max() > 0 for key in layers)
     assert_same_gradients(found, expected)
@@ -367,7 +370,10 @@ def test_fsdp_finds_every_class_it_is_told_to_wrap(name):
     assert {c.__name__ for c in wrapped} == set(model._no_split_modules)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("vision", "vision-map", "text", "backbone")])
+WITHOUT_LOSS = ("vision", "vision-map", "text", "projection", "backbone")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in WITHOUT_LOSS])
 def test_a_step_under_bfloat16_autocast_is_finite_and_learns(name):
     make_model, make_inputs = MODELS[name]
     model, inputs = make_model().train(), make_inputs()

@@ -19,6 +19,15 @@ TEXT = {
     "eos_token_id": EOS,
     "pad_token_id": EOS,
 }
+# SigLIP's tower (arXiv:2303.15343) in the same sizes: no token is hidden, and the last place of a row is its text.
+SIGLIP_TEXT = {
+    **TEXT,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "pooling_type": "last",
+    "use_causal_mask": False,
+    "projection_bias": True,
+}
 VISION = {
     "hidden_size": 32,
     "num_hidden_layers": 4,
@@ -26,6 +35,19 @@ VISION = {
     "intermediate_size": 48,
     "image_size": 32,
     "patch_size": 8,
+}
+# SigLIP, the whole: its image embedding is the pooled vector itself.
+SIGLIP = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "patch_bias": True,
+    "use_cls_token": False,
+    "use_pre_layernorm": False,
+    "pooling_type": "map",
+    "projection_dim": VISION["hidden_size"],
+    "use_visual_projection": False,
+    "contrastive_loss": "sigmoid",
+    "text_config": SIGLIP_TEXT,
 }
 DECODER = {
     "decoder_hidden_size": 16,
@@ -42,7 +64,7 @@ def vision_config(**overrides) -> VitEmbedConfig:
 
 def dual_config(**overrides) -> VitEmbedConfig:
     """A dual encoder's config: the same trunk and a text tower of 3 layers of 24, 100 tokens."""
-    return vision_config(text_config=dict(TEXT), **overrides)
+    return vision_config(**{"text_config": dict(TEXT), **overrides})
 
 
 def clip_model() -> CLIPModel:

@@ -1,0 +1,201 @@
+"""The image tower with its projection: against transformers.CLIPVisionModelWithProjection, and out of every folder that
+has its weights."""
+
+import json
+
+import pytest
+import torch
+from fresh_process import digests, junk_in_new_memory
+from test_loading import CASES, build
+from tiny import CLOSE, VISION, dual_config, pixels, randomised, use_attention, vision_config
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from vit_embed import (
+    VitEmbedConfig,
+    VitEmbedForContrastive,
+    VitEmbedForImageClassification,
+    VitEmbedModel,
+    VitEmbedModelWithProjection,
+)
+from vit_embed.modeling_vit_embed import VitEmbedAutoModel
+
+ORIGIN = {"layout": "timm", "names": {"a.0": ["b", None]}, "dtype": "bfloat16", "licence": "mit"}
+
+
+@pytest.fixture(scope="module")
+def stock() -> CLIPVisionModelWithProjection:
+    return randomised(CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION, projection_dim=20)))
+
+
+@pytest.fixture(scope="module")
+def stock_folder(stock, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stock")
+    stock.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dual(tmp_path_factory):
+    """A dual encoder and the folder it is saved in."""
+    folder = tmp_path_factory.mktemp("dual")
+    model = randomised(VitEmbedForContrastive(dual_config()))
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_it_equals_clips(stock, implementation):
+    model = VitEmbedModelWithProjection(vision_config()).eval()
+    model.load_state_dict(stock.state_dict(), strict=True)
+    use_attention(model, implementation)
+    stock.set_attn_implementation("eager")
+    wants = {"output_hidden_states": True, "output_attentions": True}
+    theirs, ours = stock(pixels(), **wants), model(pixels(), **wants)
+    for name in ("image_embeds", "last_hidden_state"):
+        torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
+    for name in ("hidden_states", "attentions"):
+        for own, their in zip(ours[name], theirs[name], strict=True):
+            torch.testing.assert_close(own, their, **CLOSE)
+    assert list(ours) == ["image_embeds", "last_hidden_state", "hidden_states", "attentions"]
+    assert not torch.allclose(ours.image_embeds.norm(dim=-1), torch.ones(3), atol=0.1), "embeddings keep their length"
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_dual_encoder(dual):
+    folder, reference = dual
+    model = VitEmbedModelWithProjection.from_pretrained(folder)
+    for normalize in (False, True):
+        found = model.get_image_features(pixels(), normalize=normalize)
+        assert torch.equal(found, reference.get_image_features(pixels(), normalize=normalize))
+    torch.testing.assert_close(model(pixels()).image_embeds, model.get_image_features(pixels()), **CLOSE)
+    assert torch.equal(model.get_patch_features(pixels()), reference.get_patch_features(pixels()))
+    for name in ("get_image_features", "get_patch_features"):
+        assert getattr(VitEmbedModelWithProjection, name) is getattr(VitEmbedForContrastive, name)
+    with pytest.raises(TypeError, match="normalize must be True or False, got Tensor"):
+        model.get_image_features(pixels(), torch.ones(3))
+
+
+@torch.no_grad()
+def test_it_takes_what_the_trunk_takes():
+    model = randomised(VitEmbedModelWithProjection(vision_config()))
+    patches = torch.randn(2, 32, 3, 5)
+    expected = model.visual_projection(model.vision_model(patch_embeds=patches).pooler_output)
+    torch.testing.assert_close(model(patch_embeds=patches).image_embeds, expected, **CLOSE)
+    mask = torch.zeros(2, 32, 32, dtype=torch.long)
+    mask[0], mask[1, :16, :24] = 1, 1
+    together = model(pixels(2), pixel_mask=mask).image_embeds
+    torch.testing.assert_close(together[1:], model(pixels(2)[1:, :, :16, :24]).image_embeds, **CLOSE)
+
+
+def test_an_adaptive_stem_gives_its_loss_to_add():
+    model = VitEmbedModelWithProjection(vision_config(stem_type="adaptive"))
+    assert model.train()(pixels()).stem_loss.requires_grad
+    assert model.eval()(pixels()).stem_loss is None
+
+
+def test_out_of_a_dual_encoder(dual, tmp_path):
+    folder, reference = dual
+    with junk_in_new_memory():
+        model, info = VitEmbedModelWithProjection.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    kept = ("vision_model.", "visual_projection.")
+    assert digests(model) == {name: value for name, value in digests(reference).items() if name.startswith(kept)}
+    model.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["text_config"] is None and written["architectures"] == ["VitEmbedModelWithProjection"]
+    again, info = VitEmbedAutoModel.from_pretrained(
+        tmp_path, config=VitEmbedConfig.from_pretrained(tmp_path), output_loading_info=True
+    )
+    assert type(again) is VitEmbedModelWithProjection and not any(info.values()), info
+    assert digests(again) == digests(model)
+
+
+def test_into_a_dual_encoder_again(dual, tmp_path):
+    folder, reference = dual
+    VitEmbedModelWithProjection.from_pretrained(folder).save_pretrained(tmp_path)
+    text = reference.config.text_config.to_dict()
+    model, info = VitEmbedForContrastive.from_pretrained(tmp_path, text_config=text, output_loading_info=True)
+    assert not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert {name.split(".")[0] for name in info["missing_keys"]} == {"text_model", "text_projection", "logit_scale"}
+    assert torch.equal(model.visual_projection.weight, reference.visual_projection.weight)
+
+
+def test_out_of_a_stock_folder(stock, stock_folder):
+    with junk_in_new_memory():
+        direct, info = VitEmbedModelWithProjection.from_pretrained(stock_folder, output_loading_info=True)
+        config = VitEmbedConfig.from_pretrained(stock_folder)
+        chosen, auto_info = VitEmbedAutoModel.from_pretrained(stock_folder, config=config, output_loading_info=True)
+    for model, told in ((direct, info), (chosen, auto_info)):
+        assert type(model) is VitEmbedModelWithProjection and not any(told.values()), told
+        assert digests(model) == digests(stock)
+    trunk, info = VitEmbedModel.from_pretrained(stock_folder, output_loading_info=True)
+    assert not any(info.values()), info
+
+
+@torch.no_grad()
+def test_what_we_save_loads_in_stock_clip(stock, stock_folder, tmp_path):
+    VitEmbedModelWithProjection.from_pretrained(stock_folder).save_pretrained(tmp_path)
+    again, info = CLIPVisionModelWithProjection.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert digests(again) == digests(stock)
+    torch.testing.assert_close(again(pixels()).image_embeds, stock(pixels()).image_embeds, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "expected"),
+    [
+        (["VitEmbedModelWithProjection"], VitEmbedModelWithProjection),
+        (["VitEmbedModel"], VitEmbedModel),
+        (["VitEmbedForImageClassification"], VitEmbedModel),
+        (None, VitEmbedModel),
+    ],
+)
+def test_the_class_that_auto_model_takes(architectures, expected):
+    assert VitEmbedAutoModel.class_for(vision_config(architectures=architectures)) is expected
+    assert VitEmbedAutoModel.class_for(dual_config(architectures=architectures)) is VitEmbedForContrastive
+    assert type(VitEmbedAutoModel._from_config(vision_config(architectures=architectures))) is expected
+
+
+def test_a_head_on_its_trunk_is_no_longer_it(dual, tmp_path):
+    VitEmbedModelWithProjection.from_pretrained(dual[0]).save_pretrained(tmp_path / "projection")
+    head = VitEmbedForImageClassification.from_pretrained(tmp_path / "projection", num_labels=5)
+    head.save_pretrained(tmp_path / "head")
+    assert VitEmbedAutoModel.class_for(VitEmbedConfig.from_pretrained(tmp_path / "head")) is VitEmbedModel
+
+
+def test_resizing_resamples_its_positions(dual):
+    model, info = VitEmbedModelWithProjection.from_pretrained(dual[0], image_size=48, output_loading_info=True)
+    assert not any(info.values()) and model.config.grid_size == (6, 6)
+    expected = VitEmbedForContrastive.from_pretrained(dual[0], image_size=48).vision_model
+    assert digests(model.vision_model) == digests(expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_class", [VitEmbedModelWithProjection, VitEmbedForContrastive])
+def test_without_a_projection_the_pooled_vector_is_the_embedding(model_class):
+    config = vision_config if model_class is VitEmbedModelWithProjection else dual_config
+    model = randomised(model_class(config(use_visual_projection=False, projection_dim=32)))
+    assert not [name for name in model.state_dict() if name.startswith("visual_projection")]
+    pooled = model.vision_model(pixels()).pooler_output
+    torch.testing.assert_close(model.get_image_features(pixels()), pooled, **CLOSE)
+    embeds = model(pixels()).image_embeds
+    expected = pooled if model_class is VitEmbedModelWithProjection else torch.nn.functional.normalize(pooled, dim=-1)
+    torch.testing.assert_close(embeds, expected, **CLOSE)
+
+
+# One case of each class with a VitEmbedConfig.
+ONE_OF_EACH = {case.model_class: name for name, case in CASES.items() if name != "text"}
+
+
+@pytest.mark.parametrize("model_class", ONE_OF_EACH, ids=lambda model_class: model_class.__name__)
+def test_every_class_saves_where_it_was_converted_from(model_class, tmp_path):
+    model = build(ONE_OF_EACH[model_class])
+    model.config.converted_from = ORIGIN
+    model.save_pretrained(tmp_path / "first")
+    again = model_class.from_pretrained(tmp_path / "first")
+    assert again.config.converted_from == ORIGIN
+    again.save_pretrained(tmp_path / "second")
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["converted_from"] == ORIGIN
+    # The trunk and whatever is built on it go on saying so.
+    assert VitEmbedModel.from_pretrained(tmp_path / "second").config.vision_only().converted_from == ORIGIN

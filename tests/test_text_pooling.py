@@ -1,0 +1,307 @@
+"""Text towers that are not CLIP's: bidirectional ones, and those read at the first or the last place of a row.
+
+The reference is stock SiglipTextModel and SiglipModel with the same weights, which are padded to the full length by the
+caller. Tolerances: float32, so 1e-5 is rounding of sums in another order.
+"""
+
+import shutil
+
+import pytest
+import torch
+from tiny import (
+    CLOSE,
+    EOS,
+    SIGLIP,
+    SIGLIP_TEXT,
+    TEXT,
+    VISION,
+    dual_config,
+    pixels,
+    randomised,
+    tokens,
+    use_attention,
+)
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextModel
+
+from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig, VitEmbedTextModel, encoder_vit_embed
+from vit_embed.configuration_vit_embed import TEXT_POOLING_TYPES
+from vit_embed.modeling_vit_embed import TEXT_PLACES
+
+PAD = 7
+LENGTHS = (5, 9, 12)
+STOCK_TEXT = {name: value for name, value in SIGLIP_TEXT.items() if name in SiglipTextConfig().to_dict()}
+# Every kind of tower whose vector depends on what stands behind the text.
+READS_PADDING = {
+    "last": {"pooling_type": "last", "use_causal_mask": False},
+    "first": {"pooling_type": "first", "use_causal_mask": False},
+    "eos": {"pooling_type": "eos", "use_causal_mask": False},
+    "causal last": {"pooling_type": "last"},
+}
+EVERY = pytest.mark.parametrize("name", READS_PADDING)
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+
+
+def model_of(name: str) -> VitEmbedForContrastive:
+    text = {**TEXT, **READS_PADDING[name], "pad_token_id": PAD}
+    return randomised(VitEmbedForContrastive(dual_config(text_config=text)))
+
+
+def texts() -> list[torch.Tensor]:
+    """Three rows of LENGTHS tokens, each with its end token at the end, none of them padding."""
+    rows = tokens(3)
+    rows[(rows == EOS) | (rows == PAD)] = 50
+    rows = [rows[i, :length].clone() for i, length in enumerate(LENGTHS)]
+    for row in rows:
+        row[-1] = EOS
+    return rows
+
+
+def padded(length: int, padding: int = PAD) -> torch.Tensor:
+    """(3, length) of `texts`."""
+    ids = torch.full((3, length), padding)
+    for row, text in zip(ids, texts()):
+        row[: len(text)] = text
+    return ids
+
+
+def mask(length: int) -> torch.Tensor:
+    return (torch.arange(length) < torch.tensor(LENGTHS)[:, None]).long()
+
+
+def siglip_text(implementation: str) -> SiglipTextModel:
+    config = SiglipTextConfig(**{**STOCK_TEXT, "pad_token_id": PAD, "projection_size": 32})
+    stock = randomised(SiglipTextModel(config))
+    stock.set_attn_implementation(implementation)
+    return stock
+
+
+def siglip_like() -> VitEmbedForContrastive:
+    text = {**SIGLIP_TEXT, "pad_token_id": PAD}
+    return VitEmbedForContrastive(dual_config(**{**SIGLIP, "text_config": text})).eval()
+
+
+def copied_from(stock: SiglipTextModel) -> VitEmbedForContrastive:
+    """A dual encoder with the text tower and the projection of the stock model."""
+    model = siglip_like()
+    # transformers 4.57 keeps the tower under "text_model.", 5.x at the top.
+    weights = {name.removeprefix("text_model."): tensor for name, tensor in stock.state_dict().items()}
+    head = {name: weights.pop(f"head.{name}") for name in ("weight", "bias")}
+    model.text_model.load_state_dict(weights)
+    model.text_projection.load_state_dict(head)
+    return model
+
+
+def test_every_pooling_type_of_the_config_is_there():
+    assert set(TEXT_PLACES) == set(TEXT_POOLING_TYPES)
+
+
+@torch.no_grad()
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("length", [16, 12], ids=["full length", "shorter"])
+def test_the_tower_equals_siglips(implementation, length):
+    stock = siglip_text(implementation)
+    model = copied_from(stock)
+    use_attention(model, implementation)
+    theirs = stock(padded(16), output_hidden_states=True)
+    ours = model.text_model(padded(length), output_hidden_states=True)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, **CLOSE)
+    assert ours.last_hidden_state.shape == (3, 16, 24) and len(ours.hidden_states) == 4
+    for own, their in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+        torch.testing.assert_close(own, their, **CLOSE)
+    torch.testing.assert_close(model.text_projection(ours.pooler_output), theirs.pooler_output, **CLOSE)
+    torch.testing.assert_close(model.get_text_features(padded(length)), theirs.pooler_output, **CLOSE)
+
+
+@torch.no_grad()
+def test_the_attention_weights_are_siglips():
+    stock = siglip_text("eager")
+    model = copied_from(stock)
+    use_attention(model, "sdpa")
+    theirs = stock(padded(16), output_attentions=True).attentions
+    for own, their in zip(model.text_model(padded(12), output_attentions=True).attentions, theirs, strict=True):
+        torch.testing.assert_close(own, their, **CLOSE)
+
+
+@torch.no_grad()
+def test_the_dual_encoder_equals_siglip():
+    vision = {**VISION, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
+    text = {**STOCK_TEXT, "pad_token_id": PAD, "projection_size": 32}
+    stock = randomised(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
+    weights = stock.state_dict()
+    attention = "vision_model.head.attention.in_proj_"
+    for kind in ("weight", "bias"):
+        for part, tensor in zip("qkv", weights.pop(attention + kind).chunk(3)):
+            weights[f"vision_model.head.{part}_proj.{kind}"] = tensor
+    renamed = {
+        "vision_model.head.attention.out_proj": "vision_model.head.out_proj",
+        "vision_model.head.mlp.": "vision_model.head.",
+        "vision_model.head.": "vision_model.pooler.",
+        "text_model.head.": "text_projection.",
+    }
+    for old, new in renamed.items():
+        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
+    for name in ("logit_scale", "logit_bias"):
+        weights[name] = weights[name].squeeze()
+    model = siglip_like()
+    model.load_state_dict(weights)
+    theirs = stock(input_ids=padded(16), pixel_values=pixels())
+    ours = model(pixels(), padded(12))
+    for name in ("image_embeds", "text_embeds", "logits_per_image"):
+        torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
+    assert isinstance(model.visual_projection, torch.nn.Identity)
+    assert torch.equal(model.get_image_features(pixels()), model.vision_model(pixels()).pooler_output)
+
+
+@torch.no_grad()
+@EVERY
+def test_the_result_does_not_depend_on_padding(name):
+    model = model_of(name)
+    expected = model.get_text_features(padded(16))
+    pooled = model.text_model(padded(16)).pooler_output
+    for length in (12, 14, 16):
+        for ids, hidden in ((padded(length), None), (padded(length), mask(length)), (padded(length, 33), mask(length))):
+            found = model.get_text_features(ids, attention_mask=hidden)
+            torch.testing.assert_close(found, expected, **CLOSE)
+            torch.testing.assert_close(model.text_model(ids, hidden).pooler_output, pooled, **CLOSE)
+            embeds = model(None, ids, hidden).text_embeds
+            torch.testing.assert_close(embeds, torch.nn.functional.normalize(expected, dim=-1), **CLOSE)
+    alone = torch.cat([model.get_text_features(row[None]) for row in texts()])
+    torch.testing.assert_close(alone, expected, **CLOSE)
+    # What no mask hides is read, so the above says something.
+    assert not torch.allclose(model.get_text_features(padded(16, 33)), expected, atol=1e-3)
+
+
+@torch.no_grad()
+@EVERY
+@IMPLEMENTATIONS
+def test_the_short_way_is_exact_and_short(name, implementation):
+    model = model_of(name)
+    use_attention(model, implementation)
+    lengths, rows = [], []
+    encoder = model.text_model.encoder
+    hooks = [
+        encoder.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1])),
+        encoder.layers[-1].mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1])),
+    ]
+    short = model.get_text_features(padded(12))
+    whole = model.text_model(padded(12)).pooler_output
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(short, model.text_projection(whole), **CLOSE)
+    assert lengths == [16, 16], "no text is cut, as the padding is read"
+    assert rows == [1, 16], "the last layer computes one row of each text"
+
+
+@torch.no_grad()
+@EVERY
+def test_the_row_read_is_the_one_named(name):
+    model = model_of(name)
+    states = model.text_model(padded(12)).last_hidden_state
+    places = {"eos": [length - 1 for length in LENGTHS], "first": [0, 0, 0]}.get(name, [15, 15, 15])
+    expected = states[torch.arange(3), torch.tensor(places)]
+    assert torch.equal(model.text_model(padded(12)).pooler_output, expected)
+
+
+@torch.no_grad()
+@IMPLEMENTATIONS
+def test_a_bidirectional_token_sees_those_behind_it(implementation):
+    changed = padded(16)
+    changed[:, 3] = 60
+    for causal in (True, False):
+        config = VitEmbedTextConfig(**{**TEXT, "pooling_type": "last", "use_causal_mask": causal})
+        model = randomised(VitEmbedTextModel(config))
+        use_attention(model, implementation)
+        before, after = model(padded(16)).last_hidden_state, model(changed).last_hidden_state
+        assert torch.allclose(before[:, :3], after[:, :3], atol=1e-6) == causal
+        assert not torch.allclose(before[:, -1], after[:, -1], atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention on a CPU is compiled by g++, which is not here")
+@pytest.mark.parametrize("name", ["last", "causal last"])
+def test_flex_attention_equals_eager(name):
+    """float32 through a compiled kernel that sums in blocks: 1e-4."""
+    model = model_of(name)
+    use_attention(model, "eager")
+    expected = model.get_text_features(padded(12))
+    use_attention(model, "flex_attention")
+    torch.testing.assert_close(model.get_text_features(padded(12)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_implementations_without_a_mask_are_told_the_direction(monkeypatch):
+    """Flash attention takes no mask: it must be told that a tower is bidirectional by the flag alone."""
+    calls = []
+
+    def flash(module, query, key, value, attention_mask, scaling, dropout, is_causal):
+        calls.append((attention_mask, is_causal))
+        return value.transpose(1, 2), None
+
+    for name, causal in (("last", False), ("causal last", True)):
+        model = model_of(name)
+        functions = {"flash_attention_2": flash}
+        monkeypatch.setattr(encoder_vit_embed, "ALL_ATTENTION_FUNCTIONS", functions)
+        model.text_model.config._attn_implementation = "flash_attention_2"
+        calls.clear()
+        model.get_text_features(padded(12))
+        assert calls == [(None, causal)] * 3
+
+
+@torch.no_grad()
+@EVERY
+def test_the_graph_of_a_compiled_tower_is_whole(name):
+    model = model_of(name)
+    compiled = torch.compile(model.get_text_features, backend="eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(padded(12, 33), attention_mask=mask(12)), model.get_text_features(padded(16)), **CLOSE
+    )
+
+
+@EVERY
+def test_masks_that_are_no_padding_on_the_right_are_refused(name):
+    model = model_of(name)
+    left, hole, late = mask(12), mask(12), mask(12)
+    left[1, 0] = 0
+    hole[2, 4] = 0
+    late[0, 8] = 1  # behind the end token of row 0 and a hidden place: no end token is hidden by it
+    for wrong in (left, hole, late):
+        with pytest.raises(ValueError, match="attention_mask hides a token before.*padding_side='right'"):
+            model.get_text_features(padded(12), attention_mask=wrong)
+        with pytest.raises(ValueError, match="padding_side='right'"):
+            model.text_model(padded(12), wrong)
+    with pytest.raises(ValueError, match=r"attention_mask must have the shape of input_ids \(3, 12\), got \(3, 11\)"):
+        model.get_text_features(padded(12), attention_mask=left[:, :11])
+    with pytest.raises(ValueError, match="at most max_position_embeddings=16 tokens, got 17"):
+        model.get_text_features(padded(17))
+    with pytest.raises(ValueError, match=r"\[0, vocab_size=100\), got 100"):
+        model.get_text_features(torch.tensor([[98, 100, EOS]]))
+
+
+def test_only_a_tower_that_reads_the_end_token_asks_for_one():
+    endless = torch.tensor([[98, 5, 6]])
+    for name in READS_PADDING:
+        if name == "eos":
+            with pytest.raises(ValueError, match="end-of-text token 99, row 0 has none"):
+                model_of(name).get_text_features(endless)
+        else:
+            assert model_of(name).get_text_features(endless).isfinite().all()
+
+
+def test_padding_with_the_end_token_ends_no_text():
+    """The tower pads behind what it was given; that must not stand in for the end token that the text lacks."""
+    config = VitEmbedTextConfig(**{**TEXT, "use_causal_mask": False})
+    assert config.pad_token_id == config.eos_token_id == EOS
+    with pytest.raises(ValueError, match="row 0 has none"):
+        VitEmbedTextModel(config)(torch.tensor([[98, 5, 6]]))
+
+
+def test_the_projection_of_texts_has_a_bias_where_asked():
+    plain, biased = VitEmbedForContrastive(dual_config()), VitEmbedForContrastive(dual_config(**SIGLIP))
+    assert plain.text_projection.bias is None
+    assert biased.text_projection.bias.shape == (32,) and (biased.text_projection.bias == 0).all()
+
+
+def test_a_causal_tower_read_at_its_end_token_reads_no_padding():
+    assert not VitEmbedTextConfig().reads_padding
+    assert VitEmbedTextConfig(pad_token_id=None).pad_token_id is None
+    for fields in READS_PADDING.values():
+        assert VitEmbedTextConfig(**fields).reads_padding
