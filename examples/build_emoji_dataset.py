@@ -33,7 +33,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm import tqdm
 
-from vit_embed.convert_checkpoint import clip_bpe_vocabulary, write_tokenizer
+from vit_embed.clip_tokenizer import clip_bpe_vocabulary, clip_tokenizer_files, write_tokenizer
 
 logger = logging.getLogger("build_emoji_dataset")
 
@@ -263,7 +263,7 @@ def build_tokenizer(bpe_file: Path, tokenizer_dir: Path, vocab_size: int, max_le
     vocab, merges = clip_bpe_vocabulary(bpe_file, vocab_size - SPECIAL_AND_BYTE_TOKENS)
     with written_aside(tokenizer_dir) as aside:
         aside.mkdir()
-        write_tokenizer(aside, vocab, merges, max_length)
+        write_tokenizer(aside, clip_tokenizer_files(vocab, merges, max_length))
     logger.info("saved a tokenizer of %d tokens to %s", vocab_size, tokenizer_dir)
 
 

@@ -11,7 +11,7 @@ import tiny
 import torch
 from references import import_without_init
 
-from vit_embed.convert_checkpoint import load_openai_code
+from vit_embed.layouts.openai import load_openai_code
 
 # Heads are 64 wide in OpenAI's code: two in the image tower, one in the text tower.
 SIZES = {

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import openai_reference
@@ -25,20 +26,22 @@ from fresh_process import outputs, run_fresh
 from transformers import AutoConfig, CLIPModel
 
 import vit_embed
-from vit_embed import VitEmbedForContrastive, convert_checkpoint
-from vit_embed.convert_checkpoint import (
-    BPE_FILE,
-    LAYOUTS,
-    ConversionOptions,
-    clip_bpe_vocabulary,
-    compare_with_openai,
-    find_openai_file,
-    from_openai,
-    main,
-    read_checkpoint,
-)
+from vit_embed import VitEmbedForContrastive, clip_tokenizer, convert_checkpoint
+from vit_embed.checkpoint_reader import read_checkpoint
+from vit_embed.checkpoint_source import find_source
+from vit_embed.clip_tokenizer import BPE_FILE, clip_bpe_vocabulary, find_openai_file
+from vit_embed.convert_checkpoint import main
+from vit_embed.layouts import LAYOUTS, openai
+from vit_embed.layouts.openai import METADATA
+from vit_embed.layouts.rules import ConversionOptions
 
 REPO = Path(vit_embed.__file__).parent
+
+
+def from_openai(state_dict: dict, options: ConversionOptions):
+    return openai.convert(state_dict, {}, options)
+
+
 convert = convert_checkpoint.convert_checkpoint
 
 # Two orders of float32 operations over three layers; measured 1e-6 of the largest value.
@@ -133,14 +136,21 @@ def test_bfloat16_is_no_worse_than_openais(tmp_path):
         assert our_error <= 1.1 * their_error
 
 
+def config_but_origin(folder: Path) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    assert len(config.pop("converted_from")["sha256"]) == 1
+    return config
+
+
 def test_a_state_dict_gives_the_same_folder_as_the_archive(source, converted, tmp_path):
     training = {"state_dict": {f"module.{key}": tensor for key, tensor in source.state_dict.items()}, "epoch": 3}
     torch.save(training, tmp_path / "training.pt")
     torch.save(source.state_dict, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     for number, file in enumerate((source.file, tmp_path / "training.pt", tmp_path / "legacy.pt")):
-        convert(file, tmp_path / str(number))
-        for name in ("model.safetensors", "config.json"):
-            assert (tmp_path / str(number) / name).read_bytes() == (converted / name).read_bytes()
+        convert(file, tmp_path / str(number), layout="openai")
+        name = "model.safetensors"
+        assert (tmp_path / str(number) / name).read_bytes() == (converted / name).read_bytes()
+        assert config_but_origin(tmp_path / str(number)) == config_but_origin(converted)
 
 
 def test_sizes_are_read_from_the_tensors(converted):
@@ -188,21 +198,21 @@ def test_the_largest_difference_is_logged_returned_and_in_the_card(source, tmp_p
 
 
 def test_a_result_that_computes_something_else_is_not_written(source, tmp_path, monkeypatch):
-    def swaps_queries_and_values(state_dict, options):
+    def swaps_queries_and_values(state_dict, source_config, options):
         config, weights = from_openai(state_dict, options)
         attention = "vision_model.encoder.layers.1.self_attn."
         query, value = f"{attention}q_proj.weight", f"{attention}v_proj.weight"
         weights[query], weights[value] = weights[value], weights[query]
         return config, weights
 
-    monkeypatch.setitem(LAYOUTS, "openai", LAYOUTS["openai"]._replace(convert=swaps_queries_and_values))
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], convert=swaps_queries_and_values))
     with pytest.raises(ValueError, match="image_features of the result differs from the source's"):
         convert(source.archive, tmp_path / "out")
     assert leftovers(tmp_path) == []
 
 
 def test_without_openais_code_the_folder_is_written_and_the_log_says_so(source, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(convert_checkpoint, "OPENAI_DISTRIBUTIONS", ())
+    monkeypatch.setattr(clip_tokenizer, "OPENAI_DISTRIBUTIONS", ())
     with caplog.at_level(logging.INFO):
         assert convert(source.archive, tmp_path / "out") is None
     assert "the source could not be run: OpenAI's CLIP code is not installed" in caplog.text
@@ -222,7 +232,7 @@ def test_conversion_leaves_the_source_alone(source):
 
 
 def without_metadata(source) -> dict[str, torch.Tensor]:
-    return {key: tensor for key, tensor in source.state_dict.items() if key not in convert_checkpoint.OPENAI_METADATA}
+    return {key: tensor for key, tensor in source.state_dict.items() if key not in METADATA}
 
 
 def test_the_activation_of_an_unknown_source_must_be_told(source, tmp_path):
@@ -783,7 +793,7 @@ def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(LAYOUTS, "openai", LAYOUTS["openai"]._replace(compare=interrupted))
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=interrupted))
     with pytest.raises(KeyboardInterrupt):
         convert(source.archive, tmp_path / "a" / "out")
     assert leftovers(tmp_path) == []
@@ -792,16 +802,21 @@ def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
 def test_files_of_packages_are_found_by_whole_names(monkeypatch):
     assert find_openai_file("clip/model.py").parts[-2:] == ("clip", "model.py")
     assert find_openai_file("lip/model.py") is None  # as open_clip/model.py is not clip/model.py
-    monkeypatch.setattr(convert_checkpoint, "OPENAI_DISTRIBUTIONS", ("no-such-package",))
+    monkeypatch.setattr(clip_tokenizer, "OPENAI_DISTRIBUTIONS", ("no-such-package",))
     assert find_openai_file(BPE_FILE) is None
 
 
-def test_compare_sees_a_changed_weight(source, converted):
-    model = VitEmbedForContrastive.from_pretrained(converted).eval()
+def test_the_comparison_sees_a_changed_weight(source, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "changed")
+    model = VitEmbedForContrastive.from_pretrained(converted)
     with torch.no_grad():
         model.text_projection.weight[0] += 1
-    differences = compare_with_openai(source.state_dict, model)
-    assert differences["image_features"][0] < 1e-4 < 1e-1 < differences["text_features"][0]
+    model.save_pretrained(tmp_path / "changed")
+    arguments = LAYOUTS["openai"], find_source(source.archive), tmp_path / "changed", VitEmbedForContrastive
+    with pytest.raises(ValueError, match="text_features of the result differs from the source's"):
+        convert_checkpoint.compare(*arguments, torch.float32)
+    differences = convert_checkpoint.compare(*arguments, torch.bfloat16)  # rounding is no error
+    assert differences["image_features"] < 1e-2 < 1e-1 < differences["text_features"]
 
 
 # The command line
@@ -824,6 +839,7 @@ def test_command_line_as_a_script_of_a_clone_of_any_name(source, converted, tmp_
     clone.mkdir()
     for path in REPO.glob("*.py"):
         shutil.copy(path, clone)
+    shutil.copytree(REPO / "layouts", clone / "layouts", ignore=shutil.ignore_patterns("__pycache__"))
     marked = clone / "modeling_vit_embed.py"
     marked.write_text(marked.read_text() + "\n# of the clone\n")
     done = run_command(clone / "convert_checkpoint.py", source.archive, "--output_dir", "out", cwd=tmp_path)
