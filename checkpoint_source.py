@@ -57,7 +57,7 @@ HUB_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "README.
 class Source(NamedTuple):
     """A checkpoint as it was found.
 
-    name: what the user called it.
+    name: what the user called it; of a path the last part, as it goes into cards that others read.
     files: of the weights; more than one where they are sharded.
     weights: the file that `read_checkpoint` takes.
     config: the JSON beside the weights, empty without one.
@@ -95,8 +95,10 @@ def find_source(name: str | os.PathLike) -> Source:
         ValueError: a folder without weights or with several, or a config that is no JSON.
         OSError: a download failed, or has another hash than was published.
     """
-    path = Path(name)
-    if not path.exists():
+    path, called = Path(name), str(name)
+    if path.exists():
+        called = path.resolve().name
+    else:
         if str(name) in OPENAI_MODELS:
             path = download_openai(str(name))
         elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
@@ -119,7 +121,7 @@ def find_source(name: str | os.PathLike) -> Source:
     if weights.name.endswith(INDEX_ENDING):
         files += tuple(weights.parent / shard for shard in sorted(set(read_index(weights).values())))
     return Source(
-        name=str(name),
+        name=called,
         files=files,
         weights=weights,
         config=config,
