@@ -99,15 +99,7 @@ def find_source(name: str | os.PathLike) -> Source:
     if path.exists():
         called = path.resolve().name
     else:
-        if str(name) in OPENAI_MODELS:
-            path = download_openai(str(name))
-        elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-            path = _download_from_hub(str(name))
-        else:
-            raise FileNotFoundError(
-                f"no such checkpoint: {name}; give a file, a folder, a repository of the Hub as owner/name, or one of "
-                f"{', '.join(OPENAI_MODELS)}"
-            )
+        path = _fetched(called)
     weights = _weights_of(path) if path.is_dir() else path
     # Beside a lone file may lie anything; a folder was given as a whole.
     beside = {each.name: each for each in weights.parent.iterdir() if each.is_file()} if path.is_dir() else {}
@@ -128,6 +120,18 @@ def find_source(name: str | os.PathLike) -> Source:
         preprocessor=_image_processor(beside),
         tokenizer_files=tuple(beside[each] for each in clip_tokenizer.FILES if each in beside),
         licence=_licence(config, beside.get("README.md")),
+    )
+
+
+def _fetched(name: str) -> Path:
+    """What is not here, from OpenAI or from the Hub."""
+    if name in OPENAI_MODELS:
+        return download_openai(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return _download_from_hub(name)
+    raise FileNotFoundError(
+        f"no such checkpoint: {name}; give a file, a folder, a repository of the Hub as owner/name, or one of "
+        f"{', '.join(OPENAI_MODELS)}"
     )
 
 

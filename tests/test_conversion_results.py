@@ -208,10 +208,8 @@ def test_a_context_of_no_text_is_refused(openai_file, tmp_path, number, message)
 
 def test_shards_out_load_and_come_back_in(openai_file, converted, tmp_path):
     convert_checkpoint(openai_file, tmp_path / "shards", max_shard_size="500KB")
-    files = sorted(path.name for path in (tmp_path / "shards").glob("model.safetensors*")) + sorted(
-        path.name for path in (tmp_path / "shards").glob("model-*")
-    )
-    assert files[0] == "model.safetensors.index.json" and len(files) > 3
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
     whole = read_checkpoint(converted / "model.safetensors")
     loaded = AutoModel.from_pretrained(tmp_path / "shards", trust_remote_code=True).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
