@@ -1,6 +1,5 @@
 """OpenAI's checkpoints: read without running anything of them, converted to the same numbers, refused when unfit."""
 
-import gzip
 import io
 import json
 import logging
@@ -22,14 +21,13 @@ import pytest
 import tiny
 import torch
 import torch._utils
-from fresh_process import outputs, run_fresh
 from transformers import AutoConfig, CLIPModel
 
 import vit_embed
 from vit_embed import VitEmbedForContrastive, clip_tokenizer, convert_checkpoint
 from vit_embed.checkpoint_reader import read_checkpoint
 from vit_embed.checkpoint_source import find_source
-from vit_embed.clip_tokenizer import BPE_FILE, clip_bpe_vocabulary, find_openai_file
+from vit_embed.clip_tokenizer import BPE_FILE, find_openai_file
 from vit_embed.convert_checkpoint import main
 from vit_embed.layouts import LAYOUTS, openai
 from vit_embed.layouts.openai import METADATA
@@ -257,146 +255,6 @@ def test_heads_are_64_wide_unless_told(source):
         from_openai(narrow.state_dict(), ConversionOptions(hidden_act="quick_gelu"))
     config, _ = from_openai(narrow.state_dict(), ConversionOptions(hidden_act="quick_gelu", text_num_attention_heads=3))
     assert config.text_config.num_attention_heads == 3
-
-
-# The tokenizer
-
-
-@pytest.fixture(scope="module")
-def with_tokenizer(tmp_path_factory) -> Path:
-    """A folder converted from a model with OpenAI's vocabulary and context."""
-    folder = tmp_path_factory.mktemp("vocabulary")
-    model = openai_reference.openai_clip(vocab_size=49408, context_length=77)
-    torch.save(openai_reference.openai_state_dict(model), folder / "clip.pt")
-    convert(folder / "clip.pt", folder / "out")
-    return folder / "out"
-
-
-def load_with_auto_classes(folder, pixel_values, texts):
-    import torch
-    from transformers import (
-        AutoModel,
-        AutoModelForDepthEstimation,
-        AutoModelForImageClassification,
-        AutoModelForZeroShotImageClassification,
-        AutoProcessor,
-    )
-
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    tokenized = processor(text=texts, padding=True, return_tensors="pt")
-    pixel_values = torch.tensor(pixel_values)
-    result = {"processor": type(processor).__name__, "input_ids": tokenized.input_ids.tolist(), "classes": []}
-    for auto_class in (AutoModel, AutoModelForZeroShotImageClassification):
-        model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
-        with torch.no_grad():
-            result[auto_class.__name__] = model(pixel_values, tokenized.input_ids).logits_per_image.tolist()
-    for auto_class, shape in (
-        (AutoModelForImageClassification, (2, 5)),
-        (AutoModelForDepthEstimation, (2, 32, 32)),
-    ):
-        model, info = auto_class.from_pretrained(folder, trust_remote_code=True, num_labels=5, output_loading_info=True)
-        missing = {name.split(".")[0] for name in info["missing_keys"]}
-        with torch.no_grad():
-            output = model(pixel_values)
-        output = getattr(output, "logits", None) if shape == (2, 5) else output.predicted_depth
-        assert output.shape == shape, output.shape
-        result["classes"].append([auto_class.__name__, sorted(missing)])
-    return result
-
-
-def test_auto_classes_load_the_folder_in_a_fresh_process(with_tokenizer, tmp_path):
-    pixel_values, texts = tiny.pixels(batch=2), ["A photo of a dog!", "two cats"]
-    got = run_fresh(
-        load_with_auto_classes, tmp_path, folder=str(with_tokenizer), pixel_values=pixel_values.tolist(), texts=texts
-    )
-    assert got["processor"] == "CLIPProcessor"
-    assert got["classes"] == [
-        ["AutoModelForImageClassification", ["classifier"]],
-        ["AutoModelForDepthEstimation", ["depth_head"]],
-    ]
-    model = VitEmbedForContrastive.from_pretrained(with_tokenizer).eval()
-    expected = outputs(model, {"pixel_values": pixel_values, "input_ids": torch.tensor(got["input_ids"])})[1]
-    for auto_class in ("AutoModel", "AutoModelForZeroShotImageClassification"):
-        torch.testing.assert_close(torch.tensor(got[auto_class]), expected, rtol=0, atol=0)
-
-
-def test_the_tokenizer_gives_openais_ids(with_tokenizer):
-    from transformers import CLIPTokenizer
-
-    tokenizer = CLIPTokenizer.from_pretrained(with_tokenizer)
-    openais = openai_reference.openai_tokenizer()
-    texts = [
-        "a red apple",
-        "A photo of a Dog!",
-        "it's 50% off, I'll go",
-        "naïve café — déjà vu",
-        "汉字 🍎",
-        "two\n lines",
-        "",
-    ]
-    for text in texts:
-        assert tokenizer(text).input_ids == [49406, *openais.encode(text), 49407]
-    assert tokenizer.model_max_length == 77
-    assert len(tokenizer("word " * 100, truncation=True).input_ids) == 77
-    assert tokenizer.pad_token_id == 49407
-
-
-def test_bpe_vocabulary_has_the_size_asked_for():
-    path = find_openai_file(BPE_FILE)
-    vocab, merges = clip_bpe_vocabulary(path)
-    assert sorted(vocab.values()) == list(range(49408)) and len(merges) == 48894
-    assert vocab == openai_reference.openai_tokenizer().encoder
-    pruned, first_merges = clip_bpe_vocabulary(path, num_merges=10)
-    assert first_merges == merges[:10] and len(pruned) == 524
-    assert [pruned[token] for token in ("<|startoftext|>", "<|endoftext|>")] == [522, 523]
-    assert list(pruned)[:522] == list(vocab)[:522]
-
-
-def tiny_tokenizer_folder(folder: Path, num_tokens: int = 100) -> Path:
-    """A vocabulary of single letters and no merges, with CLIP's special tokens last."""
-    vocab, _ = clip_bpe_vocabulary(find_openai_file(BPE_FILE), num_merges=0)
-    tokens = [*list(vocab)[: num_tokens - 2], "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir()
-    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
-def test_a_tokenizer_folder_is_taken_if_it_fits(source, tmp_path):
-    from transformers import CLIPTokenizer
-
-    convert(source.archive, tmp_path / "out", tokenizer=tiny_tokenizer_folder(tmp_path / "fits"))
-    assert CLIPTokenizer.from_pretrained(tmp_path / "out")("").input_ids == [98, 99]
-    with pytest.raises(ValueError, match="100, but .* has 90 tokens"):
-        convert(source.archive, tmp_path / "out2", tokenizer=tiny_tokenizer_folder(tmp_path / "small", num_tokens=90))
-    with pytest.raises(ValueError, match="100, but .* has 49408 tokens"):
-        convert(source.archive, tmp_path / "out2", tokenizer=find_openai_file(BPE_FILE))
-    vocab = json.loads((tmp_path / "fits" / "vocab.json").read_text())
-    vocab["<|endoftext|>"], vocab["!"] = vocab["!"], vocab["<|endoftext|>"]
-    (tmp_path / "fits" / "vocab.json").write_text(json.dumps(vocab))
-    with pytest.raises(ValueError, match=r"wrong: \['<\|endoftext\|>'\]"):
-        convert(source.archive, tmp_path / "out2", tokenizer=tmp_path / "fits")
-    (tmp_path / "fits" / "merges.txt").unlink()
-    with pytest.raises(FileNotFoundError, match="merges.txt"):
-        convert(source.archive, tmp_path / "out2", tokenizer=tmp_path / "fits")
-    assert not (tmp_path / "out2").exists()
-
-
-def test_without_a_tokenizer_the_log_says_how_to_get_one(source, tmp_path, caplog):
-    convert(source.archive, tmp_path / "out")
-    assert "give --tokenizer a folder with vocab.json and merges.txt" in caplog.text
-    assert not (tmp_path / "out" / "vocab.json").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"no gzip", gzip.compress(b"header\na b\n"), gzip.compress(b"\xff"), gzip.compress(b"a b c\n" * 50000)],
-    ids=["empty", "no gzip", "too few merges", "no text", "three words a line"],  # gzip writes the time into its header
-)
-def test_a_foreign_bpe_file_is_refused(tmp_path, content):
-    (tmp_path / "bpe.gz").write_bytes(content)
-    with pytest.raises(ValueError, match="must be OpenAI's bpe_simple_vocab_16e6.txt.gz"):
-        clip_bpe_vocabulary(tmp_path / "bpe.gz")
 
 
 # Archives: read as data
