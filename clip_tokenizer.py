@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 import logging
 import os
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -53,7 +54,7 @@ def clip_bpe_vocabulary(path: str | os.PathLike, num_merges: int | None = None) 
     try:
         with gzip.open(path) as file:
             lines = file.read(BPE_MAX_BYTES).decode("utf-8").split("\n")[1:]
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+    except (gzip.BadGzipFile, zlib.error, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be OpenAI's {BPE_FILE}, but it cannot be read: {error}") from error
     merges = lines[:num_merges]
     if len(merges) < num_merges or any(len(merge.split(" ")) != 2 for merge in merges):
@@ -150,6 +151,24 @@ def _checked_files(files: dict[str, bytes], origin: str, config: VitEmbedTextCon
         )
     settings["model_max_length"] = max_length
     return {**files, "tokenizer_config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def padding_id(files: Mapping[str, bytes]) -> int | None:
+    """The id that a tokenizer fills rows with, from its files; None where they do not say, and for CLIP's own: its pads
+    with the end token where open_clip's form of it pads with 0."""
+    if "merges.txt" in files:
+        return None
+    said = [json.loads(files[name]) for name in ("tokenizer_config.json", "special_tokens_map.json") if name in files]
+    tokens = [each["pad_token"] for each in said if each.get("pad_token")]
+    if not tokens:
+        return None
+    token = tokens[0]["content"] if isinstance(tokens[0], dict) else tokens[0]
+    for number, added in said[0].get("added_tokens_decoder", {}).items():
+        if added["content"] == token:
+            return int(number)
+    if "tokenizer.json" not in files:
+        return None
+    return Tokenizer.from_str(files["tokenizer.json"].decode()).token_to_id(token)
 
 
 class _Unfit(ValueError):

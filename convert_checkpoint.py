@@ -40,8 +40,14 @@ from vit_embed.checkpoint_writer import (  # noqa: E402
     new_folder,
     write_state_dict,
 )
-from vit_embed.clip_tokenizer import BPE_FILE, read_tokenizer, write_tokenizer  # noqa: E402
-from vit_embed.configuration_vit_embed import HIDDEN_ACTS, NORM_POSITIONS, POOLING_TYPES, VitEmbedConfig  # noqa: E402
+from vit_embed.clip_tokenizer import BPE_FILE, padding_id, read_tokenizer, write_tokenizer  # noqa: E402
+from vit_embed.configuration_vit_embed import (  # noqa: E402
+    HIDDEN_ACTS,
+    NORM_POSITIONS,
+    POOLING_TYPES,
+    VitEmbedConfig,
+    VitEmbedTextConfig,
+)
 from vit_embed.conversion_card import model_card  # noqa: E402
 from vit_embed.layouts import LAYOUTS, detect_layout  # noqa: E402
 from vit_embed.layouts.rules import (  # noqa: E402
@@ -135,6 +141,7 @@ def convert_checkpoint(
     vocabulary = None
     if config.text_config is not None:
         vocabulary = read_tokenizer(tokenizer, found.tokenizer_files, config.text_config)
+        _take_padding(config.text_config, vocabulary)
     elif tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer} is for a text tower, and this model has none; leave it out")
     with new_folder(output_dir) as folder:
@@ -177,7 +184,8 @@ def _count_non_finite(state_dict: StateDict) -> int:
     """How many numbers of the weights are NaN or infinite, with a warning that names their tensors."""
     counts = {}
     for key, tensor in state_dict.items():
-        if tensor.is_floating_point() and (count := count_non_finite(tensor)):
+        is_mask = key.endswith("attn_mask")  # old files of open_clip hold a causal mask, minus infinity by design
+        if tensor.is_floating_point() and not is_mask and (count := count_non_finite(tensor)):
             counts[key] = count
         release(tensor)
     if counts:
@@ -188,6 +196,18 @@ def _count_non_finite(state_dict: StateDict) -> int:
             listing(list(counts)),
         )
     return sum(counts.values())
+
+
+def _take_padding(config: VitEmbedTextConfig, vocabulary: dict[str, bytes] | None) -> None:
+    """What the tokenizer pads with, where a text tower reads it: SigLIP's configs state another id than their
+    tokenizers' as often as not."""
+    pad = None if vocabulary is None else padding_id(vocabulary)
+    if config.reads_padding and pad is not None and pad != config.pad_token_id:
+        logger.warning(
+            "the tokenizer pads with %d, the source's config says %s; taken is %d", pad, config.pad_token_id, pad
+        )
+        config.pad_token_id = pad
+        config.validate_architecture()
 
 
 TEXT_POSITIONS = "text_model.embeddings.position_embedding.weight"
@@ -232,12 +252,24 @@ def _write_model(
         own = image_processor or image_processor_dict(config, model.image_processor_type)
         image_processor = equal_image_processor(source.preprocessor, own)
     if image_processor is not None:
+        image_processor = _in_whole_patches(image_processor, config)
         (folder / IMAGE_PROCESSOR_FILE).write_text(json.dumps(image_processor, indent=2, sort_keys=True) + "\n")
     model.load_state_dict(weights, assign=True)
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     except SafetensorError as error:
         raise OSError(f"the weights could not be written to {folder.parent}: {error}") from error
+
+
+def _in_whole_patches(image_processor: dict[str, Any], config: VitEmbedConfig) -> dict[str, Any]:
+    """The same for images without a remainder of pixels that fill no patch: other packages' convolutions leave it out
+    (SigLIP's 384 pixels in patches of 14), ours refuses it."""
+    if config.pad_to_patch:
+        return image_processor
+    units = dict(zip(("height", "width"), config.image_multiple))
+    sizes = {name: image_processor[name] for name in ("size", "crop_size") if "height" in image_processor.get(name, ())}
+    whole = {name: {side: size[side] // units[side] * units[side] for side in units} for name, size in sizes.items()}
+    return {**image_processor, **whole}
 
 
 def _weights_file(folder: Path) -> Path:
@@ -371,7 +403,10 @@ def restore_checkpoint(
     else:
         with new_folder(target) as folder:
             _write_restored(folder / restored.weights_file, Path(restored.weights_file).suffix, restored)
-            for name, content in restored.files.items():
+            files = restored.files
+            if found.preprocessor is not None:
+                files = LAYOUTS[layout].restored_processor(files, found.preprocessor)
+            for name, content in files.items():
                 (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
             for file in found.tokenizer_files:
                 (folder / file.name).write_bytes(file.read_bytes())

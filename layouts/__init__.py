@@ -1,10 +1,17 @@
 """Every layout that can be converted, by the name that `--layout` takes."""
 
-from vit_embed.layouts import openai
+from vit_embed.layouts import deepseek_ocr, dinov2, hf_clip, hf_vit, open_clip, openai, timm, torch_encoder
 from vit_embed.layouts.rules import Layout, SourceConfig, StateDict
 
 LAYOUTS: dict[str, Layout] = {
     "openai": openai.LAYOUT,
+    "open_clip": open_clip.LAYOUT,
+    "timm": timm.LAYOUT,
+    "hf_clip": hf_clip.LAYOUT,
+    "deepseek_ocr": deepseek_ocr.LAYOUT,
+    "torch_encoder": torch_encoder.LAYOUT,
+    "hf_vit": hf_vit.LAYOUT,
+    "dinov2": dinov2.LAYOUT,
 }
 
 

@@ -105,6 +105,7 @@ class Layout:
         for CLIP's.
     restore: (config, weights by our names, the trunk below "vision_model.") -> the same in this layout; raises
         ValueError for a model that it cannot express. None where there is no way back.
+    restored_processor: (files of a Restored, our preprocessor_config.json) -> the files, which say that as well.
     """
 
     detect: Callable[[StateDict, SourceConfig], str | None]
@@ -115,6 +116,7 @@ class Layout:
         None
     )
     restore: Callable[[VitEmbedConfig, StateDict], Restored] | None = None
+    restored_processor: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda files, _: files
 
 
 # The table

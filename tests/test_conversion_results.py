@@ -110,7 +110,7 @@ def test_an_image_tower_alone_is_no_openai_clip(tmp_path):
         (["--layout", "openai"], "give --output_file for the weights alone, or --output_dir"),
         (["--layout", "openai", "--output_file", "a.pt", "--output_dir", "b"], "give --output_file"),
         (["--layout", "openai", "--output_file", "a.txt"], "must end in one of .safetensors, .pt"),
-        (["--layout", "openai", "--output_dir", "b"], "layout openai is a file of weights"),
+        (["--layout", "openai", "--output_dir", "b"], "layout openai has no folder for this model, only a file"),
         (["--output_file", "a.pt"], "--reverse needs --layout, one of openai"),
         (["--layout", "openai", "--output_file", "a.pt", "--hidden_act", "gelu"], "the model says the rest"),
     ],

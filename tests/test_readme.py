@@ -60,14 +60,12 @@ def test_the_table_of_heads_is_the_auto_map():
     rows = re.findall(r"^\| `(VitEmbed\w+)` \| ([^|]*) \|", README, re.MULTILINE)
     table = {name: re.findall(r"`(Auto\w+)`", autos) for name, autos in rows}
     heads = {auto: target.split(".")[1] for auto, target in AUTO_MAP.items() if auto not in ("AutoConfig", "AutoModel")}
-    assert set(table) == {"VitEmbedModel", *heads.values()}
+    by_auto_model = {"VitEmbedModel", "VitEmbedModelWithProjection", "VitEmbedForContrastive"}
+    assert set(table) == {*by_auto_model, *heads.values()}
     for auto, name in heads.items():
         assert auto in table[name], auto
     # AutoModel gives what the checkpoint has.
-    assert {name for name, autos in table.items() if "AutoModel" in autos} == {
-        "VitEmbedModel",
-        "VitEmbedForContrastive",
-    }
+    assert {name for name, autos in table.items() if "AutoModel" in autos} == by_auto_model
 
 
 def test_front_matter_is_a_model_card():

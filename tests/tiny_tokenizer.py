@@ -1,10 +1,11 @@
-"""A CLIP tokenizer for the vocabulary of the small models."""
+"""A CLIP tokenizer for the vocabulary of the small models, and one of words and letters as SigLIP's."""
 
 import json
 import string
 from pathlib import Path
 
 import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 TOKENIZER_FILES = {"vocab.json", "merges.txt", "tokenizer_config.json"}
 
@@ -35,3 +36,20 @@ def write_tokenizer(folder: Path) -> dict[str, int]:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *MERGES, ""]), encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return vocabulary
+
+
+WORDS = ["<pad>", "</s>", "<unk>", *["▁", "▁a", "▁photo", "▁of", "▁cat", "s"], *"abcdefghijklmnopqrstuvwxyz"]
+
+
+def write_sentencepiece_tokenizer(folder: Path, pad_token: str) -> None:
+    """A unigram tokenizer.json as T5's and Gemma's, which SigLIP's text towers read."""
+    tokenizer = Tokenizer(models.Unigram([(word, -float(n)) for n, word in enumerate(WORDS)], unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    tokens = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": pad_token}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 1000, **tokens}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(tokens))
