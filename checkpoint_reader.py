@@ -1,8 +1,11 @@
 """The tensors in checkpoint files from a stranger: no code that a file holds is ever run.
 
-`torch.jit.load` compiles and runs the code of an archive, and an ordinary unpickler runs whatever a pickle names; the
-readers here know tensors and the containers of tensors, and refuse the rest. Tensors are mapped from their files, not
-copied, so that a checkpoint takes memory only while a tensor of it is looked at.
+`torch.jit.load` compiles and runs the code of an archive, an ordinary unpickler runs whatever a pickle names, and
+`torch.load(weights_only=True)` still lets a pickle of a hundred bytes take all memory (`bytearray(10**12)`) and a
+tensor be larger than its record, with whatever memory held before. So the pickles of torch are read here as data: names
+in them stay names, and what they describe is looked up in the file and checked. Tensors are mapped from their files,
+not copied, so that a checkpoint takes memory only while a tensor of it is looked at. (As with every mapped file: it
+must not be cut short meanwhile, the system ends a process that reads behind the end.)
 """
 
 import contextlib
@@ -10,17 +13,19 @@ import ctypes
 import gc
 import io
 import json
+import math
 import mmap
 import os
-import pickle
 import pickletools
 import re
 import struct
+import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -41,6 +46,15 @@ MADV_PAGEOUT = 21
 
 # The key by which training code stores the weights beside its other state.
 STATE_KEYS = ("state_dict", "model")
+
+# A name of a tensor is printed in messages: longer than this is no name. One of a ViT has about 60 characters.
+MAX_NAME_LENGTH = 500
+# torch computes with no more.
+MAX_DIMENSIONS = 64
+# Instructions of a pickle, about 25 a tensor: room for 160,000 tensors, and for a few seconds and 1 GB at most.
+MAX_PICKLE_LENGTH = 2**22
+# An index of 100,000 tensors has 10 MB; Python's JSON takes some 20 times the bytes of a hostile one.
+MAX_JSON_BYTES = 2**26
 
 
 def release(tensor: torch.Tensor) -> None:
@@ -71,65 +85,125 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
     Read are safetensors, TorchScript archives, and state dicts saved by `torch.save`, which may lie under a key of
     STATE_KEYS and whose names may all start with "module.". Nothing that the file holds is run: the code of an archive
-    is not looked at, and a pickle may only build tensors.
+    is not looked at, and a pickle may only describe tensors.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is truncated, foreign, or holds anything that is not a plain tensor; a shard lies
             elsewhere than beside its index, or has other tensors than the index says.
+        OSError: the system does not let it be read.
     """
     path = Path(path)
     if path.name.endswith(INDEX_ENDING):
         return _read_shards(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no such checkpoint: {path}")
-    if not path.is_file() or not path.stat().st_size:
-        raise ValueError(f"{path} must be a checkpoint file, but it is {'empty' if path.is_file() else 'a folder'}")
+    check_file(path)
+    if not path.stat().st_size:
+        raise ValueError(f"{path} must be a checkpoint file, but it is empty")
     with open(path, "rb") as file:
         start = file.read(9)
-    is_zip = zipfile.is_zipfile(path)
-    if start.startswith(b"PK\x03\x04") and not is_zip:
-        raise ValueError(f"{path} is truncated: the directory at the end of the archive is missing; fetch it again")
     try:
         # A safetensors file starts with the length of its header, eight bytes, and the header is JSON.
         if start[8:9] == b"{":
             state_dict = _read_safetensors(path)
-        elif is_zip and _is_torchscript(path):
-            state_dict = _read_torchscript(path)
         else:
-            state_dict = _read_torch_save(path, is_zip)
+            state_dict = _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_legacy(path)
+        _check_tensors(state_dict)
     # Whatever a broken or hostile file makes a parser raise: OSError too, by sending it to places outside the file.
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {_reason(error)}") from error
-    return _checked_tensors(state_dict, path)
+        raise ValueError(f"{path} cannot be read as a checkpoint: {_one_line(error)}") from error
+    prefix = "module." if all(name.startswith("module.") for name in state_dict) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+
+
+def _one_line(error: Exception) -> str:
+    """What went wrong; a stranger's names in it cannot write to a terminal what they like."""
+    line = (str(error) or type(error).__name__).splitlines()[0][:MAX_NAME_LENGTH]
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
+def check_file(path: Path) -> None:
+    """Raises FileNotFoundError or ValueError unless `path` is a file; reading a pipe or a device might never end."""
+    if not path.exists():
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or a device"
+        raise ValueError(f"{path} must be a checkpoint file, but it is {kind}")
+
+
+def _check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
+    if not state_dict:
+        raise ValueError("it must hold a state dict, names and their tensors, but there is none in it")
+    for name, tensor in state_dict.items():
+        if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
+            raise ValueError(f"a tensor's name must be a word of at most {MAX_NAME_LENGTH} letters, got {name[:40]!a}")
+        if tensor.dtype not in _DTYPES.values():
+            raise ValueError(f"{name} must be a tensor of numbers, got {tensor.dtype}")
+        # torch lets a tensor of no numbers have sides of any length.
+        if tensor.dim() > MAX_DIMENSIONS or (not tensor.numel() and max(tensor.shape) > 2**31):
+            raise ValueError(f"{name} has {tensor.dim()} dimensions, the longest {max(tensor.shape)}; it is corrupt")
+
+
+# Safetensors, and several files
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     with safe_open(path, framework="pt") as file:  # checks that the header's offsets fill the file
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+        names = list(file.keys())
+        with open(path, "rb") as content:
+            header = content.read(struct.unpack("<Q", content.read(8))[0])
+        # Of two tensors with one name the library takes one.
+        stated = json.loads(header, object_pairs_hook=_once)
+        if set(names) != stated.keys() - {"__metadata__"}:
+            raise ValueError("its header can be read in two ways")
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for two of one name."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        [(name, count)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"its header has {count} entries named {name[:40]!a}")
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for another file."""
+    check_file(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a JSON file has at most {MAX_JSON_BYTES}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_index(path: Path) -> dict[str, str]:
     """Which shard holds which tensor: {name of the tensor: name of a file}. Raises ValueError for a foreign file."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError("its weight_map is no table of names and files")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be the index of a sharded checkpoint, with a weight_map: {error}") from error
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{path} must be the index of a sharded checkpoint, with a weight_map of names and files")
+    if not weight_map:
+        raise ValueError(f"{path} must be the index of a sharded checkpoint, but its weight_map is empty")
     return weight_map
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     weight_map = read_index(index)
+    expected: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
+        expected.setdefault(name, set()).add(key)
+    shards = {name: _beside(index, name) for name in sorted(expected)}  # all of them, before the first is read
     state_dict: dict[str, torch.Tensor] = {}
-    for name in sorted(set(weight_map.values())):
-        shard = read_checkpoint(_beside(index, name))
-        expected = {key for key, file in weight_map.items() if file == name}
-        if wrong := sorted(expected.symmetric_difference(shard)):
+    for name, path in shards.items():
+        shard = read_checkpoint(path)
+        if wrong := sorted(expected[name].symmetric_difference(shard)):
             raise ValueError(
-                f"{index} says that {name} has {len(expected)} tensors, but the file has {len(shard)}; in one of them "
-                f"alone: {listing(wrong)}"
+                f"{index} says that {name} has {len(expected[name])} tensors, but the file has {len(shard)}; in one of "
+                f"them alone: {listing([ascii(key)[:MAX_NAME_LENGTH] for key in wrong])}"
             )
         state_dict.update(shard)
     return state_dict
@@ -140,59 +214,340 @@ def _beside(index: Path, name: str) -> Path:
     folder = index.parent.resolve()
     # A snapshot of the Hub's cache links to the blobs of its own repository, two folders up.
     allowed = {folder, folder.parent.parent / "blobs"} if folder.parent.name == "snapshots" else {folder}
-    path = folder / name
     is_plain = name == os.path.basename(name) and name not in ("", ".", "..") and not name.endswith(INDEX_ENDING)
-    if not is_plain or path.resolve().parent not in allowed:
-        raise ValueError(f"{index} names the shard {name!r}, which must be a file beside it, not a path or a link away")
-    return path
+    # Not `Path.resolve`, which raises RuntimeError for links in a ring; and no file name has other characters.
+    if not is_plain or not name.isprintable() or Path(os.path.realpath(folder / name)).parent not in allowed:
+        raise ValueError(
+            f"{index} names the shard {name[:MAX_NAME_LENGTH]!r}, which must be a file beside it, not a path or a link "
+            "away"
+        )
+    return folder / name
 
 
-def _reason(error: Exception) -> str:
-    """What went wrong, without torch's advice to switch its safety off."""
-    forbidden = re.search(r"GLOBAL (\S+)", str(error))
-    if forbidden:
-        return f"it names {forbidden[1]}, but it may hold tensors only (loading other objects can run code)"
-    if not str(error) or "weights_only" in str(error):
-        return "it is truncated, is no file of torch, or holds other objects than tensors (loading them can run code)"
-    return str(error).splitlines()[0]
+# Pickles of torch, read as data
+
+_DTYPES = {
+    name: getattr(torch, name)
+    for name in (
+        *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "bool"),
+        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
+        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
+    )
+}
+_STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.storage.UntypedStorage": torch.uint8,
+}
+_TENSOR_CLASSES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
+# What stands beside weights in files of training code: it is not made, only passed over.
+_PASSED_OVER = (
+    "_codecs.encode",  # bytes, in a pickle of protocol 2
+    *("builtins.bytearray", "builtins.complex", "builtins.frozenset", "builtins.set"),
+    *("__builtin__.bytearray", "__builtin__.complex", "__builtin__.frozenset", "__builtin__.set"),  # Python 2's name
+    *("argparse.Namespace", "collections.Counter", "collections.defaultdict"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
+    *("torch.Size", "torch.device", "torch.serialization._get_layout"),
+    # In a state dict these are refused by the name of their key.
+    *("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_meta_tensor_no_storage"),
+)
+_LISTS = tuple(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor"))
+_KNOWN = (
+    *_PASSED_OVER,
+    *_LISTS,
+    *_TENSOR_CLASSES,
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch._tensor._rebuild_from_type_v2",
+)
 
 
-def _checked_tensors(state_dict: Any, path: Path) -> dict[str, torch.Tensor]:
+class _Name(NamedTuple):
+    """What a pickle wants to call."""
+
+    name: str
+
+
+class _PassedOver:
+    """Something that is no tensor."""
+
+
+class _Module(dict):
+    """What every class of an archive's code becomes: the attributes of its object, and no behaviour."""
+
+
+class _Storage(NamedTuple):
+    """A row of numbers in a file."""
+
+    dtype: torch.dtype
+    key: str
+    numel: int
+
+
+class _View(NamedTuple):
+    """A tensor as a pickle describes it: part of a row of numbers. offset and stride are in elements."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _view(
+    storage: _Storage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dtype: torch.dtype | None = None,
+    metadata: Any = None,
+) -> _View:
+    is_shape = all(isinstance(part, tuple) and len(part) <= MAX_DIMENSIONS for part in (size, stride))
+    if not isinstance(storage, _Storage) or not is_shape or len(size) != len(stride):
+        raise ValueError("a tensor in its pickle must have a storage, an offset, a size and strides")
+    if not all(type(number) is int and 0 <= number < 2**62 for number in (offset, *size, *stride)):
+        raise ValueError("a tensor in its pickle must have an offset, a size and strides from 0 up")
+    dtype = storage.dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or (dtype != storage.dtype and storage.dtype != torch.uint8):
+        raise ValueError(f"a tensor in its pickle must have the dtype of its record, {storage.dtype}")
+    end = offset + 1 + sum((count - 1) * step for count, step in zip(size, stride)) if all(size) else offset
+    if end * dtype.itemsize > storage.numel * storage.dtype.itemsize:
+        raise ValueError(f"a tensor in its pickle ends at {end}, the record data/{storage.key} at {storage.numel}")
+    if metadata:
+        raise ValueError("a tensor in its pickle is a negated or conjugated view, which is not read")
+    return _View(storage, offset, size, stride, dtype)
+
+
+class _Pickle:
+    """One pickle as data: tables, lists, numbers, text, and descriptions of tensors.
+
+    Nothing is imported and nothing called; what it builds is as large as the pickle at most.
+
+    storages: every row of numbers that it names, by key.
+    """
+
+    _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+    _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": _PassedOver}
+    # Instructions whose argument is the value.
+    _VALUES = (
+        *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
+        *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    )
+    _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+    def __init__(self) -> None:
+        self.storages: dict[str, _Storage] = {}
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def load(self, file: BinaryIO) -> Any:
+        """Reads to the end of the pickle that starts here."""
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if count > MAX_PICKLE_LENGTH:
+                raise ValueError(f"its pickle has more than {MAX_PICKLE_LENGTH} instructions, no checkpoint needs them")
+            try:
+                self._follow(opcode.name, argument)
+            except (AttributeError, IndexError, KeyError, TypeError) as error:
+                raise ValueError(f"its pickle is corrupt at the instruction {opcode.name}: {error}") from error
+        return self._stack.pop()
+
+    def _follow(self, name: str, argument: Any) -> None:
+        stack = self._stack
+        if name in self._VALUES:
+            stack.append(argument)
+        elif name in self._CONSTANTS:
+            stack.append(self._CONSTANTS[name])
+        elif name in self._EMPTY:
+            stack.append(self._EMPTY[name]())
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(self._memo) if argument is None else argument
+            if number > MAX_PICKLE_LENGTH:
+                raise ValueError(f"its pickle numbers an object {number}; it is corrupt")
+            self._memo[number] = stack[-1]
+        elif name in self._TUPLES:
+            stack.append(tuple(self._pop(len(stack) - self._TUPLES[name])))
+        elif name == "MARK":
+            self._marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(tuple(self._pop(self._marks.pop())))
+        elif name in ("APPEND", "APPENDS", "ADDITEMS", "FROZENSET"):
+            items = self._pop(len(stack) - 1 if name == "APPEND" else self._marks.pop())
+            if name == "FROZENSET":
+                stack.append(_PassedOver())
+            elif not isinstance(stack[-1], _PassedOver):
+                stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            self._set_items(self._pop(len(stack) - 2 if name == "SETITEM" else self._marks.pop()))
+        elif name == "GLOBAL":
+            stack.append(_named(argument.replace(" ", ".")))
+        elif name == "STACK_GLOBAL":
+            stack.append(_named(".".join(self._pop(len(stack) - 2))))
+        elif name in ("REDUCE", "NEWOBJ"):
+            stack.append(_made(*self._pop(len(stack) - 2)))
+        elif name == "BUILD":
+            self._build(stack.pop())
+        elif name == "BINPERSID":
+            stack.append(self._storage(stack.pop()))
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise ValueError(f"its pickle has the instruction {name}, which no tensor needs; it may do anything")
+
+    def _pop(self, begin: int) -> list[Any]:
+        """What lies on the stack from there on."""
+        if not 0 <= begin <= len(self._stack):
+            raise IndexError("the stack is too short")
+        items = self._stack[begin:]
+        del self._stack[begin:]
+        return items
+
+    def _set_items(self, items: list[Any]) -> None:
+        target = self._stack[-1]
+        if isinstance(target, _PassedOver):
+            return
+        if not isinstance(target, dict) or len(items) % 2:
+            raise TypeError("it sets entries of what is no table")
+        target.update(_table(zip(items[::2], items[1::2])))
+
+    def _build(self, state: Any) -> None:
+        target = self._stack[-1]
+        if isinstance(target, _Module):
+            if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+                raise TypeError("the state of a module must be a table of attributes")
+            target.update(state)
+        elif not isinstance(target, (dict, _PassedOver)):  # of a table: the versions of modules
+            raise TypeError("it sets the state of what has none")
+
+    def _storage(self, reference: Any) -> _Storage:
+        what, dtype, key, _, numel, *view = reference
+        if what != "storage" or not isinstance(dtype, torch.dtype) or type(numel) is not int or any(view):
+            raise ValueError("a reference to data must name a storage")
+        if not isinstance(key, str):
+            got = f"data/{key}" if isinstance(key, int) else type(key).__name__
+            raise ValueError(f"a reference to data must name a record, got {got}")
+        storage = _Storage(dtype, key, numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise ValueError(f"record data/{key} is read as two dtypes or lengths")
+        return storage
+
+
+def _table(pairs: Any) -> dict:
+    table = {}
+    for key, value in pairs:
+        # A tuple of tuples of ... takes for ever to hash.
+        if not isinstance(key, (str, int, float, bytes, type(None))):
+            raise TypeError(f"a key must be text or a number, got {type(key).__name__}")
+        table[key] = value
+    return table
+
+
+def _named(name: str) -> Any:
+    """What a name in a pickle stands for: a dtype, or itself where it may be called."""
+    if name in _STORAGES:
+        return _STORAGES[name]
+    if name.startswith("torch.") and name.removeprefix("torch.") in _DTYPES:
+        return _DTYPES[name.removeprefix("torch.")]
+    if name in _KNOWN or name.startswith("__torch__."):
+        return _Name(name)
+    raise ValueError(f"it names {name:.200}, but it may hold tensors only (loading other objects can run code)")
+
+
+def _made(called: Any, arguments: Any) -> Any:
+    """What the name would make of the arguments in torch, as data."""
+    if not isinstance(called, _Name) or not isinstance(arguments, tuple):
+        raise TypeError("it calls what cannot be called")
+    module, _, name = called.name.rpartition(".")
+    if called.name.startswith("__torch__."):
+        return _Module()
+    if called.name in _PASSED_OVER:
+        return _PassedOver()
+    if called.name == "collections.OrderedDict":
+        return _table(*arguments) if arguments else {}  # with entries: Python 2's
+    if called.name in _LISTS:
+        return arguments[0]
+    if module == "torch._utils" and name.startswith("_rebuild_parameter"):
+        return arguments[0]
+    if called.name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes, or of a class
+        if arguments[1] not in [_Name(each) for each in _TENSOR_CLASSES]:
+            raise TypeError("a tensor must be of torch's own class")
+        return _made(arguments[0], arguments[2])
+    if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+        return _view(*arguments[:4], metadata=arguments[6:] and arguments[6])
+    if name == "_rebuild_tensor_v3":
+        return _view(*arguments[:4], dtype=arguments[6], metadata=arguments[7:] and arguments[7])
+    raise TypeError(f"it calls {called.name} without a reason")
+
+
+def _described(root: Any) -> dict[str, _View]:
+    """The tensors of a module, or of a state dict, which may lie under a key of STATE_KEYS."""
+    if isinstance(root, _Module):
+        root = dict(_module_tensors(root, "", set()))
     for key in STATE_KEYS:
-        if isinstance(state_dict, Mapping) and isinstance(state_dict.get(key), Mapping):
-            state_dict = state_dict[key]
-    if not isinstance(state_dict, Mapping) or not state_dict:
-        raise ValueError(f"{path} must hold a state dict, names and their tensors; got {type(state_dict).__name__}")
-    foreign = [
-        str(name)
-        for name, value in state_dict.items()
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor))
-        or value.layout is not torch.strided
-        or value.device.type != "cpu"  # "meta": a shape without numbers
-    ]
+        if isinstance(root, dict) and isinstance(root.get(key), dict):
+            root = root[key]
+    if not isinstance(root, dict) or not root:
+        raise ValueError(f"it must hold a state dict, names and their tensors; got {type(root).__name__}")
+    foreign = [name for name, value in root.items() if not (isinstance(name, str) and isinstance(value, _View))]
     if foreign:
         raise ValueError(
-            f"{path} must hold a state dict, dense tensors by name; these are something else: {listing(foreign)}"
+            "it must hold a state dict, dense tensors by name; these are something else: "
+            f"{listing([str(name) for name in foreign])}"
         )
-    # Views that repeat a few stored bytes many times over would fill memory when copied.
-    claimed = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
-    if claimed > path.stat().st_size:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, but its tensors claim {claimed}; it is corrupt")
-    prefix = "module." if all(name.startswith("module.") for name in state_dict) else ""
-    return {name.removeprefix(prefix): tensor.detach() for name, tensor in state_dict.items()}
+    return root
 
 
-def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
+def _module_tensors(module: _Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, _View]]:
+    """Every tensor below a module with its dotted name."""
+    # CLIP shares no module; an archive nested in itself would never end.
+    if id(module) in seen:
+        raise ValueError(f"the module {prefix.rstrip('.')} appears twice in the archive")
+    seen.add(id(module))
+    for name, value in module.items():
+        if isinstance(value, _View):
+            yield prefix + name, value
+        elif isinstance(value, _Module):
+            yield from _module_tensors(value, f"{prefix}{name}.", seen)
 
 
-def _read_torch_save(path: Path, is_zip: bool) -> Any:
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            _check_stored(archive, path)
-    # Only the zip format of torch >= 1.6 can be mapped.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+# The files of torch: where the numbers lie
+
+_MAGIC = 0x1950A86A20F9469CFC6C, 1001  # what a file of torch < 1.6 starts with, two pickles
+
+
+def _read_zip(path: Path) -> dict[str, torch.Tensor]:
+    """A TorchScript archive or a file of `torch.save`: a pickle, and a record for each row of numbers."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is truncated: the directory at the end of the archive is missing; fetch it again")
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        names = archive.namelist()
+        if len(set(names)) < len(names):
+            raise ValueError("two records of the archive have one name")
+        _check_stored(archive, path)
+        roots = [name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        if len(roots) != 1:
+            raise ValueError(f"an archive of torch has one NAME/data.pkl, got {len(roots)}")
+        order = roots[0] + "byteorder"
+        _check_byte_order(order not in names or archive.read(order) == sys.byteorder.encode())
+        pickled = _Pickle()
+        views = _described(pickled.load(io.BytesIO(archive.read(roots[0] + "data.pkl"))))
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return _tensors(views, content, lambda storage: _record_begin(archive, file, roots[0], storage))
 
 
 def _check_stored(archive: zipfile.ZipFile, path: Path) -> None:
@@ -209,141 +564,92 @@ def _check_stored(archive: zipfile.ZipFile, path: Path) -> None:
         raise ValueError(f"its directory claims {claimed} bytes of data, the file has {path.stat().st_size}")
 
 
-def _read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    """The state of the modules of a TorchScript archive. `torch.jit.load` would compile and run the archive's code."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        _check_stored(archive, path)
-        roots = [name.removesuffix("data.pkl") for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if len(roots) != 1:
-            raise ValueError(f"a TorchScript archive has one NAME/data.pkl, got {len(roots)}")
-        pickled = archive.read(roots[0] + "data.pkl")
-        for opcode, argument, _ in pickletools.genops(pickled):
-            # Python's unpickler makes room for every number up to the one given: gigabytes for a few bytes of file.
-            if opcode.name.endswith("PUT") and argument > len(pickled):
-                raise ValueError(f"data.pkl has {len(pickled)} bytes, but numbers an object {argument}; it is corrupt")
-        records = _MappedRecords(archive, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), roots[0])
-        root = _TorchScriptUnpickler(io.BytesIO(pickled), records).load()
-    if not isinstance(root, _ScriptModule):
-        raise ValueError(f"a TorchScript archive holds a module, got {type(root).__name__}")
-    return dict(_named_tensors(root, "", set()))
+def _record_begin(archive: zipfile.ZipFile, file: BinaryIO, root: str, storage: _Storage) -> int:
+    """Where in the file the data of a record begin."""
+    record = archive.getinfo(f"{root}data/{storage.key}")
+    expected = storage.numel * storage.dtype.itemsize
+    if record.file_size != expected:
+        raise ValueError(
+            f"record data/{storage.key} must have {expected} bytes ({storage.numel} of {storage.dtype}), got "
+            f"{record.file_size}"
+        )
+    # The record's own header in front of it: 30 bytes, whose last two numbers are the lengths of what follows.
+    file.seek(record.header_offset)
+    magic, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
+    if magic != b"PK\x03\x04" or file.read(name_length) != record.orig_filename.encode():
+        raise ValueError(f"record data/{storage.key} is not where the directory says")
+    begin = file.seek(extra_length, os.SEEK_CUR)
+    # Read, not looked at where it is mapped: that would keep all of it in memory.
+    checksum, left = 0, expected
+    while block := file.read(min(left, 2**20)):
+        checksum, left = zlib.crc32(block, checksum), left - len(block)
+    if left or checksum != record.CRC:
+        raise ValueError(f"Bad CRC-32 for record data/{storage.key}")
+    return begin
 
 
-class _MappedRecords:
-    """The data of an archive whose records are stored as they are, where it lies in the file."""
-
-    def __init__(self, archive: zipfile.ZipFile, content: mmap.mmap, root: str):
-        self._archive = archive
-        self._content = content
-        self._root = root
-
-    def tensor(self, key: str, dtype: torch.dtype, numel: int) -> torch.Tensor:
-        """The record data/`key` as a flat tensor of `numel` elements."""
-        record = self._archive.getinfo(f"{self._root}data/{key}")
-        if record.file_size != numel * dtype.itemsize:
-            raise pickle.UnpicklingError(
-                f"record data/{key} must have {numel * dtype.itemsize} bytes ({numel} of {dtype}), got "
-                f"{record.file_size}"
-            )
-        if not numel:
-            return torch.empty(0, dtype=dtype)
-        # The record's own header in front of it: 30 bytes, whose last two numbers are the lengths of what follows.
-        name_length, extra_length = struct.unpack_from("<HH", self._content, record.header_offset + 26)
-        begin = record.header_offset + 30 + name_length + extra_length
-        data = memoryview(self._content)[begin : begin + record.file_size]
-        if len(data) != record.file_size or zlib.crc32(data) != record.CRC:
-            raise zipfile.BadZipFile(f"Bad CRC-32 for record data/{key}")
-        if begin % dtype.itemsize:  # torch itself writes every record at a multiple of 64
-            return torch.frombuffer(bytearray(data), dtype=dtype)
-        tensor = torch.frombuffer(self._content, dtype=dtype, count=numel, offset=begin)
-        release(tensor)
-        return tensor
-
-
-class _ScriptModule:
-    """What every class of an archive's code becomes: the attributes of its object, and no behaviour."""
-
-    attributes: Mapping[str, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-            raise pickle.UnpicklingError("the state of a module must be a dict of attributes")
-        self.attributes = state
+def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
+    """A file of `torch.save` before torch 1.6: five pickles, then each row of numbers behind its length."""
+    with open(path, "rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        magic = [_Pickle().load(content), _Pickle().load(content)]
+    except ValueError as error:
+        if str(error).startswith("it names"):
+            raise
+        magic = []
+    if magic != list(_MAGIC):
+        raise ValueError("it is truncated, or no file of safetensors or torch")
+    system = _Pickle().load(content)
+    _check_byte_order(isinstance(system, dict) and system.get("little_endian") is (sys.byteorder == "little"))
+    pickled = _Pickle()
+    views = _described(pickled.load(content))
+    keys = _Pickle().load(content)
+    is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not is_list or sorted(keys) != sorted(pickled.storages):
+        raise ValueError("its list of records is corrupt")
+    begins = {}
+    for key in keys:
+        storage = pickled.storages[key]
+        (numel,) = struct.unpack("<q", content.read(8))
+        begins[key] = content.tell()
+        if numel != storage.numel or numel < 0:
+            raise ValueError(f"record {key} must have {storage.numel} numbers, got {numel}")
+        content.seek(numel * storage.dtype.itemsize, os.SEEK_CUR)  # raises behind the end
+    if content.tell() != len(content):
+        raise ValueError(f"{len(content) - content.tell()} bytes behind its last record belong to nothing")
+    return _tensors(views, content, lambda storage: begins[storage.key])
 
 
-def _named_tensors(module: _ScriptModule, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor below a module with its dotted name."""
-    # CLIP shares no module; an archive nested in itself would never end.
-    if id(module) in seen:
-        raise ValueError(f"the module {prefix.rstrip('.')} appears twice in the archive")
-    seen.add(id(module))
-    for name, value in module.attributes.items():
-        if isinstance(value, torch.Tensor):
-            yield prefix + name, value
-        elif isinstance(value, _ScriptModule):
-            yield from _named_tensors(value, f"{prefix}{name}.", seen)
+def _check_byte_order(is_ours: bool) -> None:
+    if not is_ours:
+        raise ValueError(f"its numbers are not in this machine's order of bytes, {sys.byteorder} end first")
 
 
-class _TorchScriptUnpickler(pickle.Unpickler):
-    """Reads the `data.pkl` of a TorchScript archive, knowing no name but the few that modules and tensors need.
+def _tensors(
+    views: Mapping[str, _View], content: mmap.mmap, begin_of: Callable[[_Storage], int]
+) -> dict[str, torch.Tensor]:
+    """The tensors that a pickle describes over the rows of numbers that begin there in the file."""
+    rows: dict[_Storage, torch.Tensor] = {}
+    for storage in dict.fromkeys(view.storage for view in views.values()):
+        begin, num_bytes = begin_of(storage), storage.numel * storage.dtype.itemsize
+        # torch < 1.6 writes records anywhere, later ones at multiples of 64; 16 suits the widest number.
+        if not num_bytes:
+            rows[storage] = torch.empty(0, dtype=storage.dtype)
+        elif begin % 16:
+            copied = bytearray(content[begin : begin + num_bytes])
+            rows[storage] = torch.frombuffer(copied, dtype=storage.dtype)
+        else:
+            rows[storage] = torch.frombuffer(content, dtype=storage.dtype, count=storage.numel, offset=begin)
+    # Views that repeat a few stored bytes many times over would fill memory when copied. Names of one and the same
+    # tensor are no such thing: tied weights.
+    claimed = sum(math.prod(view.size) * view.dtype.itemsize for view in set(views.values()))
+    if claimed > len(content):
+        raise ValueError(f"it has {len(content)} bytes, but its tensors claim {claimed}; it is corrupt")
+    return {name: _tensor(view, rows[view.storage]) for name, view in views.items()}
 
-    Callables are bound methods of this object: a pickle that tries to set their attributes fails.
-    """
 
-    _STORAGES = {
-        "DoubleStorage": torch.float64,
-        "FloatStorage": torch.float32,
-        "HalfStorage": torch.float16,
-        "BFloat16Storage": torch.bfloat16,
-        "LongStorage": torch.int64,
-        "IntStorage": torch.int32,
-        "ShortStorage": torch.int16,
-        "CharStorage": torch.int8,
-        "ByteStorage": torch.uint8,
-        "BoolStorage": torch.bool,
-    }
-
-    def __init__(self, file: io.BytesIO, records: _MappedRecords):
-        super().__init__(file)
-        self._records = records
-        self._storages: dict[str, torch.Tensor] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.partition(".")[0] == "__torch__":
-            return _ScriptModule
-        if module == "torch" and name in self._STORAGES:
-            return self._STORAGES[name]
-        known = {
-            ("collections", "OrderedDict"): self._ordered_dict,  # a tensor's backward hooks, always empty
-            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
-            # Attributes that are lists, such as the padding of a scripted convolution.
-            ("torch.jit._pickle", "build_intlist"): self._list,
-            ("torch.jit._pickle", "build_doublelist"): self._list,
-            ("torch.jit._pickle", "build_boollist"): self._list,
-            ("torch.jit._pickle", "build_tensorlist"): self._list,
-        }
-        if (module, name) not in known:
-            # The form of torch's own message, which `_reason` reads.
-            raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not allowed")
-        return known[module, name]
-
-    def persistent_load(self, pid: Any) -> torch.Tensor:
-        """A record of the archive as a flat tensor."""
-        kind, dtype, key, _, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(numel, int):
-            raise pickle.UnpicklingError(f"a reference to data must name a storage, got {pid!r}")
-        if key not in self._storages:
-            self._storages[key] = self._records.tensor(key, dtype, numel)
-        if self._storages[key].dtype != dtype:
-            raise pickle.UnpicklingError(f"record data/{key} is read as two dtypes")
-        return self._storages[key]
-
-    def _tensor(
-        self, storage: torch.Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-    ) -> torch.Tensor:
-        return torch.as_strided(storage, size, stride, offset)  # refuses what lies outside the storage
-
-    def _ordered_dict(self) -> dict:
-        return {}
-
-    def _list(self, values: Any) -> list:
-        return list(values)
+def _tensor(view: _View, row: torch.Tensor) -> torch.Tensor:
+    if row.dtype != view.dtype:
+        row = row[: len(row) // view.dtype.itemsize * view.dtype.itemsize].view(view.dtype)
+    return torch.as_strided(row, view.size, view.stride, view.offset)

@@ -4,7 +4,6 @@ A source is a file, a folder, the name of a model that OpenAI published, or a re
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -15,14 +14,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-import yaml
-from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tqdm import tqdm
 
-from vit_embed import clip_tokenizer
-from vit_embed.checkpoint_reader import INDEX_ENDING, listing, read_checkpoint, read_index
-from vit_embed.processor_files_vit_embed import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE
+from vit_embed.checkpoint_reader import INDEX_ENDING, listing, read_checkpoint, read_index, read_json
+from vit_embed.processor_files_vit_embed import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +46,8 @@ WEIGHT_FILES = (
 )
 TRANSFORMERS_WEIGHT_FILES = tuple(name for name in WEIGHT_FILES if not name.startswith("open_clip_"))
 WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
+# Letters of a card that are looked at; front matter with all results of a large benchmark has some 100,000.
+MAX_CARD_LENGTH = 2**20
 # What says more of the weights, the first that is there.
 CONFIG_FILES = ("open_clip_config.json", "config.json")
 HUB_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "README.md")
@@ -108,7 +107,9 @@ def find_source(name: str | os.PathLike) -> Source:
             beside[each] = weights.parent / each
     # A repository may hold the same model in both forms, each with its config.
     config_files = CONFIG_FILES[::-1] if weights.name in TRANSFORMERS_WEIGHT_FILES else CONFIG_FILES
-    config = next((_read_json(beside[each]) for each in config_files if each in beside), {})
+    config = next((read_json(beside[each]) for each in config_files if each in beside), {})
+    if not isinstance(config.get("model_type", ""), str):  # layouts look it up
+        raise ValueError(f"the model_type beside {weights} must be text, got {type(config['model_type']).__name__}")
     files = (weights,)
     if weights.name.endswith(INDEX_ENDING):
         files += tuple(weights.parent / shard for shard in sorted(set(read_index(weights).values())))
@@ -118,7 +119,7 @@ def find_source(name: str | os.PathLike) -> Source:
         weights=weights,
         config=config,
         preprocessor=_image_processor(beside),
-        tokenizer_files=tuple(beside[each] for each in clip_tokenizer.FILES if each in beside),
+        tokenizer_files=tuple(beside[each] for each in TOKENIZER_FILES if each in beside),
         licence=_licence(config, beside.get("README.md")),
     )
 
@@ -146,35 +147,37 @@ def _weights_of(folder: Path) -> Path:
     raise ValueError(f"{folder} must hold weights, one of {', '.join(WEIGHT_FILES)} or a single other file; {found}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
-
-
 def _image_processor(beside: dict[str, Path]) -> dict[str, Any] | None:
     if IMAGE_PROCESSOR_FILE in beside:
-        return _read_json(beside[IMAGE_PROCESSOR_FILE])
-    stated = _read_json(beside[PROCESSOR_FILE]).get("image_processor") if PROCESSOR_FILE in beside else None
+        return read_json(beside[IMAGE_PROCESSOR_FILE])
+    stated = read_json(beside[PROCESSOR_FILE]).get("image_processor") if PROCESSOR_FILE in beside else None
     return stated if isinstance(stated, dict) else None
 
 
 def _licence(config: dict[str, Any], card: Path | None) -> str | None:
     """What the model card's front matter says, or else the config that timm writes."""
-    stated = None
-    if card is not None:
-        try:
-            stated = (metadata_load(card) or {}).get("license")
-        except (ValueError, yaml.YAMLError) as error:
-            logger.warning("the front matter of %s cannot be read: %s", card, error)
+    stated = None if card is None else _stated_licence(card)
     pretrained = config.get("pretrained_cfg")
     stated = stated or (pretrained.get("license") if isinstance(pretrained, dict) else None)
     # Of a stranger's text no more than one line of a name goes into a card of ours.
     return stated if isinstance(stated, str) and re.fullmatch(r"[\w .()+-]{1,60}", stated) else None
+
+
+def _stated_licence(card: Path) -> str | None:
+    """The line "license: ..." of a card's front matter. It is no more of YAML than that line: a stranger's YAML can
+    nest or repeat itself beyond what a parser takes."""
+    with open(card, encoding="utf-8-sig", errors="replace") as file:
+        lines = file.read(MAX_CARD_LENGTH).split("\n")
+    if lines[0].rstrip() != "---":
+        return None
+    for line in lines[1:]:
+        if line.rstrip() == "---":
+            break
+        name, _, value = line.partition(":")
+        if name == "license":
+            value = value.strip()
+            return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    return None
 
 
 # Fetching

@@ -42,14 +42,17 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     with _aside(path) as partial:
         partial.mkdir()
+        if path.is_dir():
+            shutil.copymode(path, partial)  # it may have been made for a few to see
         yield partial
         for written in (*partial.rglob("*"), partial):
-            _sync(written)
+            _finish(written)
         try:
             os.rename(partial, path)  # over an empty folder too, never over one with files in it
         except OSError as error:
             check_output_dir(path)
             raise error
+    _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -57,7 +60,7 @@ def new_file(path: Path) -> Iterator[Path]:
     """As `new_folder`, for a file."""
     with _aside(path) as partial:
         yield partial
-        _sync(partial)
+        _finish(partial)
         try:
             os.link(partial, path)  # unlike a rename this refuses a file that has appeared meanwhile
         except FileExistsError:
@@ -68,6 +71,7 @@ def new_file(path: Path) -> Iterator[Path]:
             os.rename(partial, path)
         else:
             partial.unlink()
+    _sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -75,11 +79,10 @@ def _aside(path: Path) -> Iterator[Path]:
     """A name beside `path`, so that the last step stays on one file system. Missing parents are made, and removed with
     what was written when the block fails."""
     made = [parent for parent in path.parents if not parent.exists()]
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.partial")  # a name has 255 bytes at most
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        _sync(path.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -90,13 +93,29 @@ def _aside(path: Path) -> Iterator[Path]:
         raise
 
 
+def _finish(path: Path) -> None:
+    """Gives a file the mode that the user's umask says, and returns when it is on the disk: a full disk may say so
+    only now."""
+    if path.is_file():
+        path.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner
+        _sync(path)
+    else:
+        _sync_folder(path)
+
+
 def _sync(path: Path) -> None:
-    """Returns when the file or folder is on the disk: a full disk may say so only now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """As `_sync`. Some file systems cannot, and a folder that one may write to need not be readable; what is in it is
+    whole all the same."""
+    with contextlib.suppress(OSError):
+        _sync(path)
 
 
 def check_space(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
@@ -114,7 +133,6 @@ def write_state_dict(path: Path, ending: str, state_dict: Mapping[str, torch.Ten
     """A file of weights in the format of an ending: safetensors, or a state dict by `torch.save`."""
     if ending == SAFETENSORS_ENDING:
         save_file(dict(state_dict), path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~_umask())  # safetensors keeps it to its owner
     else:
         torch.save(dict(state_dict), path)
 

@@ -30,9 +30,6 @@ START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 # Distributions that carry OpenAI's files: its BPE vocabulary, and (the first) its model code.
 OPENAI_DISTRIBUTIONS = ("clip-anytorch", "clip", "open_clip_torch")
 
-# What tokenizers of transformers are made of.
-FILES = (*TOKENIZER_FILES, "spiece.model", "tokenizer.model", "vocab.txt")
-
 
 def clip_bpe_vocabulary(path: str | os.PathLike, num_merges: int | None = None) -> tuple[dict[str, int], list[str]]:
     """CLIP's byte-pair vocabulary from the file that OpenAI ships.
@@ -96,10 +93,11 @@ def read_tokenizer(
         FileNotFoundError: `path`, or a file in it, does not exist.
     """
     origin = "the source" if path is None else os.fspath(path)
-    if path is None and (files := {file.name: file.read_bytes() for file in source_files if file.name in FILES}):
+    files = {file.name: file.read_bytes() for file in source_files if file.name in TOKENIZER_FILES}
+    if path is None and files:
         return _checked_files(files, origin, config)
     if path is not None and Path(path).is_dir():
-        files = {name: Path(path, name).read_bytes() for name in FILES if Path(path, name).is_file()}
+        files = {name: Path(path, name).read_bytes() for name in TOKENIZER_FILES if Path(path, name).is_file()}
         if "tokenizer.json" not in files and not {"vocab.json", "merges.txt"} <= files.keys():
             raise FileNotFoundError(f"{path} must hold a tokenizer.json, or the vocab.json and merges.txt of CLIP's")
         return _checked_files(files, origin, config)

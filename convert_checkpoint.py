@@ -50,6 +50,7 @@ from vit_embed.configuration_vit_embed import (  # noqa: E402
 )
 from vit_embed.conversion_card import model_card  # noqa: E402
 from vit_embed.layouts import LAYOUTS, detect_layout  # noqa: E402
+from vit_embed.layouts.image_processors import equal_image_processor  # noqa: E402
 from vit_embed.layouts.rules import (  # noqa: E402
     MODEL_CLASSES,
     ConversionOptions,
@@ -65,7 +66,6 @@ from vit_embed.layouts.rules import (  # noqa: E402
 from vit_embed.modeling_vit_embed import VitEmbedPreTrainedModel  # noqa: E402
 from vit_embed.processor_files_vit_embed import (  # noqa: E402
     IMAGE_PROCESSOR_FILE,
-    equal_image_processor,
     image_processor_dict,
 )
 
@@ -501,7 +501,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _run(given)
     except (ValueError, OSError) as error:
-        logger.error("nothing was written: %s", error)
+        logger.error("nothing was written: %s", " ".join(str(error).split()))  # on one line
         return 1
     return 0
 

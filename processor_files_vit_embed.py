@@ -8,11 +8,11 @@ import math
 import os
 from typing import Any
 
-import transformers
-from transformers.utils import cached_file
+from transformers.utils import CONFIG_NAME, cached_file
 
 from .configuration_vit_embed import (
     VitEmbedConfig,
+    as_size,
 )
 
 logger = logging.getLogger(__name__)
@@ -27,25 +27,15 @@ TOKENIZER_FILES = (
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
+    "spiece.model",
+    "tokenizer.model",
+    "vocab.txt",
 )
 
 # OpenAI's statistics of its training images (the `_transform` of its reference code).
 CLIP_IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
-# Of ImageNet's training images, as torchvision's and timm's models take them.
-IMAGENET_IMAGE_MEAN = [0.485, 0.456, 0.406]
-IMAGENET_IMAGE_STD = [0.229, 0.224, 0.225]
-BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
-
-# Stock image processors whose steps are CLIPImageProcessor's, all or some of them, in the same order: RGB, resize,
-# centre crop, rescale, normalise. They differ in their defaults.
-CLIP_LIKE_IMAGE_PROCESSORS = (
-    "BitImageProcessor",
-    "DeiTImageProcessor",
-    "SiglipImageProcessor",
-    "ViTImageProcessor",
-)
 
 
 def image_processor_dict(config: VitEmbedConfig, image_processor_type: str) -> dict[str, Any]:
@@ -94,65 +84,17 @@ def image_processor_kind(source: dict[str, Any]) -> str:
     return kind.removesuffix("Fast").removesuffix("Pil").replace("FeatureExtractor", "ImageProcessor")
 
 
-def equal_image_processor(source: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The `preprocessor_config.json` of our kind of image processor that gives what a source's stock one gives.
-
-    Args:
-        source: the other's `preprocessor_config.json`; what it leaves out is its class's default.
-        own: what this model's says without a source, as in `image_processor_dict`.
-
-    Returns:
-        `source` itself where it is of the kind of `own`. A CLIPImageProcessor equal to it where it is one of
-        CLIP_LIKE_IMAGE_PROCESSORS. Else `own` with its mean and standard deviation, and a warning: how it resizes and
-        crops is not known.
-
-    Raises:
-        ValueError: values that the stock class cannot read.
-    """
-    kind = image_processor_kind(source)
-    if kind == own["image_processor_type"]:
-        return dict(source)
-    if kind not in CLIP_LIKE_IMAGE_PROCESSORS or own["image_processor_type"] != "CLIPImageProcessor":
-        logger.warning(
-            "the source's image processor is %s, which %s may not equal: mean and standard deviation are taken from "
-            "it, size and crop from the model",
-            kind or "of no named class",
-            own["image_processor_type"],
-        )
-        return {**own, **{name: source[name] for name in ("image_mean", "image_std") if name in source}}
-    settings = {name: value for name, value in source.items() if not name.endswith(("_type", "processor_class"))}
-    try:
-        stated = getattr(transformers, kind).from_dict(settings).to_dict()
-        size = {name: int(value) for name, value in stated["size"].items() if value is not None}
-        crop = stated["crop_size"] if stated.get("do_center_crop") else size
-        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-        crop = {name: int(crop.get(name) or crop["shortest_edge"]) for name in ("height", "width")}
-    # Whatever the stock class raises for values that it cannot use: KeyError, TypeError, its own errors of validation.
-    except Exception as error:
-        raise ValueError(f"the source's {IMAGE_PROCESSOR_FILE} cannot be read as a {kind}: {error!r}") from error
-    return {
-        **own,
-        **{name: stated[name] for name in ("do_resize", "do_rescale", "rescale_factor", "do_normalize")},
-        "resample": int(stated["resample"]),
-        "size": size,
-        "do_center_crop": bool(stated.get("do_center_crop")),
-        "crop_size": crop,
-        "image_mean": list(stated["image_mean"]),
-        "image_std": list(stated["image_std"]),
-    }
-
-
-def carried_image_processor(source: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def carried_image_processor(source: dict[str, Any], own: dict[str, Any], same_image_size: bool) -> dict[str, Any]:
     """The source's image processor as a model with the image processor `own` needs it.
 
-    Of the same kind and for the same size it is the source's own; of another kind, or for another size, its mean and
-    standard deviation in `own`.
+    Of the same kind it is the source's own where the size is the same, or the model has kept its `image_size`, which need
+    not be the processor's (DINOv2: positions for 518 pixels, images of 224). Else its mean and deviation in `own`.
     """
     same_kind = image_processor_kind(source) == own["image_processor_type"]
     size_field = "crop_size" if "crop_size" in own else "size"
     size = source.get(size_field)
     size = {"height": size, "width": size} if isinstance(size, int) else size
-    if same_kind and size == own[size_field]:
+    if same_kind and (same_image_size or size == own[size_field]):
         carried = dict(source)
         if "processor_class" not in own:
             carried.pop("processor_class", None)
@@ -169,6 +111,12 @@ def _find(source: str, name: str, hub_options: dict[str, Any]) -> str | None:
         return cached_file(source, name, **hub_options)
     except OSError:
         return None
+
+
+def _stored_image_size(config: dict[str, Any]) -> Any:
+    """`image_size` of a config.json, ours or CLIP's; None where it does not say."""
+    towers = (config.get(name) for name in ("vision_config_dict", "vision_config"))
+    return as_size(next((each["image_size"] for each in (config, *towers) if each and "image_size" in each), None))
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -200,18 +148,22 @@ def write_processor_files(
             folder,
         )
     elif source:
-        found = {name: _find(source, name, hub_options) for name in (IMAGE_PROCESSOR_FILE, PROCESSOR_FILE)}
+        names = (IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, CONFIG_NAME)
+        found = {name: _find(source, name, hub_options) for name in names}
         if with_tokenizer:
             found.update({name: _find(source, name, hub_options) for name in TOKENIZER_FILES})
         found = {name: path for name, path in found.items() if path is not None}
     image_processor = image_processor_dict(config, image_processor_type)
-    source_processor = None
+    source_processor, source_config = None, {}
+    if CONFIG_NAME in found:
+        source_config = _read_json(found.pop(CONFIG_NAME))
     if PROCESSOR_FILE in found:
         source_processor = _read_json(found.pop(PROCESSOR_FILE)).get("image_processor")
     if IMAGE_PROCESSOR_FILE in found:
         source_processor = _read_json(found.pop(IMAGE_PROCESSOR_FILE))
     if source_processor is not None:
-        image_processor = carried_image_processor(source_processor, image_processor)
+        same_image_size = _stored_image_size(source_config) == config.image_size
+        image_processor = carried_image_processor(source_processor, image_processor, same_image_size)
     contents = {IMAGE_PROCESSOR_FILE: (json.dumps(image_processor, indent=2, sort_keys=True) + "\n").encode()}
     for name, path in found.items():
         with open(path, "rb") as file:

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from vit_embed import VitEmbedConfig
 from vit_embed.checkpoint_reader import listing
+from vit_embed.layouts.image_processors import BILINEAR, IMAGENET_IMAGE_MEAN, IMAGENET_IMAGE_STD
 from vit_embed.layouts.rules import (
     ConversionOptions,
     Layout,
@@ -33,12 +34,7 @@ from vit_embed.layouts.rules import (
     left_out,
     rule,
 )
-from vit_embed.processor_files_vit_embed import (
-    BILINEAR,
-    IMAGENET_IMAGE_MEAN,
-    IMAGENET_IMAGE_STD,
-    image_processor_dict,
-)
+from vit_embed.processor_files_vit_embed import image_processor_dict
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,26 @@ import math
 import re
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from vit_embed import VitEmbedConfig, VitEmbedTextConfig
+from vit_embed import VitEmbedConfig
 from vit_embed.checkpoint_reader import listing
-from vit_embed.configuration_vit_embed import CLIP_VOCAB_SIZE, LEGACY_EOS_TOKEN_ID
 from vit_embed.layouts import openai, timm
-from vit_embed.layouts.hf_clip import SIGLIP_ARCHITECTURE, SIGLIP_DUAL_ARCHITECTURE, with_remainder
+from vit_embed.layouts.hf_clip import with_remainder
+from vit_embed.layouts.open_clip_config import (
+    CONFIG_FILE,
+    WHAT_CAN_BE,
+    Form,
+    check_model_cfg,
+    config_of,
+    form_of,
+    is_quick_gelu,
+    model_cfg_from,
+    model_cfg_of,
+    stated_model_cfg,
+)
 from vit_embed.layouts.rules import (
     ConversionOptions,
     Layout,
@@ -29,78 +40,24 @@ from vit_embed.layouts.rules import (
     as_float32,
     check_sizes,
     convert_weights,
-    count_layers,
-    image_size_of,
-    known,
     layer_rules,
     left_out,
-    require,
     reverse_rules,
     rule,
 )
-from vit_embed.layouts.timm_names import architecture_of
 from vit_embed.processor_files_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "open_clip_config.json"
-
-# Fields of open_clip's CLIPVisionCfg and CLIPTextCfg that say what a model computes, with their defaults.
-VISION_DEFAULTS = {
-    "head_width": 64,
-    "image_size": 224,
-    "patch_dropout": 0.0,
-    "no_ln_pre": False,
-    "final_ln_after_pool": False,
-    "pool_type": "tok",
-    "act_kwargs": None,
-    "norm_kwargs": None,
-    "timm_model_name": None,
-    "timm_pool": "avg",
-    "timm_proj": "linear",
-}
-TEXT_DEFAULTS = {
-    "hf_tokenizer_name": None,
-    "tokenizer_kwargs": None,
-    "tokenizer_mode": None,
-    "heads": 8,
-    "eos_id": 2,
-    "no_causal_mask": False,
-    "pool_type": "argmax",
-    "act_kwargs": None,
-    "norm_kwargs": None,
-}
-# Fields of which one value can be converted, their default.
-_ONLY_DEFAULTS = {
-    "qk_norm": False,
-    "scaled_cosine_attn": False,
-    "scale_heads": False,
-    "scale_attn_inner": False,
-    "scale_attn": False,
-    "scale_fc": False,
-}
-VISION_NEEDED = {"attentional_pool": False, **_ONLY_DEFAULTS}
-TEXT_NEEDED = {
-    "hf_model_name": None,
-    "embed_cls": False,
-    "proj_type": "linear",
-    "ls_init_value": None,
-    **_ONLY_DEFAULTS,
-}
-# Fields that shapes show as well, or that no inference reads: `pos_embed_type` only says how a stored table began, and
-# `final_ln_after_pool` of the text tower nothing.
-VISION_SHOWN = (
-    *("layers", "width", "mlp_ratio", "patch_size", "ls_init_value", "pos_embed_type", "output_tokens", "block_type"),
-    *("attn_pooler_queries", "attn_pooler_heads"),
-    *("timm_model_pretrained", "timm_proj_bias", "timm_drop", "timm_drop_path"),
+LAYER_SCALE_NAMES = {"ls_1.gamma": "layer_scale1", "ls_2.gamma": "layer_scale2"}
+VIT_RULES = (
+    *openai.TRUNK_RULES,
+    *layer_rules("visual.transformer.resblocks.{n}", "vision_model.encoder.layers.{n}", LAYER_SCALE_NAMES),
 )
-TEXT_SHOWN = (
-    *("context_length", "vocab_size", "width", "layers", "mlp_ratio", "proj_bias", "pad_id", "output_tokens"),
-    *("final_ln_after_pool", "block_type", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
-)
-MODEL_FIELDS = (
-    *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"),
-    "nonscalar_logit_scale",
+VISUAL_PROJECTION_RULE, *OPENAI_TEXT_RULES, TEXT_PROJECTION_RULE, _ = openai.HEAD_RULES
+SIGLIP_RULES = tuple(
+    each._replace(source=f"visual.trunk.{each.source}")
+    for each in (*timm.TRUNK_RULES, rule("norm.{p}", "vision_model.post_layernorm.{p}"))
 )
 
 # Keys of towers that cannot be converted, and what they are.
@@ -119,25 +76,6 @@ FOREIGN_KEYS = {
     r"text\.(transformer\.(embeddings|encoder|shared|block)|proj)\b.*": "a text tower of transformers (hf_model_name)",
     r"(text\.)?transformer\.resblocks\.\d+\.ls_[12]\..*": "layer scale in its text tower (text_cfg.ls_init_value)",
 }
-WHAT_CAN_BE = (
-    "converted are CLIP, CustomTextCLIP and SigLIP with a plain vision transformer and open_clip's own text transformer"
-)
-
-# timm's SigLIP towers that open_clip's configs name. timm's own name of one says its heads, activation and eps.
-SIGLIP_NAME = re.compile(r"vit_(?P<family>base|large|so400m|giantopt)_patch(?P<patch>\d+)_siglip_(?P<size>\d+)")
-SIGLIP_NAMES = (
-    "vit_base_patch32_siglip_256",
-    *(f"vit_base_patch16_siglip_{size}" for size in (224, 256, 384, 512)),
-    *(f"vit_large_patch16_siglip_{size}" for size in (256, 384, 512)),
-    *(f"vit_so400m_patch14_siglip_{size}" for size in (224, 378, 384)),
-    *(f"vit_so400m_patch16_siglip_{size}" for size in (256, 384, 512)),
-    *(f"vit_giantopt_patch16_siglip_{size}" for size in (256, 384)),
-)
-# Layers and MLP width of each family.
-SIGLIP_DEPTHS = {"base": (12, 3072), "large": (24, 4096), "so400m": (27, 4304), "giantopt": (40, 6144)}
-# What fills rows behind a text, by the vocabulary of SigLIP's tokenizers (open_clip's SigLipTokenizer): T5's end token
-# for C4 and mC4, Gemma's padding.
-SIGLIP_PADDING = {32000: 1, 250000: 1, 256000: 0}
 
 # PIL.Image.Resampling; open_clip itself takes "random" for training alone, and bicubic for the rest.
 RESAMPLING = {"bicubic": 3, "bilinear": 2, "random": 3}
@@ -149,63 +87,23 @@ PREPROCESS_DEFAULTS = {
 }
 RESIZE_MODES = ("shortest", "squash", "longest")
 
-TEXT_POOLINGS = {"argmax": "eos", "eos": "eos", "first": "first", "last": "last"}
 
-LAYER_SCALE_NAMES = {"ls_1.gamma": "layer_scale1", "ls_2.gamma": "layer_scale2"}
-VIT_RULES = (
-    *openai.TRUNK_RULES,
-    *layer_rules("visual.transformer.resblocks.{n}", "vision_model.encoder.layers.{n}", LAYER_SCALE_NAMES),
-)
-VISUAL_PROJECTION_RULE, *OPENAI_TEXT_RULES, TEXT_PROJECTION_RULE, _ = openai.HEAD_RULES
-SIGLIP_RULES = tuple(
-    each._replace(source=f"visual.trunk.{each.source}")
-    for each in (*timm.TRUNK_RULES, rule("norm.{p}", "vision_model.post_layernorm.{p}"))
-)
-# Layer scale starts from it where nothing says; nothing else reads it.
-LAYER_SCALE_INIT = 1e-4
+def trunk_rules(form: Form) -> tuple[Rule, ...]:
+    """Of the image tower."""
+    return SIGLIP_RULES if form.siglip else VIT_RULES
 
 
-class Form(NamedTuple):
-    """In which of its forms open_clip stores a model.
-
-    text: what stands before the names of the text tower, "" in CLIP and "text." in CustomTextCLIP.
-    siglip: whether the image tower is timm's, below "visual.trunk.".
-    linear_projection: whether the text projection is a linear layer with a bias, or CLIP's matrix.
-    scale_axes: axes of logit_scale, 0 or 1.
-    """
-
-    text: str
-    siglip: bool
-    linear_projection: bool
-    scale_axes: int
-
-    @property
-    def trunk_rules(self) -> tuple[Rule, ...]:
-        return SIGLIP_RULES if self.siglip else VIT_RULES
-
-    @property
-    def head_rules(self) -> tuple[Rule, ...]:
-        """Of everything beside the image tower."""
-        projection = TEXT_PROJECTION_RULE
-        if self.linear_projection:
-            projection = rule("text_projection.{p}", "text_projection.{p}")
-        return (
-            *(() if self.siglip else (VISUAL_PROJECTION_RULE,)),
-            *(each._replace(source=self.text + each.source) for each in (*OPENAI_TEXT_RULES, projection)),
-            rule("logit_scale", "logit_scale", leading=self.scale_axes),
-            rule("logit_bias", "logit_bias", leading=self.scale_axes),
-            Rule(f"{self.text}attn_mask"),  # of files from before it stopped being stored
-        )
-
-
-def form_of(state_dict: StateDict) -> Form:
-    text = "text." if "text.token_embedding.weight" in state_dict else ""
-    scale = state_dict.get("logit_scale")
-    return Form(
-        text,
-        siglip="visual.trunk.patch_embed.proj.weight" in state_dict,
-        linear_projection=f"{text}text_projection.weight" in state_dict,
-        scale_axes=0 if scale is None else min(scale.dim(), 1),
+def head_rules(form: Form) -> tuple[Rule, ...]:
+    """Of everything beside the image tower."""
+    projection = TEXT_PROJECTION_RULE
+    if form.linear_projection:
+        projection = rule("text_projection.{p}", "text_projection.{p}")
+    return (
+        *(() if form.siglip else (VISUAL_PROJECTION_RULE,)),
+        *(each._replace(source=form.text + each.source) for each in (*OPENAI_TEXT_RULES, projection)),
+        rule("logit_scale", "logit_scale", leading=form.scale_axes),
+        rule("logit_bias", "logit_bias", leading=form.scale_axes),
+        Rule(f"{form.text}attn_mask"),  # of files from before it stopped being stored
     )
 
 
@@ -213,7 +111,7 @@ def detect(state_dict: StateDict, source_config: SourceConfig) -> str | None:
     """The keys of open_clip's CLIP, or an open_clip_config.json. OpenAI's own archives say more, and are not these."""
     if not any(key.startswith("visual.") for key in state_dict):
         return None
-    if _model_cfg(source_config):
+    if stated_model_cfg(source_config):
         return f"{CONFIG_FILE} lies beside it"
     if source_config or any(key in state_dict for key in openai.METADATA):
         return None
@@ -221,16 +119,6 @@ def detect(state_dict: StateDict, source_config: SourceConfig) -> str | None:
     if any(name in state_dict for name in names) and any("token_embedding.weight" in key for key in state_dict):
         return "it has open_clip's keys"
     return None
-
-
-def _model_cfg(source_config: SourceConfig) -> dict[str, Any]:
-    """What open_clip builds a model from, {} where the config is not open_clip's."""
-    model_cfg = source_config.get("model_cfg", source_config)
-    if isinstance(model_cfg, dict) and all(
-        isinstance(model_cfg.get(name), dict) for name in ("vision_cfg", "text_cfg")
-    ):
-        return model_cfg
-    return {}
 
 
 # There
@@ -258,17 +146,17 @@ def convert(
     for pattern, what in FOREIGN_KEYS.items():
         if found := [key for key in state_dict if re.fullmatch(pattern, key)]:
             raise ValueError(f"this model has {what}: {listing(found)}; {WHAT_CAN_BE}")
-    form, model_cfg = form_of(state_dict), _model_cfg(source_config)
-    _check_model_cfg(model_cfg)
+    form, model_cfg = form_of(state_dict), stated_model_cfg(source_config)
+    check_model_cfg(model_cfg)
     check_sizes(state_dict, _sizes(form), "a dual encoder of open_clip with a vision transformer")
     if not model_cfg:
         _check_bare(form, options)
-    config = _config(state_dict, form, model_cfg, options)
+    config = config_of(state_dict, form, model_cfg, options)
     kept = config.converted_from.get("text_cfg", {})
     if config.text_config is not None and not {"tokenizer_kwargs", "tokenizer_mode"}.isdisjoint(kept):
         logger.warning("open_clip changes texts around its tokenizer, which that of the folder does not: %s", kept)
-    heads = left_out(form.head_rules) if options.trunk_only else form.head_rules
-    return config, convert_weights(config, state_dict, (*form.trunk_rules, *heads), options.dtype)
+    heads = left_out(head_rules(form)) if options.trunk_only else head_rules(form)
+    return config, convert_weights(config, state_dict, (*trunk_rules(form), *heads), options.dtype)
 
 
 def _sizes(form: Form) -> dict[str, tuple[str, ...]]:
@@ -305,241 +193,6 @@ def _check_bare(form: Form, options: ConversionOptions) -> None:
     logger.warning("no %s: the text tower is taken for CLIP's, causal and read at its largest id", CONFIG_FILE)
 
 
-def _check_model_cfg(model_cfg: Mapping[str, Any]) -> None:
-    """Raises ValueError, naming every field, for what cannot be expressed, or what open_clip does not know."""
-    if not model_cfg:
-        return
-    wrong = []
-    if "multimodal_cfg" in model_cfg:
-        wrong.append("multimodal_cfg (a CoCa)")
-    wrong += [name for name in model_cfg if name not in (*MODEL_FIELDS, "multimodal_cfg")]
-    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    for tower, given, needed, others in (
-        ("vision_cfg", vision_cfg, VISION_NEEDED, (*VISION_DEFAULTS, *VISION_SHOWN)),
-        ("text_cfg", text_cfg, TEXT_NEEDED, (*TEXT_DEFAULTS, *TEXT_SHOWN)),
-    ):
-        wrong += [f"{tower}.{name}={given[name]!r}" for name in needed if given.get(name, needed[name]) != needed[name]]
-        wrong += [f"{tower}.{name} (unknown)" for name in given if name not in needed and name not in others]
-        if given.get("block_type") not in (None, "default"):
-            wrong.append(f"{tower}.block_type={given['block_type']!r}")
-        if any(name != "eps" for name in given.get("norm_kwargs") or {}):
-            wrong.append(f"{tower}.norm_kwargs={given['norm_kwargs']!r}")
-        act = given.get("act_kwargs")
-        if act is not None and (act not in ({}, {"approximate": "tanh"}, {"approximate": "none"}) or _quick(model_cfg)):
-            wrong.append(f"{tower}.act_kwargs={act!r}")
-    if isinstance(vision_cfg.get("layers"), (list, tuple)):
-        wrong.append(f"vision_cfg.layers={vision_cfg['layers']} (a ResNet)")
-    if vision_cfg.get("pool_type", "tok") not in ("tok", "avg"):
-        wrong.append(f"vision_cfg.pool_type={vision_cfg['pool_type']!r}")
-    if text_cfg.get("pool_type", "argmax") not in TEXT_POOLINGS:
-        wrong.append(f"text_cfg.pool_type={text_cfg['pool_type']!r}")
-    name = vision_cfg.get("timm_model_name")
-    if name is not None:
-        pooling, projection = (
-            vision_cfg.get(f"timm_{part}", VISION_DEFAULTS[f"timm_{part}"]) for part in ("pool", "proj")
-        )
-        if name not in SIGLIP_NAMES or pooling != "map" or projection != "none":
-            wrong.append(f"vision_cfg.timm_model_name={name!r} with timm_pool={pooling!r} and timm_proj={projection!r}")
-    if wrong:
-        raise ValueError(f"{CONFIG_FILE} asks for what cannot be converted: {', '.join(wrong)}; {WHAT_CAN_BE}")
-
-
-def _quick(model_cfg: Mapping[str, Any]) -> bool:
-    return bool(model_cfg.get("quick_gelu", False))
-
-
-def _config(
-    state_dict: StateDict, form: Form, model_cfg: Mapping[str, Any], options: ConversionOptions
-) -> VitEmbedConfig:
-    given = model_cfg.get("vision_cfg", {})
-    vision_cfg = {**VISION_DEFAULTS, **given}
-    tower = (_siglip_fields if form.siglip else _vit_fields)(state_dict, model_cfg, vision_cfg, options)
-    if form.siglip != (vision_cfg["timm_model_name"] is not None):
-        raise ValueError(
-            f"vision_cfg.timm_model_name={vision_cfg['timm_model_name']!r} contradicts the weights, whose image tower "
-            f"is {'timm' if form.siglip else 'open_clip'}'s"
-        )
-    kept = {name: (model_cfg.get("text_cfg") or {}).get(name) for name in KEPT_TEXT}
-    origin = {
-        "layout": "open_clip",
-        "custom_text": bool(form.text),
-        "nonscalar_logit_scale": bool(form.scale_axes),
-        "timm_model_name": vision_cfg["timm_model_name"],
-        "text_cfg": {name: value for name, value in kept.items() if value is not None},
-    }
-    return VitEmbedConfig(
-        **tower,
-        architectures=["VitEmbedModel" if options.trunk_only else "VitEmbedForContrastive"],
-        converted_from={name: value for name, value in origin.items() if value},
-        patch_drop_rate=vision_cfg["patch_dropout"],
-        contrastive_loss="sigmoid" if "logit_bias" in state_dict else "softmax",
-        text_config=None
-        if options.trunk_only
-        else _text_config(state_dict, form, model_cfg, options, tower["projection_dim"]),
-    )
-
-
-# What a folder's tokenizer is told besides its files, kept for the way back.
-KEPT_TEXT = ("hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
-
-
-def _vit_fields(
-    state_dict: StateDict, model_cfg: Mapping[str, Any], vision_cfg: Mapping[str, Any], options: ConversionOptions
-) -> dict[str, Any]:
-    """What the config says of open_clip's own vision transformer."""
-    width, channels, *patch_size = state_dict["visual.conv1.weight"].shape
-    positions = len(state_dict["visual.positional_embedding"])
-    head_width = vision_cfg["head_width"] if model_cfg else None
-    pooling = {"tok": "cls", "avg": "mean"}[vision_cfg["pool_type"]] if model_cfg else None
-    pooling = known(options.pooling_type, pooling, "the pooling", "--pooling_type")
-    layer_scale = "visual.transformer.resblocks.0.ls_1.gamma" in state_dict
-    return {
-        "hidden_size": width,
-        "num_hidden_layers": count_layers(state_dict, "visual.transformer.resblocks"),
-        "num_attention_heads": known(
-            options.num_attention_heads,
-            None if head_width is None else width // head_width,
-            "the number of attention heads",
-            "--num_attention_heads",
-        ),
-        "intermediate_size": len(state_dict["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
-        "hidden_act": _activation(model_cfg, vision_cfg, options),
-        "layer_norm_eps": _eps(model_cfg, vision_cfg, options),
-        "image_size": _image_size(positions - 1, tuple(patch_size), vision_cfg if model_cfg else {}, options),
-        "patch_size": tuple(patch_size),
-        "num_channels": channels,
-        "use_pre_layernorm": "visual.ln_pre.weight" in state_dict,
-        "layer_scale_init_value": (vision_cfg.get("ls_init_value") or LAYER_SCALE_INIT) if layer_scale else None,
-        "pooling_type": pooling,
-        "norm_before_pooling": pooling == "mean" and not vision_cfg["final_ln_after_pool"],
-        "projection_dim": state_dict["visual.proj"].shape[1],
-    }
-
-
-def _siglip_fields(
-    state_dict: StateDict, model_cfg: Mapping[str, Any], vision_cfg: Mapping[str, Any], options: ConversionOptions
-) -> dict[str, Any]:
-    """What the config says of timm's image tower of SigLIP."""
-    width, channels, *patch_size = state_dict["visual.trunk.patch_embed.proj.weight"].shape
-    named = architecture_of(vision_cfg["timm_model_name"])
-    fields = {name: value for name, value in SIGLIP_ARCHITECTURE.items() if name != "pooling_type"}
-    heads = None if named is None else named.num_heads
-    eps = known(options.layer_norm_eps, None if named is None else named.eps, "eps of the norms", "--layer_norm_eps")
-    act = known(options.hidden_act, None if named is None else named.hidden_act, "the activation", "--hidden_act")
-    return {
-        **fields,
-        "hidden_size": width,
-        "num_hidden_layers": count_layers(state_dict, "visual.trunk.blocks"),
-        "num_attention_heads": known(
-            options.num_attention_heads, heads, "the number of attention heads", "--num_attention_heads"
-        ),
-        "intermediate_size": len(state_dict["visual.trunk.blocks.0.mlp.fc1.weight"]),
-        "hidden_act": act,
-        "layer_norm_eps": eps,
-        "image_size": _image_size(state_dict["visual.trunk.pos_embed"].shape[1], tuple(patch_size), {}, options),
-        "patch_size": tuple(patch_size),
-        "num_channels": channels,
-        "pooling_type": known(options.pooling_type, "map", "the pooling", "--pooling_type"),
-        "use_visual_projection": SIGLIP_DUAL_ARCHITECTURE["use_visual_projection"],
-        "projection_dim": width,
-    }
-
-
-def _image_size(
-    num_patches: int, patch_size: tuple[int, int], vision_cfg: Mapping[str, Any], options: ConversionOptions
-) -> tuple[int, int]:
-    """(height, width) in pixels that the position table covers; raises ValueError where the config says another."""
-    stated = vision_cfg.get("image_size")
-    if stated is None or options.image_size is not None:
-        return image_size_of(num_patches, patch_size, options)
-    stated = (stated, stated) if isinstance(stated, int) else tuple(stated)
-    rows, columns = (side // patch for side, patch in zip(stated, patch_size))
-    if rows * columns != num_patches:
-        raise ValueError(
-            f"vision_cfg.image_size={list(stated)} has {rows} x {columns} patches of {patch_size} pixels, but the "
-            f"position table has {num_patches}; correct it in {CONFIG_FILE}"
-        )
-    return rows * patch_size[0], columns * patch_size[1]
-
-
-def _activation(model_cfg: Mapping[str, Any], tower_cfg: Mapping[str, Any], options: ConversionOptions) -> str:
-    stated = "quick_gelu" if _quick(model_cfg) else "gelu"
-    if (tower_cfg.get("act_kwargs") or {}).get("approximate") == "tanh":
-        stated = "gelu_pytorch_tanh"
-    return known(options.hidden_act, stated if model_cfg else None, "the activation", "--hidden_act")
-
-
-def _eps(model_cfg: Mapping[str, Any], tower_cfg: Mapping[str, Any], options: ConversionOptions) -> float:
-    stated = (tower_cfg.get("norm_kwargs") or {}).get("eps", DEFAULT_EPS)
-    return known(options.layer_norm_eps, stated if model_cfg else None, "eps of the norms", "--layer_norm_eps")
-
-
-DEFAULT_EPS = 1e-5  # of torch.nn.LayerNorm
-
-
-def _text_config(
-    state_dict: StateDict, form: Form, model_cfg: Mapping[str, Any], options: ConversionOptions, projection_dim: int
-) -> VitEmbedTextConfig:
-    given = model_cfg.get("text_cfg", {})
-    text_cfg = {**TEXT_DEFAULTS, **given}
-    vocab_size, width = state_dict[f"{form.text}token_embedding.weight"].shape
-    layers = f"{form.text}transformer.resblocks"
-    pooling, causal = TEXT_POOLINGS[text_cfg["pool_type"]], not text_cfg["no_causal_mask"]
-    own_tokenizer = not text_cfg["hf_tokenizer_name"]
-    return VitEmbedTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=count_layers(state_dict, layers),
-        num_attention_heads=known(
-            options.text_num_attention_heads,
-            text_cfg["heads"] if model_cfg else None,
-            "the number of attention heads of the text tower",
-            "--text_num_attention_heads",
-        ),
-        intermediate_size=len(state_dict[f"{layers}.0.mlp.c_fc.weight"]),
-        max_position_embeddings=len(state_dict[f"{form.text}positional_embedding"]),
-        hidden_act=_activation(model_cfg, text_cfg, options),
-        layer_norm_eps=_eps(model_cfg, text_cfg, options),
-        projection_dim=projection_dim,
-        bos_token_id=vocab_size - 2 if own_tokenizer else None,
-        eos_token_id=_eos_token_id(text_cfg, vocab_size, own_tokenizer),
-        pad_token_id=_pad_token_id(given, vocab_size, own_tokenizer, reads_padding=pooling != "eos" or not causal),
-        pooling_type=pooling,
-        use_causal_mask=causal,
-        projection_bias=form.linear_projection,
-    )
-
-
-def _eos_token_id(text_cfg: Mapping[str, Any], vocab_size: int, own_tokenizer: bool) -> int:
-    """Where texts end: "argmax" reads the largest id of a row, which open_clip's own tokenizer makes the last one."""
-    if text_cfg["pool_type"] == "eos":
-        if text_cfg["eos_id"] == LEGACY_EOS_TOKEN_ID:
-            raise ValueError(
-                f"text_cfg.eos_id={LEGACY_EOS_TOKEN_ID} cannot be converted: as eos_token_id it is CLIP's legacy value "
-                "here, which reads a text at its largest id"
-            )
-        return text_cfg["eos_id"]
-    if own_tokenizer or text_cfg["pool_type"] != "argmax" or vocab_size == CLIP_VOCAB_SIZE:
-        return vocab_size - 1
-    return LEGACY_EOS_TOKEN_ID  # the largest id of a row, whatever it is
-
-
-def _pad_token_id(given: Mapping[str, Any], vocab_size: int, own_tokenizer: bool, reads_padding: bool) -> int:
-    """What stands behind a text. Under a causal mask read at its end nothing sees it."""
-    if "pad_id" in given:
-        return given["pad_id"]
-    if not reads_padding:
-        return vocab_size - 1 if own_tokenizer else 0
-    if own_tokenizer:
-        return 0  # of open_clip's SimpleTokenizer
-    if vocab_size in SIGLIP_PADDING and "siglip" in given["hf_tokenizer_name"].lower():
-        return SIGLIP_PADDING[vocab_size]
-    raise ValueError(
-        f"this text tower reads the padding behind a text, and nothing says what {given['hf_tokenizer_name']} pads "
-        f"with; say it as text_cfg.pad_id in {CONFIG_FILE}"
-    )
-
-
 # Preprocessing
 
 
@@ -551,7 +204,7 @@ def image_processor(source_config: SourceConfig, config: VitEmbedConfig) -> dict
     processor does; the log says so. Where an odd number of pixels is to be cut off, torchvision's centre lies one pixel
     further right or down than the stock processor's.
     """
-    if not _model_cfg(source_config):
+    if not stated_model_cfg(source_config):
         return None
     stated = source_config.get("preprocess_cfg") or {}
     said = {
@@ -626,156 +279,13 @@ def restore(config: VitEmbedConfig, weights: StateDict) -> Restored:
         scale_axes=int(origin.get("nonscalar_logit_scale", False)),
     )
     model_cfg = model_cfg_of(config, form)
-    state_dict = reverse_rules(weights, (*form.trunk_rules, *form.head_rules))
+    state_dict = reverse_rules(weights, (*trunk_rules(form), *head_rules(form)))
     return Restored(
         state_dict,
         usage='open_clip.create_model("local-dir:FILE") for a folder; open_clip.factory.load_checkpoint(model, "FILE")',
         weights_file="open_clip_model.safetensors",
         files={CONFIG_FILE: {"model_cfg": model_cfg, "preprocess_cfg": {"size": list(config.image_shape)}}},
     )
-
-
-# Fields of an image tower that its name alone says, and those that weights show.
-UNSEEN_FIELDS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "patch_size", "image_size")
-SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size")
-ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
-VIT_ARCHITECTURE = {
-    "stem_type": "conv",
-    "patch_bias": False,
-    "use_cls_token": True,
-    "num_register_tokens": 0,
-    "position_embedding_type": "learned",
-    "norm_type": "layer_norm",
-    "norm_position": "pre",
-    "qkv_bias": True,
-    "num_channels": 3,
-    "use_visual_projection": True,
-}
-
-
-def model_cfg_of(config: VitEmbedConfig, form: Form) -> dict[str, Any]:
-    """What open_clip builds this model from; raises ValueError, naming every field, where it cannot."""
-    text = config.text_config
-    if config.architectures != ["VitEmbedForContrastive"] or text is None:
-        raise ValueError(
-            f"open_clip's models are dual encoders, this is a {config.architectures[0]}; use --layout timm or hf_clip "
-            "for an image tower"
-        )
-    needed = {**SIGLIP_ARCHITECTURE, "use_visual_projection": False} if form.siglip else VIT_ARCHITECTURE
-    final_norm = config.final_norm_type if config.resolved_final_norm_type == "layer_norm" else "layer_norm"
-    require(config, {**needed, "final_norm_type": final_norm}, "open_clip")
-    quick = [act == "quick_gelu" for act in (config.hidden_act, text.hidden_act)]
-    if not {config.hidden_act, text.hidden_act} <= set(ACTIVATIONS) or (not form.siglip and quick[0] != quick[1]):
-        raise ValueError(
-            f"open_clip cannot express this model: hidden_act={config.hidden_act!r} with text_config.hidden_act="
-            f"{text.hidden_act!r} (it has 'quick_gelu' for both, or 'gelu' or 'gelu_pytorch_tanh' for each)"
-        )
-    return _built_from(config, form)
-
-
-def _built_from(config: VitEmbedConfig, form: Form) -> dict[str, Any]:
-    text = config.text_config
-    quick = "quick_gelu" in ((config if text is None else text).hidden_act, config.hidden_act)
-    return {
-        "embed_dim": config.projection_dim,
-        **({"quick_gelu": True} if quick else {}),
-        **({"custom_text": True} if form.text else {}),
-        **({"nonscalar_logit_scale": True} if form.scale_axes else {}),
-        # Where training starts; what is stored replaces it.
-        **({"init_logit_bias": -10} if config.contrastive_loss == "sigmoid" else {}),
-        "vision_cfg": _siglip_cfg(config) if form.siglip else _vit_cfg(config),
-        "text_cfg": {} if text is None else _text_cfg(text, config.converted_from or {}),
-    }
-
-
-def _vit_cfg(config: VitEmbedConfig) -> dict[str, Any]:
-    mean = config.pooling_type == "mean"
-    scale = config.layer_scale_init_value
-    return {
-        "image_size": list(config.image_shape) if len(set(config.image_shape)) > 1 else config.image_shape[0],
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "head_width": config.hidden_size // config.num_attention_heads,
-        "mlp_ratio": _mlp_ratio(config.hidden_size, config.intermediate_size),
-        "patch_size": list(config.patch_shape) if len(set(config.patch_shape)) > 1 else config.patch_shape[0],
-        **({"patch_dropout": config.patch_drop_rate} if config.patch_drop_rate else {}),
-        **({} if scale is None else {"ls_init_value": scale}),
-        **({} if config.use_pre_layernorm else {"no_ln_pre": True}),
-        **({"pool_type": "avg", "final_ln_after_pool": not config.norm_before_pooling} if mean else {}),
-        **_kwargs(config.hidden_act, config.layer_norm_eps),
-    }
-
-
-def _siglip_cfg(config: VitEmbedConfig) -> dict[str, Any]:
-    return {
-        "image_size": int(SIGLIP_NAME.fullmatch(name := siglip_name(config))["size"]),
-        "timm_model_name": name,
-        "timm_model_pretrained": False,
-        "timm_pool": "map",
-        "timm_proj": "none",
-        **({"patch_dropout": config.patch_drop_rate} if config.patch_drop_rate else {}),
-    }
-
-
-def siglip_name(config: VitEmbedConfig) -> str:
-    """timm's name of an image tower of SigLIP: the one that it came from, else the one of its sizes."""
-    origin = (config.converted_from or {}).get("timm_model_name")
-    fitting = []
-    for name in SIGLIP_NAMES:
-        named, parts = architecture_of(name), SIGLIP_NAME.fullmatch(name)
-        patch, family = int(parts["patch"]), parts["family"]
-        side = int(parts["size"]) // patch * patch
-        unseen = (named.num_heads, named.hidden_act, named.eps, patch, side)
-        sizes = (named.width, *SIGLIP_DEPTHS[family])
-        if unseen != tuple(getattr(config, field) for field in UNSEEN_FIELDS):
-            continue
-        if name == origin:
-            return name
-        if sizes == tuple(getattr(config, field) for field in SIZE_FIELDS):
-            fitting.append(name)
-    if not fitting:
-        found = ", ".join(f"{field}={getattr(config, field)!r}" for field in (*UNSEEN_FIELDS, *SIZE_FIELDS))
-        raise ValueError(
-            f"open_clip has SigLIP's image towers in sizes that timm has names for, and none for this model's: {found}"
-        )
-    return fitting[0]
-
-
-def _text_cfg(text: VitEmbedTextConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
-    largest = text.eos_token_id in (text.vocab_size - 1, LEGACY_EOS_TOKEN_ID)
-    pooling = {"eos": {"pool_type": "eos", "eos_id": text.eos_token_id}}.get(
-        text.pooling_type, {"pool_type": text.pooling_type}
-    )
-    kept = dict(origin.get("text_cfg") or {})
-    if text.vocab_size != CLIP_VOCAB_SIZE and not kept and origin.get("layout") != "open_clip":
-        kept = {"hf_tokenizer_name": "."}  # any name makes open_clip read the tokenizer of the folder
-    return {
-        "context_length": text.max_position_embeddings,
-        "vocab_size": text.vocab_size,
-        **kept,
-        "width": text.hidden_size,
-        "heads": text.num_attention_heads,
-        "layers": text.num_hidden_layers,
-        "mlp_ratio": _mlp_ratio(text.hidden_size, text.intermediate_size),
-        **({} if text.use_causal_mask else {"no_causal_mask": True}),
-        **({} if text.pooling_type == "eos" and largest else pooling),
-        **({"pad_id": text.pad_token_id} if text.reads_padding else {}),
-        **({"proj_bias": True} if text.projection_bias else {}),
-        **_kwargs(text.hidden_act, text.layer_norm_eps),
-    }
-
-
-def _kwargs(hidden_act: str, eps: float) -> dict[str, Any]:
-    return {
-        **({"act_kwargs": {"approximate": "tanh"}} if hidden_act == "gelu_pytorch_tanh" else {}),
-        **({"norm_kwargs": {"eps": eps}} if eps != DEFAULT_EPS else {}),
-    }
-
-
-def _mlp_ratio(width: int, intermediate_size: int) -> float:
-    """The factor of which open_clip takes int(width * factor)."""
-    ratio = intermediate_size / width
-    return ratio if int(width * ratio) == intermediate_size else math.nextafter(ratio, math.inf)
 
 
 # Running the source
@@ -789,9 +299,9 @@ def reference(
     import open_clip
 
     form = form_of(state_dict)
-    model_cfg = _model_cfg(source_config)
+    model_cfg = stated_model_cfg(source_config)
     if not model_cfg or _is_told_otherwise(state_dict, model_cfg, config):
-        model_cfg = _built_from(config, form)
+        model_cfg = model_cfg_from(config, form)
     if config.text_config is None:
         visual = _build(open_clip, model_cfg, form, state_dict, trunk_only=True)
         return _trunk_outputs(visual, _on_canvas(visual, inputs.pixel_values, form), form)
@@ -811,7 +321,7 @@ def _is_told_otherwise(state_dict: StateDict, model_cfg: Mapping[str, Any], conf
     """Whether the user told something else than open_clip's config says."""
     trunk_only = config.text_config is None
     options = ConversionOptions(image_size=config.image_shape, trunk_only=trunk_only)
-    stated = _config(state_dict, form_of(state_dict), model_cfg, options)
+    stated = config_of(state_dict, form_of(state_dict), model_cfg, options)
     towers = [(stated, config)] if trunk_only else [(stated, config), (stated.text_config, config.text_config)]
     return any(getattr(said, name) != getattr(told, name) for said, told in towers for name in TOLD)
 
@@ -828,7 +338,7 @@ def _build(
     with torch.device("meta"):
         model_class = open_clip.CustomTextCLIP if form.text else open_clip.CLIP
         if trunk_only:
-            tower = (fields["embed_dim"], fields["vision_cfg"], _quick(fields))
+            tower = (fields["embed_dim"], fields["vision_cfg"], is_quick_gelu(fields))
             model = open_clip.model._build_vision_tower(*tower).eval()
             weights = {name[len("visual.") :]: t for name, t in weights.items() if name.startswith("visual.")}
         else:

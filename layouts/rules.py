@@ -280,6 +280,8 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype, key: str) -> torch.Tensor:
 
 def count_non_finite(tensor: torch.Tensor) -> int:
     """How many numbers are NaN or infinite."""
+    if tensor.element_size() == 1:  # torch finds no extremes of float8
+        tensor = tensor.float()
     # Almost always none, which the extremes tell in one pass and without a mask as long as the tensor.
     if not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all():
         return 0

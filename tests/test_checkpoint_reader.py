@@ -23,7 +23,9 @@ import torch
 
 from vit_embed import checkpoint_reader
 from vit_embed.checkpoint_reader import read_checkpoint, release
+from vit_embed.checkpoint_source import find_source
 from vit_embed.convert_checkpoint import main
+from vit_embed.layouts.rules import count_non_finite
 
 ENTRY = files.entry()
 
@@ -334,22 +336,23 @@ def test_only_the_weights_of_a_training_checkpoint_are_looked_at(tmp_path):
     refused(tmp_path / "a.pt", "Bad CRC-32")
 
 
+# Made in the test: torch warns of some that they are a beta or deprecated.
 OTHER_TENSORS = {
-    "sparse": torch.eye(3).to_sparse(),
-    "compressed": torch.eye(3).to_sparse_csr(),
-    "quantised": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "without numbers": torch.ones(3, device="meta"),
-    "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "negated": torch._neg_view(torch.ones(3)),
-    "conjugated": torch.ones(3, dtype=torch.complex64).conj(),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "compressed": lambda: torch.eye(3).to_sparse_csr(),
+    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
+    "without numbers": lambda: torch.ones(3, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "negated": lambda: torch._neg_view(torch.ones(3)),
+    "conjugated": lambda: torch.ones(3, dtype=torch.complex64).conj(),
 }
 
 
 @pytest.mark.parametrize("kind", OTHER_TENSORS)
-@pytest.mark.filterwarnings("ignore")  # of torch, that some of these are a beta or deprecated
+@pytest.mark.filterwarnings("ignore")
 def test_what_is_no_plain_tensor_is_refused(tmp_path, kind):
-    torch.save({"a": OTHER_TENSORS[kind]}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "something else: 'a'|something else: a|it names|conjugated")
+    torch.save({"a": OTHER_TENSORS[kind]()}, tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", "something else: a|it names|conjugated")
 
 
 # Shards
@@ -545,3 +548,16 @@ def test_every_hostile_file_is_one_line_of_the_command_line(tmp_path, caplog, ca
         assert len(caplog.messages) == 1 and len(caplog.messages[0].splitlines()) == 1
         assert caplog.messages[0].startswith(f"nothing was written: {path} cannot be read as a checkpoint: ")
         assert os.listdir(tmp_path) == ["files"] and "Traceback" not in caplog.text + capsys.readouterr().err
+
+
+def test_a_model_type_that_is_no_text_is_refused(tmp_path):
+    """Found by fuzzing the command line: layouts look it up in tables."""
+    files.written(tmp_path / "model.safetensors", files.valid_files()["a.safetensors"])
+    files.written(tmp_path / "config.json", b'{"model_type": [null]}')
+    with pytest.raises(ValueError, match="model_type beside .* must be text, got list"):
+        find_source(tmp_path)
+
+
+def test_numbers_of_one_byte_are_counted():
+    """Found by fuzzing the command line: torch has no extremes of float8."""
+    assert count_non_finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)) == 1

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from vit_embed import checkpoint_source
 from vit_embed.checkpoint_source import OPENAI_MODELS, download_openai, find_source
+from vit_embed.clip_tokenizer import find_openai_file
 from vit_embed.convert_checkpoint import main
 
 STATE = {"w": torch.arange(6.0)}
@@ -45,7 +46,7 @@ def openai_server(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def test_the_published_names_are_openais():
-    clip = Path(checkpoint_source.clip_tokenizer.find_openai_file("clip/clip.py")).read_text()
+    clip = Path(find_openai_file("clip/clip.py")).read_text()
     for file, digest in OPENAI_MODELS.values():
         assert f'"{checkpoint_source.OPENAI_ADDRESS}/{digest}/{file}"' in clip
 

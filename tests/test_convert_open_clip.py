@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 from vit_embed import VitEmbedConfig
 from vit_embed.convert_checkpoint import convert_checkpoint, main, sample_inputs
-from vit_embed.layouts import LAYOUTS, open_clip
+from vit_embed.layouts import LAYOUTS, open_clip, open_clip_config
 from vit_embed.layouts.rules import ConversionOptions
 from vit_embed.layouts.timm_names import architecture_of
 
@@ -116,6 +116,14 @@ def test_every_hidden_state_equals_open_clips(name):
     torch.testing.assert_close(got.logits_per_image, expected, **CLOSE)
 
 
+@torch.no_grad()
+def test_other_vocabularies_are_read_at_their_largest_id():
+    ours = ours_of(*CONVERT(*source(MODEL_CFGS["largest id"]), ConversionOptions()))
+    input_ids = torch.randint(1, 90, (8, 16), generator=torch.Generator().manual_seed(0))  # none the vocabulary's last
+    expected = built(MODEL_CFGS["largest id"]).encode_text(input_ids)
+    torch.testing.assert_close(ours.get_text_features(input_ids), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("name", ["clip", "clipa", "siglip"])
 def test_the_trunk_alone(name, tmp_path):
     write_folder(tmp_path / "source", MODEL_CFGS[name])
@@ -191,28 +199,28 @@ def test_what_the_user_tells_wins(tmp_path, caplog):
 def test_defaults_and_names_are_the_packages():
     code = open_clip_code()
     for config_class, defaults in (
-        (code.CLIPVisionCfg, {**open_clip.VISION_DEFAULTS, **open_clip.VISION_NEEDED}),
-        (code.CLIPTextCfg, {**open_clip.TEXT_DEFAULTS, **open_clip.TEXT_NEEDED}),
+        (code.CLIPVisionCfg, {**open_clip_config.VISION_DEFAULTS, **open_clip_config.VISION_NEEDED}),
+        (code.CLIPTextCfg, {**open_clip_config.TEXT_DEFAULTS, **open_clip_config.TEXT_NEEDED}),
     ):
         fields = {field.name: field.default for field in dataclasses.fields(config_class)}
         assert {name: fields[name] for name in defaults} == defaults
-        shown = open_clip.VISION_SHOWN if config_class is code.CLIPVisionCfg else open_clip.TEXT_SHOWN
+        shown = open_clip_config.VISION_SHOWN if config_class is code.CLIPVisionCfg else open_clip_config.TEXT_SHOWN
         assert set(fields) == {*defaults, *shown}
     stated = [code.get_model_config(name)["vision_cfg"].get("timm_model_name", "") for name in code.list_models()]
-    assert {name for name in stated if "_siglip_" in name} == set(open_clip.SIGLIP_NAMES)
+    assert {name for name in stated if "_siglip_" in name} == set(open_clip_config.SIGLIP_NAMES)
 
 
-@pytest.mark.parametrize("name", open_clip.SIGLIP_NAMES)
+@pytest.mark.parametrize("name", open_clip_config.SIGLIP_NAMES)
 def test_siglips_names_stand_for_timms_models(name, monkeypatch):
     monkeypatch.undo()  # the whole model, of which the shapes alone are made
     import timm
 
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0, global_pool="map")
-    named, parts = architecture_of(name), open_clip.SIGLIP_NAME.fullmatch(name)
+    named, parts = architecture_of(name), open_clip_config.SIGLIP_NAME.fullmatch(name)
     block, pool = model.blocks[0], model.attn_pool
     assert named.width == model.embed_dim and named.num_heads == block.attn.num_heads == pool.num_heads
-    assert open_clip.SIGLIP_DEPTHS[parts["family"]] == (len(model.blocks), block.mlp.fc1.out_features)
+    assert open_clip_config.SIGLIP_DEPTHS[parts["family"]] == (len(model.blocks), block.mlp.fc1.out_features)
     assert {norm.eps for norm in (block.norm1, block.norm2, model.norm, pool.norm)} == {named.eps}
     patch, size = int(parts["patch"]), int(parts["size"])
     assert (model.patch_embed.patch_size, model.patch_embed.img_size) == ((patch, patch), (size, size))

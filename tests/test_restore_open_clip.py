@@ -20,7 +20,7 @@ from transformers import SiglipConfig, SiglipModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedModel
 from vit_embed.convert_checkpoint import convert_checkpoint, restore_checkpoint, sample_inputs
-from vit_embed.layouts import LAYOUTS, detect_layout, open_clip
+from vit_embed.layouts import LAYOUTS, detect_layout, open_clip, open_clip_config
 from vit_embed.layouts.rules import ConversionOptions
 
 CONVERT = LAYOUTS["open_clip"].convert
@@ -205,9 +205,9 @@ def test_a_model_trained_here_goes_there(tmp_path):
 @torch.no_grad()
 def test_transformers_siglip_goes_to_open_clip(tmp_path, monkeypatch):
     # By the sizes of timm's name: nothing else tells open_clip what the image tower is.
-    monkeypatch.setitem(open_clip.SIGLIP_DEPTHS, "base", (2, 192))
-    named = open_clip.architecture_of("vit_base_patch32_siglip_256")
-    monkeypatch.setattr(open_clip, "architecture_of", lambda name: named._replace(width=48))
+    monkeypatch.setitem(open_clip_config.SIGLIP_DEPTHS, "base", (2, 192))
+    named = open_clip_config.architecture_of("vit_base_patch32_siglip_256")
+    monkeypatch.setattr(open_clip_config, "architecture_of", lambda name: named._replace(width=48))
     vision = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 2, "image_size": 256, "patch_size": 32}
     text = {**tiny.TEXT, "hidden_size": 24, "projection_size": 48}
     model = tiny.randomised(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
