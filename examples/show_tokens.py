@@ -9,6 +9,8 @@ A row for each picture, and behind the picture itself columns for each kind of c
 - --merged: any of another stem. The tokens that are left when each layer has merged `token_merge_size` of them, each
   in the mean colour of its pixels, with borders between tokens.
 - --masked: one of masked image modelling. What it sees of the picture, and the same with the hidden patches filled in.
+- --attended: one with a class token. Where that looks in the last layer, the mean of its heads; and the first three
+  principal components of all pictures' patches as red, green and blue, so that like patches have like colours.
 
 Needs matplotlib besides the package's own requirements.
 """
@@ -90,8 +92,8 @@ def mean_colours(picture: np.ndarray, token_map: np.ndarray) -> np.ndarray:
 
 
 def draw_picture(axis, picture: np.ndarray, title: str) -> None:
-    """A picture with a title."""
-    axis.imshow(picture)
+    """A picture (height, width, 3), or weights (height, width) from black to white, with a title."""
+    axis.imshow(picture, cmap="gray")
     axis.set_title(title, fontsize=8)
 
 
@@ -226,7 +228,31 @@ def masked_panels(options: argparse.Namespace) -> list[list]:
     return [[partial(draw_picture, picture=p, title=t) for p, t in zip(pair, titles)] for pair in zip(seen, filled)]
 
 
-KINDS = {"adaptive": adaptive_panels, "merged": merged_panels, "masked": masked_panels}
+@torch.inference_mode()
+def attended_panels(options: argparse.Namespace) -> list[list]:
+    """Two columns, the class attention of `--attended` and the components of its patches."""
+    model, processor = load(VitEmbedModel, options.attended, options.attended_size)
+    pixel_values = read_pixels(options.pictures, processor, model.config.image_shape)
+    attention = model.get_class_attentions(pixel_values)[:, -1].mean(dim=1)  # (B, gh, gw)
+    attention = attention / attention.amax(dim=(1, 2), keepdim=True)
+    features = model.forward_features(pixel_values)
+    coloured = principal_colours(model.patch_grid(features.last_hidden_state, features.layout))
+    titles = ("class attention", "patches")
+    pairs = zip(attention.numpy(), coloured.numpy())
+    return [[partial(draw_picture, picture=p, title=t) for p, t in zip(pair, titles)] for pair in pairs]
+
+
+def principal_colours(patches: torch.Tensor) -> torch.Tensor:
+    """(B, gh, gw, D) -> (B, gh, gw, 3): the first three principal components of all of them, each spread over [0, 1]
+    between its 2nd and its 98th hundredth."""
+    flat = patches.flatten(0, 2)
+    centred = flat - flat.mean(dim=0)
+    components = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:3].T  # (B * gh * gw, 3)
+    low, high = torch.quantile(components, torch.tensor([0.02, 0.98]), dim=0)
+    return ((components - low) / (high - low)).clamp(0, 1).view(*patches.shape[:3], 3)
+
+
+KINDS = {"adaptive": adaptive_panels, "merged": merged_panels, "masked": masked_panels, "attended": attended_panels}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -235,6 +261,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adaptive", help="folder or Hub id of a checkpoint of stem_type='adaptive'")
     parser.add_argument("--merged", help="folder or Hub id of any checkpoint of another stem")
     parser.add_argument("--masked", help="folder or Hub id of a checkpoint of masked image modelling")
+    parser.add_argument("--attended", help="folder or Hub id of any checkpoint with a class token")
     for kind in KINDS:
         parser.add_argument(
             f"--{kind}_size", type=int, nargs="+", help="pixels, one number or height and width; default: native"
@@ -244,7 +271,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("demo_output/tokens.png"), help="picture to write")
     options = parser.parse_args(arguments)
     if not any(getattr(options, kind) for kind in KINDS):
-        parser.error("name a checkpoint with --adaptive, --merged or --masked")
+        parser.error("name a checkpoint with --adaptive, --merged, --masked or --attended")
     for kind in KINDS:
         size = getattr(options, f"{kind}_size")
         if size is not None and len(size) > 2:
@@ -256,7 +283,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     columns = [panels(options) for kind, panels in KINDS.items() if getattr(options, kind)]
-    height, width = columns[0][0][0].keywords["picture"].shape[:2]  # all show the same part of a picture
+    height, width = (
+        columns[0][0][0].keywords["picture"].shape[:2]
+    )  # all show the same part of it
     shape = (PICTURE_PIXELS, round(PICTURE_PIXELS * height / width))
     rows = []
     for path, *panels in zip(options.pictures, *columns):

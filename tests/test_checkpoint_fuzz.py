@@ -225,7 +225,7 @@ def test_a_tensor_is_the_part_of_its_record_that_it_says(folder, numel, offset, 
     if got is not None:
         sane(got, path)
         assert numel * got["a"].itemsize == 24 and got["a"].shape == size
-        if kind != "torch.FloatStorage":
+        if kind != "torch.FloatStorage" or not got["a"].numel():  # sides of 2**31 beside one of 0
             return
         places = [offset]
         for count, step in zip(size, stride):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pictures
 import pytest
+import torch
 from PIL import Image
 from tiny import vision_config
 
@@ -105,6 +106,7 @@ def checkpoints(tmp_path) -> dict[str, Path]:
         "adaptive": VitEmbedModel(vision_config(stem_type="adaptive")),
         "merged": VitEmbedModel(vision_config(image_size=(32, 24))),
         "masked": VitEmbedForMaskedImageModeling(vision_config(**DECODER)),
+        "attended": VitEmbedModel(vision_config()),
     }
     for kind, model in made.items():
         model.save_pretrained(tmp_path / kind)
@@ -130,7 +132,7 @@ def test_the_sheet_of_tokens(photos, checkpoints, tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "4 pictures shown" in ran.stderr
     sheet = Image.open(tmp_path / "new" / "sheet.png")
-    assert sheet.width > 1000 and sheet.height > 700 and colours(tmp_path / "new" / "sheet.png") > 100, (
+    assert sheet.width > 1400 and sheet.height > 700 and colours(tmp_path / "new" / "sheet.png") > 100, (
         "it shows pictures, not blank axes"
     )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
@@ -139,7 +141,7 @@ def test_the_sheet_of_tokens(photos, checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a checkpoint with --adaptive, --merged or --masked"),
+        ([], "name a checkpoint with --adaptive, --merged, --masked or --attended"),
         (["--adaptive", "merged"], "--adaptive must have stem_type='adaptive', merged has 'conv'"),
         (["--merged", "merged", "--token_merge_size", "7"], "at most half of the 12 patch tokens, got 7"),
         (["--merged", "merged", "--merged_size", "8", "8", "8"], "one number or height and width"),
@@ -153,3 +155,15 @@ def test_what_cannot_be_shown_is_refused(arguments, message, photos, checkpoints
     with pytest.raises((ValueError, SystemExit)) as refusal:
         show_tokens.main(["--pictures", str(photos[0]), *arguments])
     assert message in capsys.readouterr().err + str(refusal.value)
+
+
+def test_principal_colours_tell_like_from_unlike(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "examples")
+    from show_tokens import principal_colours
+
+    patches = 0.01 * torch.randn(2, 4, 6, 32, generator=torch.Generator().manual_seed(0))
+    patches[0, :2] += 5  # half of one picture is another thing
+    coloured = principal_colours(patches)
+    assert coloured.shape == (2, 4, 6, 3) and coloured.min() >= 0 and coloured.max() <= 1
+    thing, rest = coloured[0, :2, :, 0].flatten(), torch.cat([coloured[0, 2:, :, 0], coloured[1, :, :, 0]]).flatten()
+    assert (thing.mean() - rest.mean()).abs() > 0.9 and thing.std() < 0.1 and rest.std() < 0.1
