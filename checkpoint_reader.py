@@ -2,8 +2,8 @@
 
 `torch.jit.load` compiles and runs the code of an archive, an ordinary unpickler runs whatever a pickle names, and
 `torch.load(weights_only=True)` still lets a pickle of a hundred bytes take all memory (`bytearray(10**12)`) and a
-tensor be larger than its record, with whatever memory held before. So the pickles of torch are read here as data: names
-in them stay names, and what they describe is looked up in the file and checked. Tensors are mapped from their files,
+tensor be larger than its record, with whatever memory held before. So pickles are read as data (torch_pickle.py), and
+what they describe is looked up in the file and checked. Tensors are mapped from their files,
 not copied, so that a checkpoint takes memory only while a tensor of it is looked at. (As with every mapped file: it
 must not be cut short meanwhile, the system ends a process that reads behind the end.)
 """
@@ -16,7 +16,6 @@ import json
 import math
 import mmap
 import os
-import pickletools
 import re
 import struct
 import sys
@@ -25,10 +24,12 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
+
+from vit_embed.torch_pickle import DTYPES, MAX_DIMENSIONS, Module, Pickle, Storage, View
 
 INDEX_ENDING = ".index.json"  # of the file that says which shard holds which tensor
 LISTED = 5  # names that an error lists before it counts the rest
@@ -44,15 +45,13 @@ def listing(names: list[str]) -> str:
 # again when they are next looked at, so following it changes no number, whatever the memory holds.
 MADV_PAGEOUT = 21
 
-# The key by which training code stores the weights beside its other state.
-STATE_KEYS = ("state_dict", "model")
+# The keys by which training code stores the weights beside its other state; "vit" is muOmni's.
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "vit")
+# What DistributedDataParallel and torch.compile put in front of every name.
+WRAPPERS = ("module.", "_orig_mod.")
 
 # A name of a tensor is printed in messages: longer than this is no name. One of a ViT has about 60 characters.
 MAX_NAME_LENGTH = 500
-# torch computes with no more.
-MAX_DIMENSIONS = 64
-# Instructions of a pickle, about 25 a tensor: room for 160,000 tensors, and for a few seconds and 1 GB at most.
-MAX_PICKLE_LENGTH = 2**22
 # An index of 100,000 tensors has 10 MB; Python's JSON takes some 20 times the bytes of a hostile one.
 MAX_JSON_BYTES = 2**26
 
@@ -84,8 +83,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """The tensors of one file, or of all shards that an index file names, by their dotted names.
 
     Read are safetensors, TorchScript archives, and state dicts saved by `torch.save`, which may lie under a key of
-    STATE_KEYS and whose names may all start with "module.". Nothing that the file holds is run: the code of an archive
-    is not looked at, and a pickle may only describe tensors.
+    STATE_KEYS and whose names may all start with one of WRAPPERS. Nothing that the file holds is run: the code of an
+    archive is not looked at, and a pickle may only describe tensors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -111,8 +110,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     # Whatever a broken or hostile file makes a parser raise: OSError too, by sending it to places outside the file.
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {_one_line(error)}") from error
-    prefix = "module." if all(name.startswith("module.") for name in state_dict) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    for prefix in (*WRAPPERS, *WRAPPERS):  # the one may wrap the other, either way
+        if all(name.startswith(prefix) for name in state_dict):
+            state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
+    return state_dict
 
 
 def _one_line(error: Exception) -> str:
@@ -136,7 +137,7 @@ def _check_tensors(state_dict: Mapping[str, torch.Tensor]) -> None:
     for name, tensor in state_dict.items():
         if not name.isprintable() or len(name) > MAX_NAME_LENGTH:
             raise ValueError(f"a tensor's name must be a word of at most {MAX_NAME_LENGTH} letters, got {name[:40]!a}")
-        if tensor.dtype not in _DTYPES.values():
+        if tensor.dtype not in DTYPES.values():
             raise ValueError(f"{name} must be a tensor of numbers, got {tensor.dtype}")
         # torch lets a tensor of no numbers have sides of any length.
         if tensor.dim() > MAX_DIMENSIONS or (not tensor.numel() and max(tensor.shape) > 2**31):
@@ -224,286 +225,19 @@ def _beside(index: Path, name: str) -> Path:
     return folder / name
 
 
-# Pickles of torch, read as data
-
-_DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        *("float64", "float32", "float16", "bfloat16", "complex128", "complex64", "bool"),
-        *("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8"),
-        *("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"),
-    )
-}
-_STORAGES = {
-    "torch.DoubleStorage": torch.float64,
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16,
-    "torch.ComplexDoubleStorage": torch.complex128,
-    "torch.ComplexFloatStorage": torch.complex64,
-    "torch.LongStorage": torch.int64,
-    "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16,
-    "torch.CharStorage": torch.int8,
-    "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool,
-    "torch.storage.UntypedStorage": torch.uint8,
-}
-_TENSOR_CLASSES = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter")
-# What stands beside weights in files of training code: it is not made, only passed over.
-_PASSED_OVER = (
-    "_codecs.encode",  # bytes, in a pickle of protocol 2
-    *("builtins.bytearray", "builtins.complex", "builtins.frozenset", "builtins.set"),
-    *("__builtin__.bytearray", "__builtin__.complex", "__builtin__.frozenset", "__builtin__.set"),  # Python 2's name
-    *("argparse.Namespace", "collections.Counter", "collections.defaultdict"),
-    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"),
-    *("torch.Size", "torch.device", "torch.serialization._get_layout"),
-    # In a state dict these are refused by the name of their key.
-    *("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_meta_tensor_no_storage"),
-)
-_LISTS = tuple(f"torch.jit._pickle.build_{kind}list" for kind in ("int", "double", "bool", "tensor"))
-_KNOWN = (
-    *_PASSED_OVER,
-    *_LISTS,
-    *_TENSOR_CLASSES,
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_parameter_with_state",
-    "torch._tensor._rebuild_from_type_v2",
-)
+# What a pickle describes
 
 
-class _Name(NamedTuple):
-    """What a pickle wants to call."""
-
-    name: str
-
-
-class _PassedOver:
-    """Something that is no tensor."""
-
-
-class _Module(dict):
-    """What every class of an archive's code becomes: the attributes of its object, and no behaviour."""
-
-
-class _Storage(NamedTuple):
-    """A row of numbers in a file."""
-
-    dtype: torch.dtype
-    key: str
-    numel: int
-
-
-class _View(NamedTuple):
-    """A tensor as a pickle describes it: part of a row of numbers. offset and stride are in elements."""
-
-    storage: _Storage
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _view(
-    storage: _Storage,
-    offset: int,
-    size: tuple[int, ...],
-    stride: tuple[int, ...],
-    dtype: torch.dtype | None = None,
-    metadata: Any = None,
-) -> _View:
-    is_shape = all(isinstance(part, tuple) and len(part) <= MAX_DIMENSIONS for part in (size, stride))
-    if not isinstance(storage, _Storage) or not is_shape or len(size) != len(stride):
-        raise ValueError("a tensor in its pickle must have a storage, an offset, a size and strides")
-    if not all(type(number) is int and 0 <= number < 2**62 for number in (offset, *size, *stride)):
-        raise ValueError("a tensor in its pickle must have an offset, a size and strides from 0 up")
-    dtype = storage.dtype if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or (dtype != storage.dtype and storage.dtype != torch.uint8):
-        raise ValueError(f"a tensor in its pickle must have the dtype of its record, {storage.dtype}")
-    end = offset + 1 + sum((count - 1) * step for count, step in zip(size, stride)) if all(size) else offset
-    if end * dtype.itemsize > storage.numel * storage.dtype.itemsize:
-        raise ValueError(f"a tensor in its pickle ends at {end}, the record data/{storage.key} at {storage.numel}")
-    if metadata:
-        raise ValueError("a tensor in its pickle is a negated or conjugated view, which is not read")
-    return _View(storage, offset, size, stride, dtype)
-
-
-class _Pickle:
-    """One pickle as data: tables, lists, numbers, text, and descriptions of tensors.
-
-    Nothing is imported and nothing called; what it builds is as large as the pickle at most.
-
-    storages: every row of numbers that it names, by key.
-    """
-
-    _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-    _EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": _PassedOver}
-    # Instructions whose argument is the value.
-    _VALUES = (
-        *("BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"),
-        *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINSTRING", "SHORT_BINSTRING"),
-        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    )
-    _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-
-    def __init__(self) -> None:
-        self.storages: dict[str, _Storage] = {}
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-
-    def load(self, file: BinaryIO) -> Any:
-        """Reads to the end of the pickle that starts here."""
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if count > MAX_PICKLE_LENGTH:
-                raise ValueError(f"its pickle has more than {MAX_PICKLE_LENGTH} instructions, no checkpoint needs them")
-            try:
-                self._follow(opcode.name, argument)
-            except (AttributeError, IndexError, KeyError, TypeError) as error:
-                raise ValueError(f"its pickle is corrupt at the instruction {opcode.name}: {error}") from error
-        return self._stack.pop()
-
-    def _follow(self, name: str, argument: Any) -> None:
-        stack = self._stack
-        if name in self._VALUES:
-            stack.append(argument)
-        elif name in self._CONSTANTS:
-            stack.append(self._CONSTANTS[name])
-        elif name in self._EMPTY:
-            stack.append(self._EMPTY[name]())
-        elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self._memo[argument])
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(self._memo) if argument is None else argument
-            if number > MAX_PICKLE_LENGTH:
-                raise ValueError(f"its pickle numbers an object {number}; it is corrupt")
-            self._memo[number] = stack[-1]
-        elif name in self._TUPLES:
-            stack.append(tuple(self._pop(len(stack) - self._TUPLES[name])))
-        elif name == "MARK":
-            self._marks.append(len(stack))
-        elif name == "TUPLE":
-            stack.append(tuple(self._pop(self._marks.pop())))
-        elif name in ("APPEND", "APPENDS", "ADDITEMS", "FROZENSET"):
-            items = self._pop(len(stack) - 1 if name == "APPEND" else self._marks.pop())
-            if name == "FROZENSET":
-                stack.append(_PassedOver())
-            elif not isinstance(stack[-1], _PassedOver):
-                stack[-1].extend(items)
-        elif name in ("SETITEM", "SETITEMS"):
-            self._set_items(self._pop(len(stack) - 2 if name == "SETITEM" else self._marks.pop()))
-        elif name == "GLOBAL":
-            stack.append(_named(argument.replace(" ", ".")))
-        elif name == "STACK_GLOBAL":
-            stack.append(_named(".".join(self._pop(len(stack) - 2))))
-        elif name in ("REDUCE", "NEWOBJ"):
-            stack.append(_made(*self._pop(len(stack) - 2)))
-        elif name == "BUILD":
-            self._build(stack.pop())
-        elif name == "BINPERSID":
-            stack.append(self._storage(stack.pop()))
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise ValueError(f"its pickle has the instruction {name}, which no tensor needs; it may do anything")
-
-    def _pop(self, begin: int) -> list[Any]:
-        """What lies on the stack from there on."""
-        if not 0 <= begin <= len(self._stack):
-            raise IndexError("the stack is too short")
-        items = self._stack[begin:]
-        del self._stack[begin:]
-        return items
-
-    def _set_items(self, items: list[Any]) -> None:
-        target = self._stack[-1]
-        if isinstance(target, _PassedOver):
-            return
-        if not isinstance(target, dict) or len(items) % 2:
-            raise TypeError("it sets entries of what is no table")
-        target.update(_table(zip(items[::2], items[1::2])))
-
-    def _build(self, state: Any) -> None:
-        target = self._stack[-1]
-        if isinstance(target, _Module):
-            if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-                raise TypeError("the state of a module must be a table of attributes")
-            target.update(state)
-        elif not isinstance(target, (dict, _PassedOver)):  # of a table: the versions of modules
-            raise TypeError("it sets the state of what has none")
-
-    def _storage(self, reference: Any) -> _Storage:
-        what, dtype, key, _, numel, *view = reference
-        if what != "storage" or not isinstance(dtype, torch.dtype) or type(numel) is not int or any(view):
-            raise ValueError("a reference to data must name a storage")
-        if not isinstance(key, str):
-            got = f"data/{key}" if isinstance(key, int) else type(key).__name__
-            raise ValueError(f"a reference to data must name a record, got {got}")
-        storage = _Storage(dtype, key, numel)
-        if self.storages.setdefault(key, storage) != storage:
-            raise ValueError(f"record data/{key} is read as two dtypes or lengths")
-        return storage
-
-
-def _table(pairs: Any) -> dict:
-    table = {}
-    for key, value in pairs:
-        # A tuple of tuples of ... takes for ever to hash.
-        if not isinstance(key, (str, int, float, bytes, type(None))):
-            raise TypeError(f"a key must be text or a number, got {type(key).__name__}")
-        table[key] = value
-    return table
-
-
-def _named(name: str) -> Any:
-    """What a name in a pickle stands for: a dtype, or itself where it may be called."""
-    if name in _STORAGES:
-        return _STORAGES[name]
-    if name.startswith("torch.") and name.removeprefix("torch.") in _DTYPES:
-        return _DTYPES[name.removeprefix("torch.")]
-    if name in _KNOWN or name.startswith("__torch__."):
-        return _Name(name)
-    raise ValueError(f"it names {name:.200}, but it may hold tensors only (loading other objects can run code)")
-
-
-def _made(called: Any, arguments: Any) -> Any:
-    """What the name would make of the arguments in torch, as data."""
-    if not isinstance(called, _Name) or not isinstance(arguments, tuple):
-        raise TypeError("it calls what cannot be called")
-    module, _, name = called.name.rpartition(".")
-    if called.name.startswith("__torch__."):
-        return _Module()
-    if called.name in _PASSED_OVER:
-        return _PassedOver()
-    if called.name == "collections.OrderedDict":
-        return _table(*arguments) if arguments else {}  # with entries: Python 2's
-    if called.name in _LISTS:
-        return arguments[0]
-    if module == "torch._utils" and name.startswith("_rebuild_parameter"):
-        return arguments[0]
-    if called.name == "torch._tensor._rebuild_from_type_v2":  # a tensor with attributes, or of a class
-        if arguments[1] not in [_Name(each) for each in _TENSOR_CLASSES]:
-            raise TypeError("a tensor must be of torch's own class")
-        return _made(arguments[0], arguments[2])
-    if name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-        return _view(*arguments[:4], metadata=arguments[6:] and arguments[6])
-    if name == "_rebuild_tensor_v3":
-        return _view(*arguments[:4], dtype=arguments[6], metadata=arguments[7:] and arguments[7])
-    raise TypeError(f"it calls {called.name} without a reason")
-
-
-def _described(root: Any) -> dict[str, _View]:
+def _described(root: Any) -> dict[str, View]:
     """The tensors of a module, or of a state dict, which may lie under a key of STATE_KEYS."""
-    if isinstance(root, _Module):
+    if isinstance(root, Module):
         root = dict(_module_tensors(root, "", set()))
     for key in STATE_KEYS:
         if isinstance(root, dict) and isinstance(root.get(key), dict):
             root = root[key]
     if not isinstance(root, dict) or not root:
         raise ValueError(f"it must hold a state dict, names and their tensors; got {type(root).__name__}")
-    foreign = [name for name, value in root.items() if not (isinstance(name, str) and isinstance(value, _View))]
+    foreign = [name for name, value in root.items() if not (isinstance(name, str) and isinstance(value, View))]
     if foreign:
         raise ValueError(
             "it must hold a state dict, dense tensors by name; these are something else: "
@@ -512,16 +246,16 @@ def _described(root: Any) -> dict[str, _View]:
     return root
 
 
-def _module_tensors(module: _Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, _View]]:
+def _module_tensors(module: Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, View]]:
     """Every tensor below a module with its dotted name."""
     # CLIP shares no module; an archive nested in itself would never end.
     if id(module) in seen:
         raise ValueError(f"the module {prefix.rstrip('.')} appears twice in the archive")
     seen.add(id(module))
     for name, value in module.items():
-        if isinstance(value, _View):
+        if isinstance(value, View):
             yield prefix + name, value
-        elif isinstance(value, _Module):
+        elif isinstance(value, Module):
             yield from _module_tensors(value, f"{prefix}{name}.", seen)
 
 
@@ -544,7 +278,7 @@ def _read_zip(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"an archive of torch has one NAME/data.pkl, got {len(roots)}")
         order = roots[0] + "byteorder"
         _check_byte_order(order not in names or archive.read(order) == sys.byteorder.encode())
-        pickled = _Pickle()
+        pickled = Pickle()
         views = _described(pickled.load(io.BytesIO(archive.read(roots[0] + "data.pkl"))))
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return _tensors(views, content, lambda storage: _record_begin(archive, file, roots[0], storage))
@@ -564,7 +298,7 @@ def _check_stored(archive: zipfile.ZipFile, path: Path) -> None:
         raise ValueError(f"its directory claims {claimed} bytes of data, the file has {path.stat().st_size}")
 
 
-def _record_begin(archive: zipfile.ZipFile, file: BinaryIO, root: str, storage: _Storage) -> int:
+def _record_begin(archive: zipfile.ZipFile, file: BinaryIO, root: str, storage: Storage) -> int:
     """Where in the file the data of a record begin."""
     record = archive.getinfo(f"{root}data/{storage.key}")
     expected = storage.numel * storage.dtype.itemsize
@@ -593,18 +327,18 @@ def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
     with open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     try:
-        magic = [_Pickle().load(content), _Pickle().load(content)]
+        magic = [Pickle().load(content), Pickle().load(content)]
     except ValueError as error:
         if str(error).startswith("it names"):
             raise
         magic = []
     if magic != list(_MAGIC):
         raise ValueError("it is truncated, or no file of safetensors or torch")
-    system = _Pickle().load(content)
+    system = Pickle().load(content)
     _check_byte_order(isinstance(system, dict) and system.get("little_endian") is (sys.byteorder == "little"))
-    pickled = _Pickle()
+    pickled = Pickle()
     views = _described(pickled.load(content))
-    keys = _Pickle().load(content)
+    keys = Pickle().load(content)
     is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not is_list or sorted(keys) != sorted(pickled.storages):
         raise ValueError("its list of records is corrupt")
@@ -627,10 +361,10 @@ def _check_byte_order(is_ours: bool) -> None:
 
 
 def _tensors(
-    views: Mapping[str, _View], content: mmap.mmap, begin_of: Callable[[_Storage], int]
+    views: Mapping[str, View], content: mmap.mmap, begin_of: Callable[[Storage], int]
 ) -> dict[str, torch.Tensor]:
     """The tensors that a pickle describes over the rows of numbers that begin there in the file."""
-    rows: dict[_Storage, torch.Tensor] = {}
+    rows: dict[Storage, torch.Tensor] = {}
     for storage in dict.fromkeys(view.storage for view in views.values()):
         begin, num_bytes = begin_of(storage), storage.numel * storage.dtype.itemsize
         # torch < 1.6 writes records anywhere, later ones at multiples of 64; 16 suits the widest number.
@@ -649,7 +383,7 @@ def _tensors(
     return {name: _tensor(view, rows[view.storage]) for name, view in views.items()}
 
 
-def _tensor(view: _View, row: torch.Tensor) -> torch.Tensor:
+def _tensor(view: View, row: torch.Tensor) -> torch.Tensor:
     if row.dtype != view.dtype:
         row = row[: len(row) // view.dtype.itemsize * view.dtype.itemsize].view(view.dtype)
     return torch.as_strided(row, view.size, view.stride, view.offset)

@@ -98,12 +98,12 @@ def _finish(path: Path) -> None:
     only now."""
     if path.is_file():
         path.chmod(0o666 & ~_umask())  # safetensors keeps its files to their owner
-        _sync(path)
+        sync(path)
     else:
         _sync_folder(path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,10 +112,10 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """As `_sync`. Some file systems cannot, and a folder that one may write to need not be readable; what is in it is
+    """As `sync`. Some file systems cannot, and a folder that one may write to need not be readable; what is in it is
     whole all the same."""
     with contextlib.suppress(OSError):
-        _sync(path)
+        sync(path)
 
 
 def check_space(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:

@@ -153,9 +153,14 @@ def _checked_files(files: dict[str, bytes], origin: str, config: VitEmbedTextCon
 
 def padding_id(files: Mapping[str, bytes]) -> int | None:
     """The id that a tokenizer fills rows with, from its files; None where they do not say, and for CLIP's own: its pads
-    with the end token where open_clip's form of it pads with 0."""
-    if "merges.txt" in files:
-        return None
+    with the end token where open_clip's form of it pads with 0. Raises ValueError for settings that are none."""
+    try:
+        return None if "merges.txt" in files else _stated_padding(files)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"the padding of the tokenizer cannot be read: {error!r}") from error
+
+
+def _stated_padding(files: Mapping[str, bytes]) -> int | None:
     said = [json.loads(files[name]) for name in ("tokenizer_config.json", "special_tokens_map.json") if name in files]
     tokens = [each["pad_token"] for each in said if each.get("pad_token")]
     if not tokens:

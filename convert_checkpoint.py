@@ -38,6 +38,7 @@ from vit_embed.checkpoint_writer import (  # noqa: E402
     check_space,
     new_file,
     new_folder,
+    sync,
     write_state_dict,
 )
 from vit_embed.clip_tokenizer import BPE_FILE, padding_id, read_tokenizer, write_tokenizer  # noqa: E402
@@ -127,7 +128,7 @@ def convert_checkpoint(
     layout = _chosen_layout(layout, state_dict, found.config)
     _check_options(layout, options)
     non_finite = _count_non_finite(state_dict)
-    config, weights = LAYOUTS[layout].convert(state_dict, found.config, options)
+    config, weights = _converted(layout, state_dict, found.config, options)
     del state_dict
     if options.max_position_embeddings is not None:
         config, weights = resize_text_positions(config, weights, options.max_position_embeddings)
@@ -148,6 +149,8 @@ def convert_checkpoint(
         _write_model(folder, config, weights, found, layout, max_shard_size)
         if vocabulary is not None:
             write_tokenizer(folder, vocabulary)
+        for path in folder.glob("*.safetensors"):
+            sync(path)  # or its pages cannot be let go of when they are read back
         _check_written(folder, weights)
         model_class = type(empty_model(config))
         del weights
@@ -180,6 +183,17 @@ def _check_options(layout: str, options: ConversionOptions) -> None:
         raise ValueError(f"layout {layout} does not read {', '.join(unread)}; leave it out")
 
 
+def _converted(
+    layout: str, state_dict: StateDict, source_config: SourceConfig, options: ConversionOptions
+) -> tuple[VitEmbedConfig, dict[str, torch.Tensor]]:
+    try:
+        return LAYOUTS[layout].convert(state_dict, source_config, options)
+    # A stranger's config may hold anything where a layout looks for a number.
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        logger.debug("layout %s failed", layout, exc_info=True)
+        raise ValueError(f"the source's config has values that layout {layout} cannot use: {error!r}") from error
+
+
 def _count_non_finite(state_dict: StateDict) -> int:
     """How many numbers of the weights are NaN or infinite, with a warning that names their tensors."""
     counts = {}
@@ -210,6 +224,8 @@ def _take_padding(config: VitEmbedTextConfig, vocabulary: dict[str, bytes] | Non
         config.validate_architecture()
 
 
+# Attention over more takes more memory than there is.
+MAX_TEXT_POSITIONS = 2**17
 TEXT_POSITIONS = "text_model.embeddings.position_embedding.weight"
 
 
@@ -227,8 +243,11 @@ def resize_text_positions(
     """
     if config.text_config is None:
         raise ValueError("--max_position_embeddings is for a text tower, and this model has none; leave it out")
-    if num_positions < 2:
-        raise ValueError(f"--max_position_embeddings must be at least 2, start and end of a text; got {num_positions}")
+    if not 2 <= num_positions <= MAX_TEXT_POSITIONS:
+        raise ValueError(
+            f"--max_position_embeddings must be from 2, start and end of a text, to {MAX_TEXT_POSITIONS}; got "
+            f"{num_positions}"
+        )
     table = weights[TEXT_POSITIONS]
     if num_positions <= len(table):
         resized = table[:num_positions].clone()
@@ -394,9 +413,7 @@ def restore_checkpoint(
     restored = restore(config, weights)
     del weights
     if output_dir is not None and restored.weights_file is None:
-        raise ValueError(
-            f"layout {layout} is a file of weights, not a folder; give --output_file in place of --output_dir"
-        )
+        raise ValueError(f"layout {layout} has no folder for this model, only a file; give --output_file")
     if output_dir is None:
         with new_file(target) as file:
             _write_restored(file, target.suffix, restored)

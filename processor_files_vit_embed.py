@@ -87,8 +87,8 @@ def image_processor_kind(source: dict[str, Any]) -> str:
 def carried_image_processor(source: dict[str, Any], own: dict[str, Any], same_image_size: bool) -> dict[str, Any]:
     """The source's image processor as a model with the image processor `own` needs it.
 
-    Of the same kind it is the source's own where the size is the same, or the model has kept its `image_size`, which need
-    not be the processor's (DINOv2: positions for 518 pixels, images of 224). Else its mean and deviation in `own`.
+    Of the same kind it is the source's own where the size is the same, or the model has kept its `image_size`, which
+    need not be the processor's (DINOv2: positions for 518 pixels, images of 224). Else its mean and deviation in `own`.
     """
     same_kind = image_processor_kind(source) == own["image_processor_type"]
     size_field = "crop_size" if "crop_size" in own else "size"

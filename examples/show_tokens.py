@@ -283,9 +283,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     columns = [panels(options) for kind, panels in KINDS.items() if getattr(options, kind)]
-    height, width = (
-        columns[0][0][0].keywords["picture"].shape[:2]
-    )  # all show the same part of it
+    height, width = columns[0][0][0].keywords["picture"].shape[:2]  # all show the same part of it
     shape = (PICTURE_PIXELS, round(PICTURE_PIXELS * height / width))
     rows = []
     for path, *panels in zip(options.pictures, *columns):

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from vit_embed import checkpoint_reader
+from vit_embed import torch_pickle
 from vit_embed.checkpoint_reader import read_checkpoint, release
 from vit_embed.checkpoint_source import find_source
 from vit_embed.convert_checkpoint import main
@@ -173,7 +173,7 @@ def test_instructions_that_build_no_tensors_are_refused(tmp_path, lie, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_pickle_with_too_many_instructions_is_refused(tmp_path, monkeypatch, form):
     path = files.written(tmp_path / "a.pt", FORMS[form](b"\x80\x02" + b"}" * 1000 + b"."))
-    monkeypatch.setattr(checkpoint_reader, "MAX_PICKLE_LENGTH", 900)
+    monkeypatch.setattr(torch_pickle, "MAX_PICKLE_LENGTH", 900)
     refused(path, "more than 900 instructions")
 
 

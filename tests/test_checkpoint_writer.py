@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,25 +102,24 @@ def test_of_two_commands_one_writes_the_folder_and_the_other_is_told(source, tmp
     restore_checkpoint(tmp_path / "out", "openai", output_file=tmp_path / "back.pt")  # it is whole
 
 
-WRITE_FOR_EVER = """
-import sys, time
-from pathlib import Path
-from vit_embed import checkpoint_writer
-with getattr(checkpoint_writer, sys.argv[1])(Path(sys.argv[2])) as partial:
-    (partial / "a" if sys.argv[1] == "new_folder" else partial).write_text("half")
-    print("written", flush=True)
-    time.sleep(300)
-"""
+def write_for_ever(new, target: Path, written) -> None:
+    with new(target) as partial:
+        fill(new, partial, "half")
+        written.set()
+        time.sleep(300)
 
 
 @BOTH
 def test_a_killed_process_leaves_no_target(tmp_path, new):
     target = target_of(new, tmp_path)
-    command = [sys.executable, "-c", WRITE_FOR_EVER, new.__name__, target]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"written\n"
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    context = multiprocessing.get_context("fork")
+    written = context.Event()
+    process = context.Process(target=write_for_ever, args=(new, target, written))
+    process.start()
+    assert written.wait(60)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     [left] = os.listdir(tmp_path)
     assert left.startswith(f".{target.name}.") and left.endswith(".partial")
     with new(target) as partial:  # the next one is not in its way
@@ -258,7 +258,7 @@ def test_a_disk_that_turns_out_full_at_the_end_leaves_nothing(tmp_path, monkeypa
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint_writer, "_sync", full)
+    monkeypatch.setattr(checkpoint_writer, "sync", full)
     for new in (new_file, new_folder):
         with pytest.raises(OSError, match="No space left"), new(target_of(new, tmp_path / "parent")) as partial:
             fill(new, partial, "lost")

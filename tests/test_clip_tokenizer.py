@@ -23,6 +23,7 @@ from vit_embed.clip_tokenizer import (
     clip_bpe_vocabulary,
     clip_tokenizer_files,
     find_openai_file,
+    padding_id,
     read_tokenizer,
     write_tokenizer,
 )
@@ -265,3 +266,26 @@ def test_an_old_folder_of_vocabulary_and_merges_gets_its_fast_form(with_tokenize
     assert files == clip_tokenizer_files(vocab, merges, 77)
     write_tokenizer(tmp_path, files)
     assert (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"pad_token": "dog"}, 2),
+        ({"pad_token": {"content": "a"}}, 1),
+        ({"pad_token": "cat", "added_tokens_decoder": {"7": {"content": "cat"}}}, 7),
+        ({}, None),
+        ([1], "cannot be read"),
+        ({"pad_token": {"no": "content"}}, "cannot be read"),
+        ({"pad_token": "cat", "added_tokens_decoder": 3}, "cannot be read"),
+    ],
+)
+def test_padding_is_what_the_tokenizer_states(tmp_path, settings, expected):
+    folder = word_tokenizer(tmp_path / "words", ["<unk>", "a", "dog"])
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files["tokenizer_config.json"] = json.dumps(settings).encode()
+    if expected == "cannot be read":
+        with pytest.raises(ValueError, match=expected):
+            padding_id(files)
+    else:
+        assert padding_id(files) == expected

@@ -195,7 +195,9 @@ def test_a_longer_context_is_resampled_as_open_clip_does(openai_file, converted,
     assert "could not be run" in (tmp_path / "long" / "README.md").read_text()
 
 
-@pytest.mark.parametrize(("number", "message"), [(1, "at least 2"), (0, "at least 2")])
+@pytest.mark.parametrize(
+    ("number", "message"), [(1, "from 2, start"), (0, "from 2"), (10**11, "to 131072; got 100000000000")]
+)
 def test_a_context_of_no_text_is_refused(openai_file, tmp_path, number, message):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(max_position_embeddings=number))
@@ -278,3 +280,21 @@ def test_memory_stays_below_a_fifth_more_than_the_float32_weights(tmp_path, stor
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.2 * weights
+
+
+# What a stranger's config may hold
+
+
+@pytest.mark.parametrize("value", [None, "many", [4], {"a": 1}, 0, -3, 2.5, 10**30])
+def test_a_config_with_values_of_no_use_is_an_error_of_one_line(tmp_path, caplog, value):
+    model = tiny.clip_model()
+    model.save_pretrained(tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    for field in ("num_attention_heads", "layer_norm_eps", "image_size"):
+        changed = {**config, "vision_config": {**config["vision_config"], field: value}}
+        if field == "layer_norm_eps" and isinstance(value, (int, float)) and value > 0:
+            continue
+        (tmp_path / "clip" / "config.json").write_text(json.dumps(changed))
+        caplog.clear()
+        assert main([str(tmp_path / "clip"), "--output_dir", str(tmp_path / "out")]) == 1
+        assert "nothing was written" in caplog.text and not (tmp_path / "out").exists()

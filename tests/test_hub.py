@@ -9,6 +9,7 @@ from pathlib import Path
 import hub_server
 import pytest
 import tiny
+import torch
 from fresh_process import digests, run_fresh
 from test_loading import MODEL_CODE
 from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
@@ -308,3 +309,39 @@ def test_trainer_pushes_a_repo_that_loads(hub, pushed, tmp_path):
     assert result["trunk"] == "VitEmbedModel"
     assert result["processor"].startswith("CLIPImageProcessor")
     assert set(result["files"]) >= MODEL_CODE | {"README.md", "config.json", "model.safetensors", "training_args.bin"}
+
+
+def convert_from_hub(folder: str, token: str) -> dict:
+    import json
+    from pathlib import Path
+
+    from huggingface_hub import HfApi
+
+    from vit_embed.convert_checkpoint import main
+
+    api = HfApi(token=token)
+    api.create_repo("alice/clip")
+    api.upload_folder(repo_id="alice/clip", folder_path=folder)
+    status = main(["alice/clip", "--output_dir", "out"])
+    missing = main(["alice/nothing", "--output_dir", "nothing"])
+    config = json.loads(Path("out/config.json").read_text())
+    return {
+        "status": status,
+        "missing": missing,
+        "origin": config["converted_from"],
+        "nothing": Path("nothing").exists(),
+    }
+
+
+def test_a_repository_is_converted_by_its_name(hub, tmp_path):
+    clip = tiny.clip_model()
+    clip.save_pretrained(tmp_path / "clip")
+    (tmp_path / "clip" / "README.md").write_text("---\nlicense: mit\n---\n")
+    environment = {**hub, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "0"}
+    home = tmp_path / "home"
+    got = run_fresh(convert_from_hub, home, environment=environment, folder=str(tmp_path / "clip"), token=TOKEN)
+    assert (got["status"], got["missing"], got["nothing"]) == (0, 1, False)
+    assert got["origin"]["layout"] == "hf_clip" and got["origin"]["source"] == "alice/clip"
+    assert got["origin"]["license"] == "mit" and list(got["origin"]["sha256"]) == ["model.safetensors"]
+    converted = VitEmbedForContrastive.from_pretrained(home / "out").state_dict()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in clip.state_dict().items())
