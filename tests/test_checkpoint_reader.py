@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from vit_embed import torch_pickle
+from vit_embed import checkpoint_reader, torch_pickle
 from vit_embed.checkpoint_reader import read_checkpoint, release
 from vit_embed.checkpoint_source import find_source
 from vit_embed.convert_checkpoint import main
