@@ -234,9 +234,9 @@ def resize_text_positions(
 ) -> tuple[VitEmbedConfig, dict[str, torch.Tensor]]:
     """A dual encoder for texts of `num_positions` tokens.
 
-    A shorter table keeps its first rows, with which texts that fit give what they gave before. A longer one is
-    resampled linearly in float32, as open_clip's `resize_text_pos_embed` does; that moves every position, so texts of
-    any length give other features than before, and the model should be fine-tuned.
+    A shorter table keeps its first rows, with which a causal tower read at its end token gives texts that fit what it
+    gave before. A longer one is resampled linearly in float32, as open_clip's `resize_text_pos_embed` does; that moves
+    every position, so texts of any length give other features than before, and the model should be fine-tuned.
 
     Raises:
         ValueError: a model without a text tower, or fewer than two positions.
