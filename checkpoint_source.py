@@ -50,7 +50,7 @@ WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 MAX_CARD_LENGTH = 2**20
 # What says more of the weights, the first that is there.
 CONFIG_FILES = ("open_clip_config.json", "config.json")
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "README.md")
+HUB_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.txt", "*.model", "README.md")
 
 
 class Source(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from vit_embed.checkpoint_source import Source
 from vit_embed.configuration_vit_embed import VitEmbedConfig
+from vit_embed.layouts import REFERENCES
 from vit_embed.modeling_vit_embed import VitEmbedPreTrainedModel
 
 # How a converted class is loaded, and what the Hub calls its task.
@@ -40,7 +41,7 @@ def model_card(
     if differences is not None:
         rows = "".join(f"| {name} | {difference:.2e} |\n" for name, difference in differences.items())
         measured = (
-            "Largest absolute difference from the source's own code on the same random inputs, in float32:\n\n"
+            f"Largest absolute difference from {REFERENCES[layout]} on the same random inputs, in float32:\n\n"
             f"| output | difference |\n|---|---|\n{rows}"
         ).rstrip()
     files = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in hashes.items())

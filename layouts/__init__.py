@@ -15,6 +15,19 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+# What the `reference` of a layout runs, for the card.
+REFERENCES = {
+    "openai": "OpenAI's own code (clip-anytorch)",
+    "open_clip": "open_clip's own code",
+    "hf_clip": "transformers' own class",
+    "timm": "timm's own class",
+    "hf_vit": "transformers' own class",
+    "dinov2": "transformers' own class, for Meta's files timm's",
+    "deepseek_ocr": "",
+    "torch_encoder": "torch's own layers, put together as this layout takes them to be",
+}
+
+
 def detect_layout(state_dict: StateDict, source_config: SourceConfig) -> tuple[str, str]:
     """The one layout that a source is of, and why.
 

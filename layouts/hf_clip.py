@@ -28,7 +28,7 @@ from vit_embed.layouts.rules import (
     reverse_rules,
     rule,
 )
-from vit_embed.processor_files_vit_embed import IMAGE_PROCESSOR_FILE
+from vit_embed.processor_files_vit_embed import IMAGE_PROCESSOR_FILE, image_processor_dict
 
 # The folders that can be converted: the class that reads their config, by its `model_type`.
 CONFIG_CLASSES = {
@@ -323,6 +323,24 @@ def _take_labels(config: VitEmbedConfig, source: PretrainedConfig, classifier: t
     config.problem_type = source.problem_type
 
 
+# Preprocessing
+
+
+def image_processor(source_config: SourceConfig, config: VitEmbedConfig) -> dict[str, Any] | None:
+    """SigLIP's own, where a folder has none: both sides resized, without a crop, to values in [-1, 1] (the
+    preprocessor_config.json of google/siglip-base-patch16-224). None for CLIP's."""
+    if not source_config["model_type"].startswith("siglip"):
+        return None
+    height, width = config.image_shape
+    return {
+        **image_processor_dict(config, "CLIPImageProcessor"),
+        "size": {"height": height, "width": width},
+        "do_center_crop": False,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+
+
 # The way back
 
 
@@ -497,4 +515,4 @@ def restored_processor(files: Mapping[str, Any], preprocessor: Mapping[str, Any]
     return {**files, IMAGE_PROCESSOR_FILE: dict(preprocessor)}
 
 
-LAYOUT = Layout(detect, convert, reference, ("hidden_act",), restore=restore, restored_processor=restored_processor)
+LAYOUT = Layout(detect, convert, reference, ("hidden_act",), image_processor, restore, restored_processor)

@@ -18,6 +18,7 @@ BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 # centre crop, rescale, normalise. They differ in their defaults.
 CLIP_LIKE_IMAGE_PROCESSORS = (
     "BitImageProcessor",
+    "CLIPImageProcessor",
     "DeiTImageProcessor",
     "SiglipImageProcessor",
     "ViTImageProcessor",
@@ -32,15 +33,16 @@ def equal_image_processor(source: dict[str, Any], own: dict[str, Any]) -> dict[s
         own: what this model's says without a source, as in `image_processor_dict`.
 
     Returns:
-        `source` itself where it is of the kind of `own`. A CLIPImageProcessor equal to it where it is one of
-        CLIP_LIKE_IMAGE_PROCESSORS. Else `own` with its mean and standard deviation, and a warning: how it resizes and
+        A CLIPImageProcessor equal to it, with sizes as (height, width) or by the shorter side, where it is one of
+        CLIP_LIKE_IMAGE_PROCESSORS: files from before transformers 4.25 say one number. `source` itself where it is of
+        another kind, that of `own`. Else `own` with its mean and standard deviation, and a warning: how it resizes and
         crops is not known.
 
     Raises:
         ValueError: values that the stock class cannot read.
     """
     kind = image_processor_kind(source)
-    if kind == own["image_processor_type"]:
+    if kind == own["image_processor_type"] != "CLIPImageProcessor":
         return dict(source)
     if kind not in CLIP_LIKE_IMAGE_PROCESSORS or own["image_processor_type"] != "CLIPImageProcessor":
         logger.warning(

@@ -22,8 +22,10 @@ from vit_embed.layouts.open_clip_config import (
     WHAT_CAN_BE,
     Form,
     check_model_cfg,
+    check_shown,
     config_of,
     form_of,
+    is_number,
     is_quick_gelu,
     model_cfg_from,
     model_cfg_of,
@@ -149,6 +151,7 @@ def convert(
     form, model_cfg = form_of(state_dict), stated_model_cfg(source_config)
     check_model_cfg(model_cfg)
     check_sizes(state_dict, _sizes(form), "a dual encoder of open_clip with a vision transformer")
+    check_shown(state_dict, form, model_cfg)
     if not model_cfg:
         _check_bare(form, options)
     config = config_of(state_dict, form, model_cfg, options)
@@ -207,10 +210,12 @@ def image_processor(source_config: SourceConfig, config: VitEmbedConfig) -> dict
     if not stated_model_cfg(source_config):
         return None
     stated = source_config.get("preprocess_cfg") or {}
+    if not isinstance(stated, dict):
+        raise ValueError(f"preprocess_cfg must be an object, got {stated!r}")
     said = {
         name: default if stated.get(name) is None else stated[name] for name, default in PREPROCESS_DEFAULTS.items()
     }
-    if said["interpolation"] not in RESAMPLING or said["resize_mode"] not in RESIZE_MODES:
+    if said["interpolation"] not in tuple(RESAMPLING) or said["resize_mode"] not in RESIZE_MODES:
         raise ValueError(
             f"preprocess_cfg must have an interpolation of {', '.join(RESAMPLING)} and a resize_mode of "
             f"{', '.join(RESIZE_MODES)}; got {said['interpolation']!r} and {said['resize_mode']!r}"
@@ -224,9 +229,7 @@ def image_processor(source_config: SourceConfig, config: VitEmbedConfig) -> dict
             height,
             width,
         )
-    mean, std = (
-        [value] * 3 if isinstance(value, (int, float)) else list(value) for value in (said["mean"], said["std"])
-    )
+    mean, std = (_per_channel(name, said[name]) for name in ("mean", "std"))
     return {
         **image_processor_dict(config, "CLIPImageProcessor"),
         "size": {"shortest_edge": height} if crops else {"height": height, "width": width},
@@ -236,6 +239,13 @@ def image_processor(source_config: SourceConfig, config: VitEmbedConfig) -> dict
         "image_mean": mean,
         "image_std": std,
     }
+
+
+def _per_channel(name: str, value: Any) -> list[float]:
+    values = value if isinstance(value, (list, tuple)) else [value] * 3
+    if not values or not all(map(is_number, values)):
+        raise ValueError(f"preprocess_cfg.{name} must be a number or one for each channel, got {value!r}")
+    return list(values)
 
 
 def preprocess_cfg(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,15 +345,18 @@ def _build(
     fields["nonscalar_logit_scale"] = bool(form.scale_axes)
     fields["init_logit_bias"] = -10.0 if "logit_bias" in state_dict else None
     weights = {name: tensor for name, tensor in state_dict.items() if name != f"{form.text}attn_mask"}
-    with torch.device("meta"):
-        model_class = open_clip.CustomTextCLIP if form.text else open_clip.CLIP
-        if trunk_only:
-            tower = (fields["embed_dim"], fields["vision_cfg"], is_quick_gelu(fields))
-            model = open_clip.model._build_vision_tower(*tower).eval()
-            weights = {name[len("visual.") :]: t for name, t in weights.items() if name.startswith("visual.")}
-        else:
-            model = model_class(**fields).eval()
-    model.load_state_dict(as_float32(weights), assign=True)
+    model_class = open_clip.CustomTextCLIP if form.text else open_clip.CLIP
+    try:
+        with torch.device("meta"):
+            if trunk_only:
+                tower = (fields["embed_dim"], fields["vision_cfg"], is_quick_gelu(fields))
+                model = open_clip.model._build_vision_tower(*tower).eval()
+                weights = {name[len("visual.") :]: t for name, t in weights.items() if name.startswith("visual.")}
+            else:
+                model = model_class(**fields).eval()
+        model.load_state_dict(as_float32(weights), assign=True)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise ValueError(f"open_clip does not take these weights: {error}") from error
     text = None if trunk_only else model.text if form.text else model
     if text is not None and text.attn_mask is not None:  # a buffer that is not stored
         text.attn_mask = torch.full(text.attn_mask.shape, -math.inf).triu_(1)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vit_embed import VitEmbedConfig, VitEmbedTextConfig
@@ -63,16 +63,25 @@ TEXT_NEEDED = {
     "ls_init_value": None,
     **_ONLY_DEFAULTS,
 }
-# Fields that shapes show as well, or that no inference reads: `pos_embed_type` only says how a stored table began, and
-# `final_ln_after_pool` of the text tower nothing.
-VISION_SHOWN = (
-    *("layers", "width", "mlp_ratio", "patch_size", "ls_init_value", "pos_embed_type", "output_tokens", "block_type"),
-    *("attn_pooler_queries", "attn_pooler_heads"),
+# Fields that shapes show as well, and must agree with; `image_size` does too. timm's towers read none of the first.
+VISION_SHOWN = {"layers": 12, "width": 768, "mlp_ratio": 4.0, "patch_size": 16, "ls_init_value": None}
+TEXT_SHOWN = {
+    "context_length": 77,
+    "vocab_size": 49408,
+    "width": 512,
+    "layers": 12,
+    "mlp_ratio": 4.0,
+    "proj_bias": False,
+}
+# Fields that no inference reads: `pos_embed_type` only says how a stored table began, and `final_ln_after_pool` of the
+# text tower nothing. `pad_id` is read where it is stated; what it is by default no model needs.
+VISION_UNREAD = (
+    *("pos_embed_type", "output_tokens", "block_type", "attn_pooler_queries", "attn_pooler_heads"),
     *("timm_model_pretrained", "timm_proj_bias", "timm_drop", "timm_drop_path"),
 )
-TEXT_SHOWN = (
-    *("context_length", "vocab_size", "width", "layers", "mlp_ratio", "proj_bias", "pad_id", "output_tokens"),
-    *("final_ln_after_pool", "block_type", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+TEXT_UNREAD = (
+    *("pad_id", "output_tokens", "final_ln_after_pool", "block_type"),
+    *("hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
 )
 MODEL_FIELDS = (
     *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"),
@@ -97,8 +106,45 @@ SIGLIP_DEPTHS = {"base": (12, 3072), "large": (24, 4096), "so400m": (27, 4304), 
 SIGLIP_PADDING = {32000: 1, 250000: 1, 256000: 0}
 
 
+def is_number(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value, (int,)) and value > 0
+
+
+# What a field that is read must be, by its name in any of the three parts of the config; None where that is its default.
+KINDS: dict[tuple[str, ...], tuple[str, Callable[[Any], bool]]] = {
+    ("embed_dim", "layers", "width", "head_width", "heads", "context_length", "vocab_size"): (
+        "a whole number from 1",
+        _is_count,
+    ),
+    ("image_size", "patch_size"): (
+        "a whole number from 1 or two of them",
+        lambda value: (
+            _is_count(value) or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)))
+        ),
+    ),
+    ("eos_id", "pad_id"): ("a token's id", lambda value: is_number(value, (int,))),
+    ("mlp_ratio", "patch_dropout", "ls_init_value"): ("a number", is_number),
+    ("no_ln_pre", "final_ln_after_pool", "no_causal_mask", "proj_bias", "quick_gelu", "custom_text"): (
+        "true or false",
+        lambda value: isinstance(value, bool),
+    ),
+    ("pool_type", "timm_model_name", "hf_tokenizer_name", "tokenizer_mode"): (
+        "a string",
+        lambda value: isinstance(value, str),
+    ),
+    ("act_kwargs", "tokenizer_kwargs"): ("an object", lambda value: isinstance(value, dict)),
+    ("norm_kwargs",): (
+        "an object with numbers",
+        lambda value: isinstance(value, dict) and is_number(value.get("eps", DEFAULT_EPS)),
+    ),
+}
 TEXT_POOLINGS = {"argmax": "eos", "eos": "eos", "first": "first", "last": "last"}
 
+DEFAULT_EPS = 1e-5  # of torch.nn.LayerNorm
 # Layer scale starts from it where nothing says; nothing else reads it.
 LAYER_SCALE_INIT = 1e-4
 WHAT_CAN_BE = (
@@ -149,14 +195,15 @@ def check_model_cfg(model_cfg: Mapping[str, Any]) -> None:
     """Raises ValueError, naming every field, for what cannot be expressed, or what open_clip does not know."""
     if not model_cfg:
         return
+    _check_kinds(model_cfg)
     wrong = []
     if "multimodal_cfg" in model_cfg:
         wrong.append("multimodal_cfg (a CoCa)")
     wrong += [name for name in model_cfg if name not in (*MODEL_FIELDS, "multimodal_cfg")]
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     for tower, given, needed, others in (
-        ("vision_cfg", vision_cfg, VISION_NEEDED, (*VISION_DEFAULTS, *VISION_SHOWN)),
-        ("text_cfg", text_cfg, TEXT_NEEDED, (*TEXT_DEFAULTS, *TEXT_SHOWN)),
+        ("vision_cfg", vision_cfg, VISION_NEEDED, (*VISION_DEFAULTS, *VISION_SHOWN, *VISION_UNREAD)),
+        ("text_cfg", text_cfg, TEXT_NEEDED, (*TEXT_DEFAULTS, *TEXT_SHOWN, *TEXT_UNREAD)),
     ):
         wrong += [f"{tower}.{name}={given[name]!r}" for name in needed if given.get(name, needed[name]) != needed[name]]
         wrong += [f"{tower}.{name} (unknown)" for name in given if name not in needed and name not in others]
@@ -184,6 +231,99 @@ def check_model_cfg(model_cfg: Mapping[str, Any]) -> None:
             wrong.append(f"vision_cfg.timm_model_name={name!r} with timm_pool={pooling!r} and timm_proj={projection!r}")
     if wrong:
         raise ValueError(f"{CONFIG_FILE} asks for what cannot be converted: {', '.join(wrong)}; {WHAT_CAN_BE}")
+
+
+def _check_kinds(model_cfg: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming every field, for values of another kind than open_clip takes."""
+    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
+    nullable = [name for part in (VISION_DEFAULTS, TEXT_DEFAULTS, VISION_SHOWN) for name in part if part[name] is None]
+    wrong = [] if "embed_dim" in model_cfg else ["embed_dim must be a whole number from 1, and is not there"]
+    for prefix, part in (("", model_cfg), ("vision_cfg.", vision_cfg), ("text_cfg.", text_cfg)):
+        for names, (kind, fits) in KINDS.items():
+            for name in names:
+                value = part.get(name)
+                if name not in part or fits(value) or (value is None and name in nullable):
+                    continue
+                if name != "layers" or not isinstance(value, (list, tuple)):  # a ResNet's, which has its own message
+                    wrong.append(f"{prefix}{name} must be {kind}, got {value!r}")
+    if wrong:
+        raise ValueError(f"{CONFIG_FILE} cannot be read: {', '.join(wrong)}")
+
+
+def check_shown(state_dict: StateDict, form: Form, model_cfg: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming every field, where a config says other sizes than the weights have.
+
+    What it leaves out has open_clip's default. To be called behind `check_model_cfg`.
+    """
+    if not model_cfg:
+        return
+    said = {
+        "": model_cfg,
+        "vision_cfg.": {**VISION_DEFAULTS, **VISION_SHOWN, **model_cfg["vision_cfg"]},
+        "text_cfg.": {**TEXT_DEFAULTS, **TEXT_SHOWN, **model_cfg["text_cfg"]},
+    }
+    image = _siglip_seen if form.siglip else _vit_seen
+    wrong = []
+    for prefix, seen in {
+        **image(state_dict, said["vision_cfg."]),
+        "text_cfg.": _text_seen(state_dict, form, said["text_cfg."]),
+    }.items():
+        for name, value in seen.items():
+            if said[prefix][name] != value:
+                wrong.append(f"{prefix}{name}={said[prefix][name]!r}, the weights have {value!r}")
+    if wrong:
+        raise ValueError(f"{CONFIG_FILE} contradicts the weights: {'; '.join(wrong)}")
+
+
+def _vit_seen(state_dict: StateDict, vision_cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the weights of open_clip's own image tower show, as the config has it where both agree."""
+    width, _, *patch_size = state_dict["visual.conv1.weight"].shape
+    layer_scale = "visual.transformer.resblocks.0.ls_1.gamma" in state_dict
+    said_patch, said_scale = vision_cfg["patch_size"], vision_cfg["ls_init_value"]
+    fits = patch_size == ([said_patch] * 2 if isinstance(said_patch, int) else list(said_patch))
+    return {
+        "": {"embed_dim": state_dict["visual.proj"].shape[1]},
+        "vision_cfg.": {
+            **_tower_seen(state_dict, "visual.transformer.resblocks", width, vision_cfg["mlp_ratio"]),
+            "patch_size": said_patch if fits else patch_size,
+            "no_ln_pre": "visual.ln_pre.weight" not in state_dict,
+            "ls_init_value": said_scale if (said_scale is not None) == layer_scale else layer_scale or None,
+        },
+    }
+
+
+def _siglip_seen(state_dict: StateDict, vision_cfg: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same of timm's, whose name says its sizes."""
+    width, _, *patch_size = state_dict["visual.trunk.patch_embed.proj.weight"].shape
+    name, layers = vision_cfg["timm_model_name"], count_layers(state_dict, "visual.trunk.blocks")
+    found = f"{layers} layers of width {width} and patches of {tuple(patch_size)}"
+    fits = name is None or named_sizes(name) == (layers, width, *patch_size)
+    return {"": {"embed_dim": width}, "vision_cfg.": {"timm_model_name": name if fits else found}}
+
+
+def named_sizes(name: str) -> tuple[int, int, int, int]:
+    """Layers, width and patch of one of SIGLIP_NAMES."""
+    parts = SIGLIP_NAME.fullmatch(name)
+    return SIGLIP_DEPTHS[parts["family"]][0], architecture_of(name).width, *[int(parts["patch"])] * 2
+
+
+def _text_seen(state_dict: StateDict, form: Form, text_cfg: Mapping[str, Any]) -> dict[str, Any]:
+    vocab_size, width = state_dict[f"{form.text}token_embedding.weight"].shape
+    return {
+        **_tower_seen(state_dict, f"{form.text}transformer.resblocks", width, text_cfg["mlp_ratio"]),
+        "context_length": len(state_dict[f"{form.text}positional_embedding"]),
+        "vocab_size": vocab_size,
+        "proj_bias": form.linear_projection,
+    }
+
+
+def _tower_seen(state_dict: StateDict, blocks: str, width: int, mlp_ratio: float) -> dict[str, Any]:
+    mlp_width = len(state_dict[f"{blocks}.0.mlp.c_fc.weight"])
+    return {
+        "width": width,
+        "layers": count_layers(state_dict, blocks),
+        "mlp_ratio": mlp_ratio if int(width * mlp_ratio) == mlp_width else mlp_width / width,
+    }
 
 
 def is_quick_gelu(model_cfg: Mapping[str, Any]) -> bool:
@@ -278,7 +418,9 @@ def _siglip_fields(
         "intermediate_size": len(state_dict["visual.trunk.blocks.0.mlp.fc1.weight"]),
         "hidden_act": act,
         "layer_norm_eps": eps,
-        "image_size": _image_size(state_dict["visual.trunk.pos_embed"].shape[1], tuple(patch_size), {}, options),
+        "image_size": _image_size(
+            state_dict["visual.trunk.pos_embed"].shape[1], tuple(patch_size), vision_cfg, options
+        ),
         "patch_size": tuple(patch_size),
         "num_channels": channels,
         "pooling_type": known(options.pooling_type, "map", "the pooling", "--pooling_type"),
@@ -314,9 +456,6 @@ def _activation(model_cfg: Mapping[str, Any], tower_cfg: Mapping[str, Any], opti
 def _eps(model_cfg: Mapping[str, Any], tower_cfg: Mapping[str, Any], options: ConversionOptions) -> float:
     stated = (tower_cfg.get("norm_kwargs") or {}).get("eps", DEFAULT_EPS)
     return known(options.layer_norm_eps, stated if model_cfg else None, "eps of the norms", "--layer_norm_eps")
-
-
-DEFAULT_EPS = 1e-5  # of torch.nn.LayerNorm
 
 
 def _text_config(
@@ -410,7 +549,9 @@ def model_cfg_of(config: VitEmbedConfig, form: Form) -> dict[str, Any]:
             f"open_clip's models are dual encoders, this is a {config.architectures[0]}; use --layout timm or hf_clip "
             "for an image tower"
         )
-    needed = {**SIGLIP_ARCHITECTURE, "use_visual_projection": False} if form.siglip else VIT_ARCHITECTURE
+    needed = (
+        {**SIGLIP_ARCHITECTURE, "use_visual_projection": False, "num_channels": 3} if form.siglip else VIT_ARCHITECTURE
+    )
     final_norm = config.final_norm_type if config.resolved_final_norm_type == "layer_norm" else "layer_norm"
     require(config, {**needed, "final_norm_type": final_norm}, "open_clip")
     quick = [act == "quick_gelu" for act in (config.hidden_act, text.hidden_act)]

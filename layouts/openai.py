@@ -79,10 +79,11 @@ def detect(state_dict: StateDict, source_config: SourceConfig) -> str | None:
     """The keys of OpenAI's CLIP. Without its metadata they are those of open_clip as well."""
     if "visual.conv1.weight" not in state_dict and "visual.layer1.0.conv1.weight" not in state_dict:
         return None
-    if "token_embedding.weight" not in state_dict or source_config:
+    if "token_embedding.weight" not in state_dict:
         return None
-    proof = " and the sizes that OpenAI's archives carry" if all(key in state_dict for key in METADATA) else ""
-    return f"it has OpenAI's keys{proof}"
+    if all(key in state_dict for key in METADATA):
+        return "it has OpenAI's keys and the sizes that OpenAI's archives carry"
+    return None if source_config else "it has OpenAI's keys"
 
 
 def convert(
@@ -189,7 +190,7 @@ def restore(config: VitEmbedConfig, weights: StateDict) -> Restored:
     state_dict = reverse_rules(weights, (*TRUNK_RULES, *HEAD_RULES))
     sizes = (config.image_size, config.text_config.max_position_embeddings, config.text_config.vocab_size)
     state_dict.update({key: torch.tensor(size) for key, size in zip(METADATA, sizes)})
-    return Restored(state_dict, usage='clip.load("FILE", device="cpu")')
+    return Restored(state_dict, usage='clip.load("FILE", device="cpu"), where it ends in .pt')
 
 
 def require(config: VitEmbedConfig) -> None:
@@ -204,14 +205,14 @@ def require(config: VitEmbedConfig) -> None:
             "final_norm_type": config.final_norm_type if config.resolved_final_norm_type == "layer_norm" else None,
             "hidden_act": "quick_gelu",
             "layer_norm_eps": 1e-5,
-            "num_attention_heads": config.hidden_size // HEAD_WIDTH,
+            "num_attention_heads": config.hidden_size / HEAD_WIDTH,
             "intermediate_size": MLP_RATIO * config.hidden_size,
             "num_channels": 3,
             "image_size": config.image_shape[0],
             "patch_size": config.patch_shape[0],
             "text_config.hidden_act": "quick_gelu",
             "text_config.layer_norm_eps": 1e-5,
-            "text_config.num_attention_heads": text.hidden_size // HEAD_WIDTH,
+            "text_config.num_attention_heads": text.hidden_size / HEAD_WIDTH,
             "text_config.intermediate_size": MLP_RATIO * text.hidden_size,
             "text_config.eos_token_id": text.vocab_size - 1,  # it pools at the largest id
             "text_config.pooling_type": "eos",

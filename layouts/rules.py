@@ -224,7 +224,7 @@ def apply_rules(
             that are no floats, or a number that is finite in the source and overflows `dtype`.
     """
     patterns = [(_pattern(each.source), each) for each in rules]
-    result, sources, left_over, misfits, twice = {}, {}, [], [], []
+    result, sources, dropped, left_over, misfits, twice = {}, {}, [], [], [], []
     for key, tensor in state_dict.items():
         found, values = _matching(key, patterns)
         targets = [] if found is None else [target.format(**values) for target in found.targets]
@@ -232,6 +232,7 @@ def apply_rules(
             left_over.append(key)
             continue
         if not targets:
+            dropped.append(key)
             continue
         twice += [f"{sources[target]} and {key}" for target in targets[:1] if target in sources]
         sources.update(dict.fromkeys(targets, key))
@@ -250,6 +251,8 @@ def apply_rules(
         "keys of the source for one and the same weight": twice,
         "tensors of another shape than the sizes of the others ask for": misfits,
     }
+    if dropped:
+        logger.info("left out, as the model here has no use for them: %s", listing(dropped))
     if found := [f"{what}: {listing(names)}" for what, names in problems.items() if names]:
         raise ValueError("; ".join(found))
     return result

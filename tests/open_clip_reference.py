@@ -16,6 +16,8 @@ import torch
 from references import import_package
 from safetensors.torch import save_file
 
+from vit_embed.layouts import open_clip_config
+
 # Heads that no rule of thumb gives: four of 8 in the image tower, three of 8 in the text tower.
 MODEL_CFG = {
     "embed_dim": 20,
@@ -64,8 +66,9 @@ def small_siglip(monkeypatch: pytest.MonkeyPatch) -> None:
         small = {"embed_dim": SIGLIP_WIDTH, "depth": 2} if "_siglip_" in name else {}
         return original(name, **{**options, **small})
 
-    original = timm.create_model
+    original, sizes = timm.create_model, open_clip_config.named_sizes
     monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(open_clip_config, "named_sizes", lambda name: (2, SIGLIP_WIDTH, *sizes(name)[2:]))
 
 
 def changed(base: dict[str, Any], vision: dict | None = None, text: dict | None = None, **top: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import openai_reference
@@ -12,11 +13,13 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedModel
+from vit_embed import convert_checkpoint as convert_module
 from vit_embed.checkpoint_reader import read_checkpoint
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
+from vit_embed.layouts import LAYOUTS, openai
 from vit_embed.layouts.openai import METADATA
 from vit_embed.layouts.rules import ConversionOptions
 
@@ -280,6 +283,83 @@ def test_memory_stays_below_a_fifth_more_than_the_float32_weights(tmp_path, stor
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 1.2 * weights
+
+
+# What ours bounds, rounds or does beyond its weights
+
+
+def test_a_logit_scale_above_the_bound_is_named_and_features_are_compared(tmp_path, caplog):
+    clip = tiny.clip_model()
+    clip.logit_scale.data.fill_(5.0)
+    clip.save_pretrained(tmp_path / "clip")
+    differences = convert_checkpoint(tmp_path / "clip", tmp_path / "out")
+    assert "logit_scale is 5.0000, above ln 100 = 4.6052" in caplog.text
+    assert set(differences) == {"image_features", "text_features"}
+    caplog.clear()
+    clip.logit_scale.data.fill_(4.6052)
+    clip.save_pretrained(tmp_path / "clip")
+    assert "logits_per_image" in convert_checkpoint(tmp_path / "clip", tmp_path / "bounded")
+    assert "above ln 100" not in caplog.text
+
+
+def test_half_precision_is_compared_too(openai_file, tmp_path, monkeypatch):
+    convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(dtype=torch.bfloat16))
+
+    def another(*arguments):
+        return {name: -value for name, value in openai.reference(*arguments).items()}
+
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=another))
+    with pytest.raises(ValueError, match="image_features of the result differs"):
+        convert_checkpoint(openai_file, tmp_path / "wrong", ConversionOptions(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        (layout, changes)
+        for layout in ("openai", "hf_clip", "open_clip", "timm")
+        for changes in ({"token_merge_size": 2}, {"pad_to_patch": True})
+    ],
+)
+def test_what_no_other_package_does_at_inference_is_not_taken_back(converted, tmp_path, layout, changes):
+    VitEmbedForContrastive.from_pretrained(converted, **changes).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=f"cannot express this model: {next(iter(changes))}="):
+        restore_checkpoint(tmp_path / "ours", layout, output_file=tmp_path / "back.pt")
+
+
+def test_code_that_cannot_take_the_weights_is_an_error(openai_file, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=broken))
+    with pytest.raises(ValueError, match="the source's own code does not run these weights .*: size mismatch"):
+        convert_checkpoint(openai_file, tmp_path / "out")
+
+
+# Image processors
+
+
+def test_an_image_processor_of_an_old_release_is_read(tmp_path):
+    """In the form that transformers < 4.25 wrote: sizes as one number, no `image_processor_type`."""
+    tiny.clip_model().save_pretrained(tmp_path / "clip")
+    old = {
+        **{"crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 32},
+        **{"feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3},
+    }
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(old))
+    convert_checkpoint(tmp_path / "clip", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (written["size"], written["crop_size"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
+    assert written["image_mean"] == [0.4] * 3 and written["image_std"] == [0.3] * 3
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "out")).__name__.startswith("CLIPImageProcessor")
+
+
+def test_unknown_preprocessing_is_warned_of(openai_file, tmp_path, caplog, monkeypatch):
+    convert_checkpoint(openai_file, tmp_path / "clips")
+    assert "how the source's images were prepared" not in caplog.text
+    monkeypatch.setattr(convert_module, "CLIP_PREPROCESSED", ())
+    convert_checkpoint(openai_file, tmp_path / "unknown")
+    assert "nothing says how the source's images were prepared" in caplog.text
 
 
 # What a stranger's config may hold

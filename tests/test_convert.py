@@ -674,8 +674,6 @@ def test_the_comparison_sees_a_changed_weight(source, converted, tmp_path):
     arguments = LAYOUTS["openai"], find_source(source.archive), tmp_path / "changed", VitEmbedForContrastive
     with pytest.raises(ValueError, match="text_features of the result differs from the source's"):
         convert_checkpoint.compare(*arguments, torch.float32)
-    differences = convert_checkpoint.compare(*arguments, torch.bfloat16)  # rounding is no error
-    assert differences["image_features"] < 1e-2 < 1e-1 < differences["text_features"]
 
 
 # The command line

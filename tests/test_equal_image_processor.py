@@ -54,7 +54,7 @@ def test_another_image_processor_becomes_an_equal_one(kind, tmp_path):
 def test_image_processors_that_are_ours_unknown_or_broken(caplog):
     own = image_processor_dict(VitEmbedConfig(), "CLIPImageProcessor")
     clip = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224}
-    assert equal_image_processor(clip, own) == clip
+    assert equal_image_processor(clip, own) == own  # one number in old files, of the shorter side
     caplog.set_level(logging.WARNING)
     donut = {"image_processor_type": "DonutImageProcessor", "image_mean": [0.1] * 3, "size": {"height": 9, "width": 9}}
     assert equal_image_processor(donut, own) == {**own, "image_mean": [0.1] * 3}
