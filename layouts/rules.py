@@ -22,6 +22,7 @@ from vit_embed import (
     VitEmbedModelWithProjection,
 )
 from vit_embed.checkpoint_reader import listing, release
+from vit_embed.checkpoint_source import progress
 from vit_embed.modeling_vit_embed import VitEmbedPreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -225,26 +226,28 @@ def apply_rules(
     """
     patterns = [(_pattern(each.source), each) for each in rules]
     result, sources, dropped, left_over, misfits, twice = {}, {}, [], [], [], []
-    for key, tensor in state_dict.items():
-        found, values = _matching(key, patterns)
-        targets = [] if found is None else [target.format(**values) for target in found.targets]
-        if found is None or not all(target in target_shapes for target in targets):
-            left_over.append(key)
-            continue
-        if not targets:
-            dropped.append(key)
-            continue
-        twice += [f"{sources[target]} and {key}" for target in targets[:1] if target in sources]
-        sources.update(dict.fromkeys(targets, key))
-        expected = _source_shape(found, target_shapes[targets[0]])
-        if tensor.shape != expected:
-            misfits.append(f"{key} must be {tuple(expected)}, got {tuple(tensor.shape)}")
-            continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"{key} must be a float tensor, got {tensor.dtype}")
-        for target, part in zip(targets, _parts(found, tensor)):
-            result[target] = _stored(part, dtype, key)
-        release(tensor)
+    with progress("converting", sum(tensor.nbytes for tensor in state_dict.values())) as bar:
+        for key, tensor in state_dict.items():
+            bar.update(tensor.nbytes)
+            found, values = _matching(key, patterns)
+            targets = [] if found is None else [target.format(**values) for target in found.targets]
+            if found is None or not all(target in target_shapes for target in targets):
+                left_over.append(key)
+                continue
+            if not targets:
+                dropped.append(key)
+                continue
+            twice += [f"{sources[target]} and {key}" for target in targets if target in sources][:1]
+            sources.update(dict.fromkeys(targets, key))
+            expected = _source_shape(found, target_shapes[targets[0]])
+            if tensor.shape != expected:
+                misfits.append(f"{key} must be {tuple(expected)}, got {tuple(tensor.shape)}")
+                continue
+            if not tensor.is_floating_point():
+                raise ValueError(f"{key} must be a float tensor, got {tensor.dtype}")
+            for target, part in zip(targets, _parts(found, tensor)):
+                result[target] = _stored(part, dtype, key)
+            release(tensor)
     problems = {
         "keys of the source without a place in the model": left_over,
         "weights of the model that are not in the source": [name for name in target_shapes if name not in sources],

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from vit_embed import VitEmbedForContrastive, VitEmbedModel
+from vit_embed import VitEmbedForContrastive, VitEmbedModel, checkpoint_source
 from vit_embed import convert_checkpoint as convert_module
 from vit_embed.checkpoint_reader import read_checkpoint
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
@@ -246,6 +246,18 @@ def test_the_origin_survives_training_and_saving(converted, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     saved = AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     assert saved.converted_from == model.config.converted_from is not None
+
+
+# Progress
+
+
+def test_large_files_show_bars_and_small_ones_none(openai_file, tmp_path, capfd, monkeypatch):
+    convert_checkpoint(openai_file, tmp_path / "small")
+    assert "converting" not in capfd.readouterr().err
+    monkeypatch.setattr(checkpoint_source, "PROGRESS_BYTES", 10**6)  # of 100 MB
+    convert_checkpoint(openai_file, tmp_path / "large")
+    shown = capfd.readouterr().err
+    assert "converting: 100%" in shown and "hashing clip.pt: 100%" in shown
 
 
 # Memory

@@ -297,7 +297,7 @@ def test_siglip_without_its_processor_gets_siglips_settings(tmp_path):
     tiny.randomised(SiglipModel(siglip_config())).save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "out")
     written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    stock = SiglipImageProcessor(size={"height": 32, "width": 32}).to_dict()
+    stock = json.loads(SiglipImageProcessor(size={"height": 32, "width": 32}).to_json_string())
     assert written["do_center_crop"] is False and written["size"] == {"height": 32, "width": 32}
     for name in ("image_mean", "image_std", "rescale_factor", "do_resize", "do_normalize"):
         assert written[name] == stock[name], name
