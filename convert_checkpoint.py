@@ -92,6 +92,9 @@ MAX_ROUNDED_DIFFERENCE = 0.2
 # Layouts of models that see images as CLIP does where nothing else is said.
 CLIP_PREPROCESSED = ("openai", "open_clip", "hf_clip")
 
+# Packages that can pad an image to whole patches (timm's dynamic_img_pad).
+PADDING_LAYOUTS = ("timm",)
+
 # What source and result are compared by: the name that a layout's `reference` gives it, and how ours computes it.
 OUTPUTS: dict[str, Callable[[VitEmbedPreTrainedModel, SampleInputs], torch.Tensor]] = {
     "last_hidden_state": lambda model, inputs: model.trunk(inputs.pixel_values).last_hidden_state,
@@ -451,8 +454,9 @@ def restore_checkpoint(
         raise ValueError(f"--reverse needs --layout, one of {', '.join(ways)}; got {layout}")
     found = find_source(source)
     config, weights = _own_model(found)
-    # What ours does at inference beyond its weights, and no other package.
-    require(config, {"token_merge_size": 0, "pad_to_patch": False}, f"layout {layout}")
+    # What ours does at inference beyond its weights, and others do not.
+    needed = {"token_merge_size": 0, **({} if layout in PADDING_LAYOUTS else {"pad_to_patch": False})}
+    require(config, needed, f"layout {layout}")
     restored = restore(config, weights)
     del weights
     if output_dir is not None and restored.weights_file is None:

@@ -44,6 +44,7 @@ from vit_embed.layouts.timm_config import (
     NORMS,
     POOLINGS,
     PROJECTION,
+    TRAINING_ARGUMENTS,
     Stated,
     arguments_of,
     config_file,
@@ -59,6 +60,7 @@ from vit_embed.layouts.timm_names import (
     PREFIX_POOLED_NAMES,
     architecture_of,
     is_clip,
+    no_embed_class_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,40 @@ OPTIONAL_SIZES = {
 }
 TABLES = ("pos_embed", "reg_token", "dist_token")  # what `_fold_positions` computes with, before any rule checks them
 
+# What a model_args may say: what is read, as weights do not show it, and what weights show, which is held against them.
+READ_ARGUMENTS = (
+    "act_layer",
+    "dynamic_img_pad",
+    "dynamic_img_size",
+    "global_pool",
+    "no_embed_class",
+    "norm_layer",
+    "num_heads",
+    "pool_include_prefix",
+)
+SHOWN_ARGUMENTS = (
+    "attn_layer",
+    "class_token",
+    "depth",
+    "embed_dim",
+    "fc_norm",
+    "final_norm",
+    "img_size",
+    "in_chans",
+    "init_values",
+    "mlp_ratio",
+    "num_classes",
+    "patch_size",
+    "pos_embed",
+    "pre_norm",
+    "proj_bias",
+    "qk_norm",
+    "qkv_bias",
+    "reg_tokens",
+    "scale_attn_norm",
+    "scale_mlp_norm",
+)
+
 # Keys of blocks that are no plain transformer layers, and what they are.
 FOREIGN_KEYS = {
     r"blocks\.\d+\.attn\.[qk]_norm\..*": "a norm of queries and keys (qk_norm)",
@@ -150,7 +186,8 @@ def convert(
     """A vision transformer of timm: ViT, DeiT, the image towers of CLIP and SigLIP, DINOv2 as timm saves it.
 
     Its `head` makes a VitEmbedForImageClassification. In an architecture named "_clip_" a head whose bias is exactly
-    zero is the image projection, and makes a VitEmbedModelWithProjection. No head makes a VitEmbedModel.
+    zero is the image projection, unless the config has labels, and makes a VitEmbedModelWithProjection. No head makes a
+    VitEmbedModel.
 
     Ours keeps one position for the class token, zero where timm has none, and none for registers: theirs are added to
     the registers, in float32, so every hidden state stays what it was. With `trunk_only` a distilled DeiT's second
@@ -160,7 +197,8 @@ def convert(
         state_dict: the keys of timm's VisionTransformer, or VisionTransformerDistilled.
         source_config: the config.json of a folder that timm saved, or empty.
         options: `num_attention_heads`, `hidden_act` and `layer_norm_eps` are needed without a config that says or names
-            them, `pooling_type` where the keys do not show it either; `image_size` for a grid that is no square.
+            them, `pooling_type` where the keys do not show it either; `image_size` for a grid that is no square, or for
+            a table that may leave out the prefix tokens.
 
     Raises:
         ValueError: a model that ours cannot express, another layout, or weights that contradict each other or their
@@ -185,7 +223,7 @@ def convert(
             "this project does not have; it cannot be converted"
         )
     config = _config(state_dict, stated, options)
-    _check_stated(config, stated, options)
+    _check_stated(state_dict, config, stated, options)
     (model_class,) = config.architectures
     heads = HEAD_RULES[model_class]
     if options.trunk_only:
@@ -203,6 +241,12 @@ def _refuse_foreign(state_dict: StateDict, stated: Stated, options: ConversionOp
     for part in (stated.name or "").split("_"):
         if part in FOREIGN_NAMES:
             raise ValueError(f"timm's {stated.name} has {FOREIGN_NAMES[part]}, which cannot be converted")
+    known_arguments = {*READ_ARGUMENTS, *SHOWN_ARGUMENTS, *TRAINING_ARGUMENTS}
+    if unknown := [f"{name}={value!r}" for name, value in stated.model_args.items() if name not in known_arguments]:
+        raise ValueError(
+            f"model_args of config.json have {listing(unknown)}, whose part in the model is not known here, so it "
+            "cannot be converted; remove from the file what has none"
+        )
     if stated.pooling not in (None, "", *POOLINGS) and options.pooling_type is None:
         raise ValueError(
             f"global_pool={stated.pooling!r} cannot be converted, only {', '.join(POOLINGS)}; take another pooling of "
@@ -230,12 +274,8 @@ def _config(state_dict: StateDict, stated: Stated, options: ConversionOptions) -
     num_prefix = int("cls_token" in state_dict) + num_registers
     image_size, no_embed_class = _positions(state_dict, num_prefix, tuple(patch_size), stated, options)
     pooling_type = _pooling_type(state_dict, stated, options)
-    prefix_pooled = model_args.get("pool_include_prefix", stated.name in PREFIX_POOLED_NAMES)
-    if pooling_type != "cls" and num_prefix and prefix_pooled != (pooling_type == "map"):
-        raise ValueError(
-            f"pool_include_prefix={prefix_pooled} with {num_prefix} prefix tokens cannot be converted: here 'mean' "
-            "leaves them out, and 'map' reads them; convert with another --pooling_type"
-        )
+    if pooling_type != "cls" and num_prefix:
+        _check_prefix_pooling(pooling_type, num_prefix, stated)
     fc_norm = "fc_norm.weight" in state_dict
     if fc_norm and pooling_type == "map":
         raise ValueError("fc_norm behind attention pooling (attn_pool) cannot be converted; ours is before it")
@@ -303,6 +343,31 @@ def _config(state_dict: StateDict, stated: Stated, options: ConversionOptions) -
     )
 
 
+def _check_prefix_pooling(pooling_type: str, num_prefix: int, stated: Stated) -> None:
+    """Raises ValueError unless pooling takes the prefix tokens as ours does. Where nothing says it of an average, it is
+    timm's default, and the log says so."""
+    prefix_pooled = stated.model_args.get("pool_include_prefix")
+    if prefix_pooled is None and architecture_of(stated.name) is not None:
+        prefix_pooled = stated.name in PREFIX_POOLED_NAMES
+    if prefix_pooled is None and pooling_type == "map":
+        raise ValueError(
+            f"nothing says whether attention pooling reads the {num_prefix} prefix tokens: timm's default leaves them "
+            "out, and here it reads them; only a config.json whose model_args say pool_include_prefix=true can be "
+            "converted"
+        )
+    if prefix_pooled is None:
+        logger.warning(
+            "nothing says whether the average takes in the %d prefix tokens (pool_include_prefix); converting without "
+            "them, which is timm's default",
+            num_prefix,
+        )
+    elif prefix_pooled != (pooling_type == "map"):
+        raise ValueError(
+            f"pool_include_prefix={prefix_pooled} with {num_prefix} prefix tokens cannot be converted: here 'mean' "
+            "leaves them out, and 'map' reads them"
+        )
+
+
 def _of(name: str | None, width: int) -> str:
     return "" if name is None else f" of an architecture {name} that is {width} wide"
 
@@ -311,7 +376,9 @@ def _positions(
     state_dict: StateDict, num_prefix: int, patch_size: tuple[int, int], stated: Stated, options: ConversionOptions
 ) -> tuple[tuple[int, int], bool]:
     """(height, width) in pixels of the position table, and whether it leaves out the prefix tokens: timm's
-    `no_embed_class`. It is told by the grid: one of the two leaves as many rows as there are patches.
+    `no_embed_class`. The size tells it, as one of the two leaves as many rows as there are patches; without one that
+    fits, the model_args or the architecture's name. Where none of them does, a table is taken to have the prefix rows
+    if only that makes a square grid; to leave them out is never taken for granted.
 
     Raises:
         ValueError: no table and no size, or a table whose grid is not clear; asks for --image_size.
@@ -323,22 +390,34 @@ def _positions(
         return known(told, stated_size, "the image size", "--image_size HEIGHT WIDTH"), False
     num_rows, flag = state_dict["pos_embed"].shape[1], stated.model_args.get("no_embed_class")
     patches_of = {False: num_rows - num_prefix, True: num_rows}
-    if not num_prefix or flag is not None:
-        patches_of = {bool(num_prefix and flag): patches_of[bool(num_prefix and flag)]}
+    if not num_prefix or "dist_token" in state_dict:  # the table of a distilled DeiT has both
+        flag = False
+    if flag is not None:
+        patches_of = {bool(flag): patches_of[bool(flag)]}
     size = stated_size if told is None else told
     for no_embed_class, num_patches in patches_of.items():
         if size is not None and math.prod(pixels // side for pixels, side in zip(size, patch_size)) == num_patches:
             return (image_size_of(num_patches, patch_size, options) if told else size), no_embed_class
+    if told is not None:
+        numbers = " or ".join(str(number) for number in patches_of.values())
+        raise ValueError(
+            f"--image_size must have {numbers} patches of {patch_size} pixels, as pos_embed has {num_rows} positions; "
+            f"got {told}"
+        )
     if size is not None:
         logger.warning("pos_embed has %d positions, which are not those of %d x %d pixels", num_rows, *size)
+    if flag is None and (flag := no_embed_class_of(stated.name)) is not None:
+        patches_of = {flag: patches_of[flag]}
     squares = [each for each, number in patches_of.items() if number > 0 and math.isqrt(number) ** 2 == number]
-    if told is None and len(squares) > 1:
+    if flag is None and squares != [False]:
+        num_patches = patches_of[False]
         raise ValueError(
             f"pos_embed has {num_rows} positions, which may be {num_rows} patches, or {num_prefix} prefix tokens and "
-            f"{num_rows - num_prefix} patches; say the pixels with --image_size HEIGHT WIDTH"
+            f"{num_patches} patches{'' if False in squares else ', which is no square grid'}; say the pixels with "
+            "--image_size HEIGHT WIDTH"
         )
-    no_embed_class = squares[0] if squares else next(iter(patches_of))
-    found = image_size_of(patches_of[no_embed_class], patch_size, options)
+    no_embed_class = bool(flag)
+    found = image_size_of(max(patches_of[no_embed_class], 0), patch_size, options)
     logger.info("pos_embed is read as a square grid, %s prefix tokens", "without" if no_embed_class else "with the")
     return found, no_embed_class
 
@@ -383,7 +462,7 @@ def _head_fields(state_dict: StateDict, stated: Stated, options: ConversionOptio
     if options.trunk_only or "head.weight" not in state_dict:
         return {"architectures": ["VitEmbedModel"]}
     num_rows, bias = state_dict["head.weight"].shape[0], state_dict.get("head.bias")
-    if is_clip(stated.name) and bias is not None and not bias.any():
+    if is_clip(stated.name) and not stated.has_labels and bias is not None and not bias.any():
         return {"architectures": [PROJECTION], "projection_dim": num_rows}
     if (labels := labels_of(stated, num_rows)) is None:
         return {"architectures": [CLASSIFIER], "num_labels": num_rows}
@@ -391,18 +470,47 @@ def _head_fields(state_dict: StateDict, stated: Stated, options: ConversionOptio
     return {"architectures": [CLASSIFIER], "id2label": labels, "label2id": label2id}
 
 
-def _check_stated(config: VitEmbedConfig, stated: Stated, options: ConversionOptions) -> None:
-    """Raises ValueError, naming every one, for sizes of the config.json that are not those of the weights."""
-    found = arguments_of(config, config.converted_from["model_args"]["no_embed_class"])
-    names = ("embed_dim", "depth", "patch_size", "in_chans", "class_token", "qkv_bias", "pre_norm", "reg_tokens")
-    said = {name: stated.model_args.get(name) for name in names}
-    if isinstance(said["patch_size"], int):
+def _check_stated(state_dict: StateDict, config: VitEmbedConfig, stated: Stated, options: ConversionOptions) -> None:
+    """Raises ValueError, naming every one, for what the config.json says and the weights show otherwise."""
+    registers = state_dict.get("reg_token")
+    found = {
+        **arguments_of(config, config.converted_from["model_args"]["no_embed_class"]),
+        "reg_tokens": 0 if registers is None else registers.shape[1],
+        "fc_norm": "fc_norm.weight" in state_dict,
+        # Weights that show otherwise have been refused, or will be.
+        **{
+            "attn_layer": "attn",
+            "proj_bias": True,
+            "qk_norm": False,
+            "scale_attn_norm": False,
+            "scale_mlp_norm": False,
+        },
+    }
+    said = {name: stated.model_args[name] for name in SHOWN_ARGUMENTS if name in stated.model_args}
+    said["num_classes"] = None if options.trunk_only else stated.num_classes
+    if isinstance(said.get("patch_size"), int):
         said["patch_size"] = [said["patch_size"]] * 2
-    if not options.trunk_only:
-        said["num_classes"] = stated.num_classes
-    wrong = [f"{k}={v!r} (the weights have {found[k]!r})" for k, v in said.items() if v is not None and v != found[k]]
+    if "pos_embed" in said:
+        said["pos_embed"] = said["pos_embed"] or "none"
+    if not found["final_norm"]:
+        said.pop("fc_norm", None)
+    # These agree although they differ: pixels beyond whole patches, the first value of a layer scale, rounding.
+    agree = {}
+    if "img_size" in said:
+        whole = [pixels // side * side for pixels, side in zip(stated.image_size, config.patch_shape)]
+        agree["img_size"] = options.image_size is not None or whole == found["img_size"]
+    if "init_values" in said:
+        agree["init_values"] = bool(said["init_values"]) == bool(found["init_values"])
+    if isinstance(said.get("mlp_ratio"), (int, float)) and math.isfinite(said["mlp_ratio"]):
+        agree["mlp_ratio"] = int(config.hidden_size * said["mlp_ratio"]) == config.intermediate_size
+    wrong = [
+        f"{name}={value!r} (the weights have {found[name]!r})"
+        for name, value in said.items()
+        if value is not None and not agree.get(name, value == found[name])
+    ]
     if wrong:
-        raise ValueError(f"the config of {stated.name} is not of these weights: {', '.join(wrong)}")
+        hint = "; --image_size HEIGHT WIDTH says the pixels instead" if agree.get("img_size") is False else ""
+        raise ValueError(f"the config of {stated.name} is not of these weights: {', '.join(wrong)}{hint}")
 
 
 def _fold_positions(state_dict: StateDict, no_embed_class: bool) -> dict[str, torch.Tensor]:

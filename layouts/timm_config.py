@@ -31,6 +31,24 @@ ACTIVATIONS = {
 NORMS = {"layernorm": "layer_norm", "layernormfp32": "layer_norm", "rmsnorm": "rms_norm", "rmsnormfp32": "rms_norm"}
 POOLINGS = {"token": "cls", "avg": "mean", "map": "map"}
 
+# What a model_args may hold that no inference reads.
+TRAINING_ARGUMENTS = (
+    "drop_rate",
+    "pos_drop_rate",
+    "patch_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+    "drop_block_rate",
+    "weight_init",
+    "fix_init",
+    "device",
+    "dtype",
+    "scriptable",
+    "exportable",
+    "no_jit",
+)
+
 LABEL_FIELDS = ("label_names", "label_descriptions")
 # Of a pretrained_cfg what a model of ours keeps, for the way back.
 KEPT_PRETRAINED = ("tag", "mean", "std", "interpolation", "crop_pct", "crop_mode", "license")
@@ -70,6 +88,11 @@ class Stated(NamedTuple):
     pretrained: Mapping[str, Any]
     pooling: str | None
     num_classes: int | None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether it says what classes are called, so that `head` is a classifier."""
+        return any(self.pretrained.get(field) for field in LABEL_FIELDS)
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -122,11 +145,20 @@ def image_processor_of(source_config: SourceConfig, config: VitEmbedConfig) -> d
 
     The size is that of whole patches; timm crops to a remainder of pixels more, which its patches then leave out. A
     rectangular model resizes both sides too: the stock processor cannot resize an image to cover a rectangle. So does
-    crop_mode "border", which pads in timm; the log says so.
+    crop_mode "border", which pads in timm; the log says so. It says too where timm's own statistics, ImageNet's, stand
+    in for those that a config leaves out.
+
+    Returns:
+        None without a config of timm, as then nothing is stated.
     """
     stated = stated_by(source_config)
     if stated.name is None:
         return None
+    if missing := [name for name in ("mean", "std") if name not in stated.pretrained]:
+        logger.warning(
+            "config.json does not say %s of the images; timm takes ImageNet's then, and so does the image processor",
+            " and ".join(missing),
+        )
     said = {name: stated.pretrained.get(name, default) for name, default in PREPROCESSING.items()}
     (crop_pct,) = _numbers("crop_pct", [said["crop_pct"]], 1)
     if str(said["interpolation"]) not in RESAMPLING:

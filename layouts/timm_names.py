@@ -56,6 +56,8 @@ TANH_NAMES = re.compile(
 RMS_NORM_NAMES = ("test_vit4",)
 # Their attention pooling reads the prefix tokens too.
 PREFIX_POOLED_NAMES = ("test_vit3",)
+# Their position tables have no rows for the prefix tokens; of the others that have such tokens they have.
+NO_EMBED_CLASS_NAMES = re.compile(r"(deit3|flexivit)_.*|vit_(?!so150m).*_(reg\d|radio_v\d)(_.*)?")
 # Architectures with the keys of a plain vision transformer that compute something else, by a part of their names.
 FOREIGN_NAMES = {
     "rpn": "norms behind each branch",
@@ -85,6 +87,11 @@ def architecture_of(name: str | None) -> Architecture | None:
         norm_type="rms_norm" if name in RMS_NORM_NAMES else "layer_norm",
         eps=CLIP_EPS if is_clip(name) else DEFAULT_EPS,
     )
+
+
+def no_embed_class_of(name: str | None) -> bool | None:
+    """Whether a name is of a model whose position table leaves out the prefix tokens; None for a name unknown."""
+    return None if architecture_of(name) is None else NO_EMBED_CLASS_NAMES.fullmatch(name) is not None
 
 
 def is_clip(name: str | None) -> bool:

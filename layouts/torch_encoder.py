@@ -16,6 +16,7 @@ as a depth head's numbers may be negative. Nor are mean and deviation of the ima
 preprocessor_config.json lies beside the weights.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -48,6 +49,8 @@ from vit_embed.layouts.rules import (
     reverse_rules,
     rule,
 )
+
+logger = logging.getLogger(__name__)
 
 NAME = "torch_encoder"
 # Of torch.nn.TransformerEncoderLayer and of torch.nn.LayerNorm, unless their author says another.
@@ -436,7 +439,9 @@ def _pooling(names: Mapping[str, str], architecture: str, options: ConversionOpt
     pooling_type = known(
         options.pooling_type,
         stated,
-        "how the patches of a model without a class token are pooled",
+        "how tokens are pooled"
+        if "class_token" in names
+        else "how the patches of a model without a class token are pooled",
         "--pooling_type mean",
     )
     if pooling_type != "mean" or "norm" not in names or architecture == "VitEmbedForDepthEstimation":
@@ -463,7 +468,14 @@ def _eps(final_norm_type: str, options: ConversionOptions) -> float:
             f"--layer_norm_eps, which is that of the layers too (torch's default there is {TORCH_EPS}); a source with "
             "two different ones cannot be expressed",
         )
-    return TORCH_EPS if options.layer_norm_eps is None else options.layer_norm_eps
+    if options.layer_norm_eps is not None:
+        return options.layer_norm_eps
+    logger.warning(
+        "weights do not say what norms add to the variance; converting with torch's default, %g; another can be told "
+        "with --layer_norm_eps",
+        TORCH_EPS,
+    )
+    return TORCH_EPS
 
 
 # The way back

@@ -44,8 +44,11 @@ VARIANTS = {
     "no positions": ({"pos_embed": "none"}, {"pooling_type": "cls", "image_size": (32, 32)}),
     "layer scale": ({"init_values": 0.1}, {"pooling_type": "cls"}),
     "norm before the layers": ({"pre_norm": True}, {"pooling_type": "cls"}),
-    "patch positions only": ({"no_embed_class": True}, {"pooling_type": "cls"}),
-    "registers without positions": ({"reg_tokens": 3, "no_embed_class": True}, {"pooling_type": "cls"}),
+    "patch positions only": ({"no_embed_class": True}, {"pooling_type": "cls", "image_size": (32, 32)}),
+    "registers without positions": (
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"pooling_type": "cls", "image_size": (32, 32)},
+    ),
     "registers with positions": ({"reg_tokens": 2}, {"pooling_type": "cls"}),
     "registers alone": ({"reg_tokens": 2, "class_token": False, "global_pool": "avg"}, {}),
     "attention pooling": ({"class_token": False, "global_pool": "map", "mlp_ratio": 3}, {}),
@@ -209,6 +212,17 @@ def test_the_head_of_a_clip_tower_without_a_bias_is_its_projection(tmp_path):
     assert all(torch.equal(back[key], tensor) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("entries", [{"label_names": ["a", "b", "c"]}, {"label_descriptions": {"a": "b"}}])
+def test_a_head_with_labels_is_a_classifier_though_the_tower_is_clips(entries):
+    model = registered("vit_base_patch32_clip_224", num_classes=3)
+    model.head.bias.data.zero_()
+    stated = {"architecture": "vit_base_patch32_clip_224", "model_args": {"num_heads": 4}, **entries}
+    config, weights = convert(model, stated)
+    assert config.architectures == [CLASSIFIER] and config.num_labels == 3
+    assert config.id2label[0] == ("a" if "label_names" in entries else "LABEL_0")
+    assert_equal(model, ours(config, weights))
+
+
 def test_a_distilled_deit_gives_its_trunk(tmp_path):
     model = tiny.randomised(timm.create_model("deit_tiny_distilled_patch16_224"))
     source = saved(model, tmp_path / "source")
@@ -240,6 +254,7 @@ def test_a_bare_file_by_the_command_line(tmp_path, caplog):
     model = of_timm(reg_tokens=1, no_embed_class=True)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "vit.pth")
     told = ["--num_attention_heads=4", "--hidden_act=gelu", "--layer_norm_eps=1e-6", "--pooling_type=cls"]
+    told += ["--image_size", "32", "32"]
     assert main([str(tmp_path / "vit.pth"), "--output_dir", str(tmp_path / "ours"), *told]) == 0
     assert "layout timm, as it has timm's keys" in caplog.text and "largest difference of logits" in caplog.text
     back = ["--reverse", "--layout=timm", "--output_file", str(tmp_path / "back.safetensors")]

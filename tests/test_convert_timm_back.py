@@ -79,7 +79,7 @@ def test_a_text_tower_has_no_place_in_timm(tmp_path):
 
 def test_a_position_that_was_trained_since_takes_the_form_that_has_one():
     model = of_timm(no_embed_class=True, reg_tokens=1)
-    config, weights = convert(model, **CLS)
+    config, weights = convert(model, **CLS, image_size=(32, 32))
     weights["vision_model.embeddings.position_embedding.weight"][0] += 1
     restored = restore(config, weights)
     back = timm.models.vision_transformer.VisionTransformer(**restored.files["config.json"]["model_args"])

@@ -1,5 +1,6 @@
 """timm's files: what of them is found, asked for and refused, and what travels with the weights."""
 
+import contextlib
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoImageProcessor
 from vit_embed import VitEmbedConfig
 from vit_embed.layouts import LAYOUTS, detect_layout
 from vit_embed.layouts.rules import ConversionOptions, SampleInputs
+from vit_embed.layouts.timm import READ_ARGUMENTS, SHOWN_ARGUMENTS
 
 # What is found, what is asked for, what is refused
 
@@ -60,8 +62,10 @@ def test_a_grid_that_two_readings_fit_is_asked_for():
     assert_equal(model, ours(*convert(model, **CLS, image_size=(24, 24))))
     stated = {"architecture": "x", "pretrained_cfg": {"input_size": [3, 24, 24]}}
     assert_equal(model, ours(*convert(model, stated, **CLS)))
-    with pytest.raises(ValueError, match="no square grid.*--image_size"):
+    with pytest.raises(ValueError, match="13 positions.*12 patches, which is no square grid; .*--image_size"):
         convert(of_timm(img_size=(24, 32)), **CLS)
+    with pytest.raises(ValueError, match="14 patches, which is no square grid.*--image_size"):
+        convert(of_timm(img_size=(16, 56), class_token=False, global_pool="avg"), **TOLD)
     with pytest.raises(ValueError, match="--image_size must have"):
         convert(of_timm(), **CLS, image_size=(16, 16))
     with pytest.raises(ValueError, match="--image_size"):
@@ -69,6 +73,52 @@ def test_a_grid_that_two_readings_fit_is_asked_for():
     assert convert(of_timm(pos_embed="none"), {"architecture": "x", "model_args": {"img_size": 40}}, **CLS)[
         0
     ].image_shape == (40, 40)
+
+
+@pytest.mark.parametrize("no_embed_class, size", [(False, (64, 48)), (True, (56, 56))])
+def test_a_square_table_is_not_taken_to_leave_out_the_prefix_tokens(no_embed_class, size):
+    model = of_timm(img_size=size, no_embed_class=no_embed_class)  # 49 rows, for 48 patches or for 49
+    with pytest.raises(ValueError, match="49 patches, or 1 prefix tokens and 48 patches.*--image_size HEIGHT WIDTH"):
+        convert(model, **CLS)
+    stated = {"architecture": "x", "pretrained_cfg": {"input_size": [3, 56, 48]}}  # of neither
+    with pytest.raises(ValueError, match="--image_size HEIGHT WIDTH"):
+        convert(model, stated, **CLS)
+    with pytest.raises(ValueError, match="--image_size must have 48 or 49 patches"):
+        convert(model, **CLS, image_size=(56, 48))
+    assert_equal(model, ours(*convert(model, **CLS, image_size=size)))
+    stated["pretrained_cfg"]["input_size"][1:] = size
+    assert_equal(model, ours(*convert(model, stated, **CLS)))
+
+
+@pytest.mark.parametrize("name", [None, "deit3_small_patch16_224"])
+def test_a_config_or_a_name_says_that_a_table_leaves_out_the_prefix_tokens(name):
+    model = of_timm(no_embed_class=True)
+    args = {"num_heads": 4} if name else {"no_embed_class": True}
+    assert_equal(model, ours(*convert(model, {"architecture": name or "x", "model_args": args}, **CLS)))
+    args["no_embed_class"] = False
+    with pytest.raises(ValueError, match="15 patches, which is no square grid"):
+        convert(model, {"architecture": name or "x", "model_args": args}, **CLS)
+
+
+def test_a_name_says_that_a_table_has_the_prefix_tokens():
+    model = of_timm(img_size=24, reg_tokens=4, class_token=False, global_pool="avg")  # 13 rows
+    stated = {"architecture": "vit_so150m_patch16_reg4_gap_256", "model_args": {"num_heads": 4}}
+    assert_equal(model, ours(*convert(model, stated)))
+    model = of_timm(img_size=(64, 48))
+    with pytest.raises(ValueError, match="48 patches, which is no square grid"):
+        convert(model, {"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 4}})
+
+
+def test_what_the_average_takes_in_is_warned_of_where_nothing_says_it(caplog):
+    model = of_timm(reg_tokens=2, global_pool="avg")
+    stated = {"architecture": "x", "model_args": {"pool_include_prefix": False}}
+    assert_equal(model, ours(*convert(model, stated, **TOLD)))
+    assert not caplog.text
+    assert_equal(model, ours(*convert(model, **TOLD)))
+    assert "(pool_include_prefix); converting without them" in caplog.text
+    stated["model_args"]["pool_include_prefix"] = True
+    with pytest.raises(ValueError, match="pool_include_prefix=True with 3 prefix tokens"):
+        convert(model, stated, **TOLD)
 
 
 def test_pixels_that_make_no_patch_are_left_out_and_another_size_is_warned_of(caplog):
@@ -80,9 +130,14 @@ def test_pixels_that_make_no_patch_are_left_out_and_another_size_is_warned_of(ca
         pixel_values = tiny.pixels(2, 39, 39)
         assert_close(ours(config, weights)(pixel_values[:, :, :32, :32]).logits, model(pixel_values))
     assert not caplog.text
-    stated["model_args"]["img_size"] = 64
+    with pytest.raises(ValueError, match=r"img_size=64 .the weights have \[32, 32\].; --image_size"):
+        convert(model, {"architecture": "x", "model_args": {"img_size": 64}}, **CLS)
+    caplog.clear()
+    stated = {"architecture": "x", "pretrained_cfg": {"input_size": [3, 64, 64]}}  # the default of a name
     assert convert(model, stated, **CLS)[0].image_shape == (32, 32)
     assert "17 positions, which are not those of 64 x 64 pixels" in caplog.text
+    stated["model_args"] = {"img_size": 64}
+    assert convert(model, stated, **CLS, image_size=(32, 32))[0].image_shape == (32, 32)  # told wins
 
 
 @pytest.mark.parametrize(
@@ -97,7 +152,7 @@ def test_pixels_that_make_no_patch_are_left_out_and_another_size_is_warned_of(ca
         ({"mlp_layer": timm.layers.SwiGLUPacked}, "SwiGLU"),
         ({"norm_layer": "rmsnorm"}, "no bias.*norm_layer"),
         ({"proj_bias": False}, "not in the source: .*out_proj.bias"),
-        ({"reg_tokens": 2, "class_token": False, "global_pool": "map"}, "pool_include_prefix=False"),
+        ({"reg_tokens": 2, "class_token": False, "global_pool": "map"}, "nothing says.*2 prefix tokens"),
         ({"class_token": False, "global_pool": "map", "fc_norm": True}, "fc_norm behind attention pooling"),
     ],
 )
@@ -135,6 +190,60 @@ def test_a_config_that_is_not_of_the_weights_or_no_plain_model_is_refused(source
         stated["model_args"] = {"num_heads": 4, **stated.get("model_args", {})}
     with pytest.raises(ValueError, match=message):
         convert(of_timm(), stated)
+
+
+# Everything that weights of SIZES show, as they are, and what each may be said to be otherwise.
+SHOWN = {
+    "attn_layer": ("attn", "diff"),
+    "class_token": (True, False),
+    "depth": (3, 4),
+    "embed_dim": (32, 48),
+    "fc_norm": (False, True),
+    "final_norm": (True, False),
+    "img_size": ([32, 32], [40, 32]),
+    "in_chans": (3, 1),
+    "init_values": (0.0, 0.1),
+    "mlp_ratio": (4, 3),
+    "num_classes": (5, 4),
+    "patch_size": (8, [8, 4]),
+    "pos_embed": ("learn", "none"),
+    "pre_norm": (False, True),
+    "proj_bias": (True, False),
+    "qk_norm": (False, True),
+    "qkv_bias": (True, False),
+    "reg_tokens": (0, 2),
+    "scale_attn_norm": (False, True),
+    "scale_mlp_norm": (False, True),
+}
+
+
+def test_whatever_a_config_says_that_weights_show_is_held_against_them():
+    assert set(SHOWN) == set(SHOWN_ARGUMENTS)
+    model, right = of_timm(), {name: values[0] for name, values in SHOWN.items()}
+    wrong = {name: values[1] for name, values in SHOWN.items()}
+    training = {"drop_rate": 0.1, "drop_path_rate": 0.2, "weight_init": "skip", "fix_init": True}
+    assert convert(model, {"architecture": NAME, "model_args": {"num_heads": 4, **right, **training}})
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=f"not of these weights: {name}=.*the weights have"):
+            convert(model, {"architecture": NAME, "model_args": {"num_heads": 4, name: value}})
+    del wrong["final_norm"]
+    with pytest.raises(ValueError) as caught:
+        convert(model, {"architecture": NAME, "model_args": {"num_heads": 4, **wrong}})
+    assert all(f"{name}=" in str(caught.value) for name in wrong)
+
+
+def test_an_argument_that_is_not_known_is_refused_by_name():
+    stated = {"architecture": NAME, "model_args": {"num_heads": 4, "foo": 1, "block_fn": "parallel", "bar": None}}
+    with pytest.raises(ValueError, match="model_args of config.json have foo=1, block_fn='parallel', whose part"):
+        convert(of_timm(), stated)
+
+
+@pytest.mark.parametrize("name", [*SHOWN, *READ_ARGUMENTS])
+def test_no_argument_of_another_type_gives_another_error(name):
+    model = of_timm()
+    for value in ("x", -1, [], {"a": 1}, 1.5, float("nan"), True):
+        with contextlib.suppress(ValueError):
+            convert(model, {"architecture": NAME, "model_args": {"num_heads": 4, name: value}})
 
 
 def test_timms_own_model_of_another_architecture_does_not_take_the_weights():
@@ -208,12 +317,15 @@ def test_the_image_processor_is_timms_transform(name, size, tmp_path):
     )
 
 
-def test_timms_defaults_fill_in_a_processor_and_a_bare_file_has_none():
+def test_timms_defaults_fill_in_a_processor_and_a_bare_file_has_none(caplog):
     image_processor, config = LAYOUTS["timm"].image_processor, tiny.vision_config()
     found = image_processor({"architecture": "vit_base_patch16_224", "pretrained_cfg": {}}, config)
     default = timm.models.PretrainedCfg()
     assert tuple(found["image_mean"]) == default.mean and found["size"] == {"shortest_edge": int(32 / default.crop_pct)}
-    assert image_processor({}, config) is None
+    assert "does not say mean and std of the images" in caplog.text
+    caplog.clear()
+    assert image_processor({}, config) is None and image_processor({"model_type": "vit"}, config) is None
+    assert not caplog.text
     grey = tiny.vision_config(num_channels=1)  # timm takes the mean over the colours
     found = image_processor({"architecture": "x", "pretrained_cfg": {"mean": [0.3, 0.4, 0.5]}}, grey)
     torch.testing.assert_close(found["image_mean"], [0.4])

@@ -191,8 +191,12 @@ def test_what_weights_do_not_say_must_be_told(source_class, option):
         from_torch(small(source_class).state_dict(), replace(OPTIONS[source_class], **{option: None}))
 
 
-def test_eps_is_torchs_default_but_for_an_rms_norm():
-    assert from_torch(small(MiniViT).state_dict(), POST)[0].layer_norm_eps == 1e-5
+def test_eps_is_torchs_default_but_for_an_rms_norm(caplog):
+    told = replace(POST, layer_norm_eps=1e-5)
+    assert from_torch(small(MiniViT).state_dict(), told)[0].layer_norm_eps == 1e-5
+    assert not caplog.text
+    assert from_torch(small(MiniViT).state_dict(), replace(POST, layer_norm_eps=None))[0].layer_norm_eps == 1e-5
+    assert "torch's default, 1e-05" in caplog.text and "--layer_norm_eps" in caplog.text
     with pytest.raises(ValueError, match="final RMSNorm.*--layer_norm_eps.*two different ones cannot be expressed"):
         from_torch(small(ViTTiny).state_dict(), replace(PRE, layer_norm_eps=None))
 
@@ -267,6 +271,13 @@ def test_the_trunk_alone():
     model = converted(source.state_dict(), replace(POST, trunk_only=True))
     assert isinstance(model, VitEmbedModel)
     assert_close(model(pixel_values).pooler_output, source.norm(source.states(pixel_values)[-1])[:, 0])
+
+
+def test_an_average_beside_a_class_token_is_warned_of_as_such(caplog):
+    state_dict = renamed(small(MiniViT).state_dict(), {"norm": "encoder.norm"})
+    config, _ = from_torch(state_dict, replace(POST, pooling_type="mean"))
+    assert config.pooling_type == "mean"
+    assert "the source says cls for how tokens are pooled; converting with mean as told" in caplog.text
 
 
 @pytest.mark.parametrize("before", [True, False])
