@@ -186,7 +186,8 @@ def convert_checkpoint(
 
 def _chosen_layout(layout: str, state_dict: StateDict, source_config: SourceConfig) -> str:
     if layout == "auto":
-        layout, reason = detect_layout(state_dict, source_config)
+        with _config_of_a_stranger(layout):
+            layout, reason = detect_layout(state_dict, source_config)
         logger.info("layout %s, as %s", layout, reason)
     return layout
 

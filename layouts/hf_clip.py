@@ -160,7 +160,7 @@ def pooler_rules(prefix: str) -> tuple[Rule, ...]:
 def detect(state_dict: StateDict, source_config: SourceConfig) -> str | None:
     """The keys of CLIPModel, SiglipModel or one of their towers, in separate q, k and v; or a config that is theirs."""
     model_type = source_config.get("model_type")
-    if model_type in CONFIG_CLASSES or model_type in REFUSED:
+    if model_type in (*CONFIG_CLASSES, *REFUSED):  # a stranger's may be no text
         return f"its config.json says model_type {model_type!r}"
     prefix = _prefix(state_dict)
     has_keys = f"{prefix}encoder.layers.0.self_attn.q_proj.weight" in state_dict

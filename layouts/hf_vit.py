@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from vit_embed import VitEmbedConfig
 from vit_embed.checkpoint_reader import listing
+from vit_embed.layouts.hf_clip import with_remainder
 from vit_embed.layouts.image_processors import BILINEAR, IMAGENET_IMAGE_MEAN, IMAGENET_IMAGE_STD
 from vit_embed.layouts.rules import (
     ConversionOptions,
@@ -101,7 +102,7 @@ def detect(state_dict: StateDict, source_config: SourceConfig) -> str | None:
     stack = None if prefix is None else stack_of(state_dict, prefix, STACKS)
     if stack is None or f"{stack}.0.layernorm_before.weight" not in state_dict:
         return None
-    if source_config and source_config.get("model_type") not in FAMILIES:
+    if source_config and source_config.get("model_type") not in tuple(FAMILIES):
         return None
     return (
         "it has the keys of transformers' ViT" if source_config else "it has the keys of transformers' ViT, no config"
@@ -227,7 +228,7 @@ def stated_config(source_config: SourceConfig, families: Mapping[str, Family]) -
     if not source_config:
         return None
     model_type = source_config.get("model_type")
-    if model_type not in families:
+    if model_type not in tuple(families):  # of any type, a list as well
         raise ValueError(
             f"config.json must have model_type {' or '.join(families)} for these weights, got {model_type!r}"
         )
@@ -418,9 +419,10 @@ def reference(
     trunk_alone = config.architectures == ["VitEmbedModel"]
     heads = {**HEADS, "embeddings.mask_token": "", **({"classifier.": ""} if trunk_alone else {})}
     state_dict = without_heads(state_dict, (prefix, ""), heads, ConversionOptions(trunk_only=True))
+    pixel_values = with_remainder(inputs.pixel_values, _pair(stated.image_size))
     if not trunk_alone:
         stated.num_labels = config.num_labels
-        output = load(family.classifier, stated, state_dict)(inputs.pixel_values, output_hidden_states=True)
+        output = load(family.classifier, stated, state_dict)(pixel_values, output_hidden_states=True)
         return {"last_hidden_state": output.hidden_states[-1], "logits": output.logits}
     arguments = {}
     if stated.model_type == "vit_mae":  # it shuffles patches by noise, even where it hides none
@@ -428,7 +430,7 @@ def reference(
         num_patches = math.prod(config.grid_size)
         arguments["noise"] = torch.arange(num_patches).float().expand(len(inputs.pixel_values), -1)
     model = load(family.model, stated, state_dict, **family.options)
-    return trunk_outputs(model(inputs.pixel_values, output_hidden_states=True, **arguments))
+    return trunk_outputs(model(pixel_values, output_hidden_states=True, **arguments))
 
 
 def trunk_outputs(output: Any) -> dict[str, torch.Tensor]:

@@ -104,6 +104,8 @@ SIGLIP_DEPTHS = {"base": (12, 3072), "large": (24, 4096), "so400m": (27, 4304), 
 # What fills rows behind a text, by the vocabulary of SigLIP's tokenizers (open_clip's SigLipTokenizer): T5's end token
 # for C4 and mC4, Gemma's padding.
 SIGLIP_PADDING = {32000: 1, 250000: 1, 256000: 0}
+# By the name of a tokenizer of transformers that open_clip's configs use: [PAD] of CLIPA's BERT.
+NAMED_PADDING = {"bert-base-uncased": 0}
 
 
 def is_number(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
@@ -114,7 +116,7 @@ def _is_count(value: Any) -> bool:
     return is_number(value, (int,)) and value > 0
 
 
-# What a field that is read must be, by its name in any of the three parts of the config; None where that is its default.
+# What a field that is read must be, by its name in any part of the config; None as well where that is its default.
 KINDS: dict[tuple[str, ...], tuple[str, Callable[[Any], bool]]] = {
     ("embed_dim", "layers", "width", "head_width", "heads", "context_length", "vocab_size"): (
         "a whole number from 1",
@@ -244,8 +246,9 @@ def _check_kinds(model_cfg: Mapping[str, Any]) -> None:
                 value = part.get(name)
                 if name not in part or fits(value) or (value is None and name in nullable):
                     continue
-                if name != "layers" or not isinstance(value, (list, tuple)):  # a ResNet's, which has its own message
-                    wrong.append(f"{prefix}{name} must be {kind}, got {value!r}")
+                if name in ("layers", "patch_size") and isinstance(part.get("layers"), (list, tuple)):
+                    continue  # a ResNet's, which has its own message
+                wrong.append(f"{prefix}{name} must be {kind}, got {value!r}")
     if wrong:
         raise ValueError(f"{CONFIG_FILE} cannot be read: {', '.join(wrong)}")
 
@@ -515,6 +518,8 @@ def _pad_token_id(given: Mapping[str, Any], vocab_size: int, own_tokenizer: bool
         return 0  # of open_clip's SimpleTokenizer
     if vocab_size in SIGLIP_PADDING and "siglip" in given["hf_tokenizer_name"].lower():
         return SIGLIP_PADDING[vocab_size]
+    if given["hf_tokenizer_name"] in NAMED_PADDING:
+        return NAMED_PADDING[given["hf_tokenizer_name"]]
     raise ValueError(
         f"this text tower reads the padding behind a text, and nothing says what {given['hf_tokenizer_name']} pads "
         f"with; say it as text_cfg.pad_id in {CONFIG_FILE}"

@@ -383,7 +383,7 @@ def test_a_config_with_values_of_no_use_is_an_error_of_one_line(tmp_path, caplog
     model = tiny.clip_model()
     model.save_pretrained(tmp_path / "clip")
     config = json.loads((tmp_path / "clip" / "config.json").read_text())
-    for field in ("num_attention_heads", "layer_norm_eps", "image_size"):
+    for field in ("num_attention_heads", "layer_norm_eps", "image_size"):  # of the image tower
         changed = {**config, "vision_config": {**config["vision_config"], field: value}}
         if field == "layer_norm_eps" and isinstance(value, (int, float)) and value > 0:
             continue

@@ -106,6 +106,30 @@ def test_no_qkv_bias(tmp_path):
     assert not ours.config.qkv_bias
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_rectangle_that_transformers_cannot_run_is_converted_without_a_comparison(name, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    MODELS[name](image_size=[56, 70]).save_pretrained(tmp_path / "source")
+    assert convert_checkpoint(tmp_path / "source", tmp_path / "folder") is None
+    assert "could not be run: DINOv2 of transformers resamples square position tables alone" in caplog.text
+    assert VitEmbedModel.from_pretrained(tmp_path / "folder").config.image_shape == (56, 70)
+
+
+def test_a_rectangle_that_transformers_takes_for_a_square_is_asked_about(tmp_path):
+    model = stock(image_size=[28, 112])
+    state_dict, config = saved(model, tmp_path)
+    with pytest.raises(ValueError, match=r"16 positions as 4 x 4 of them; say --image_size 56 56"):
+        CONVERT(state_dict, config, ConversionOptions())
+    ours = built(*CONVERT(state_dict, config, ConversionOptions(image_size=(56, 56))))
+    assert_same_states(ours, model, tiny.pixels(1, 28, 112))
+
+
+def test_the_rates_of_training_are_kept(tmp_path):
+    rates = {"drop_path_rate": 0.3, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.2}
+    config, _ = CONVERT(*saved(stock(**rates), tmp_path), ConversionOptions())
+    assert (config.drop_path_rate, config.hidden_dropout_prob, config.attention_dropout) == (0.3, 0.1, 0.2)
+
+
 # Meta's files
 
 

@@ -112,6 +112,17 @@ def test_variants_equal_transformers(overrides, tmp_path):
     assert_same_states(ours, model, tiny.pixels()[:, : model.config.num_channels])
 
 
+@pytest.mark.parametrize("image_size", [36, [36, 44]])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_remainder_of_pixels_is_left_out(name, image_size, tmp_path):
+    model = MODELS[name](image_size=image_size)
+    model.save_pretrained(tmp_path / "source")
+    differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder")
+    assert max(differences.values()) < 1e-4
+    ours = VitEmbedModel if "Classification" not in name else VitEmbedForImageClassification
+    assert ours.from_pretrained(tmp_path / "folder").config.image_shape == (32, 32 if image_size == 36 else 40)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_new_names_give_what_old_ones_do(name, tmp_path):
     model = MODELS[name]()

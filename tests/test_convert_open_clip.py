@@ -245,6 +245,7 @@ def test_siglips_names_stand_for_timms_models(name, monkeypatch):
         ({}, 0),
         ({"hf_tokenizer_name": "timm/ViT-B-16-SigLIP2", "vocab_size": 256000}, 0),
         ({"hf_tokenizer_name": "timm/ViT-B-16-SigLIP", "vocab_size": 32000}, 1),
+        ({"hf_tokenizer_name": "bert-base-uncased", "vocab_size": 32000}, 0),  # CLIPA
     ],
 )
 def test_what_a_text_is_padded_with(text_cfg, expected):

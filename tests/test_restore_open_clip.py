@@ -1,5 +1,7 @@
 """What of open_clip cannot be expressed here is refused by name, and what contradicts itself; and the way back."""
 
+import json
+
 import pytest
 import tiny
 import tiny_tokenizer
@@ -19,7 +21,7 @@ from test_convert_open_clip import MODEL_CFGS, source
 from transformers import SiglipConfig, SiglipModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedModel
-from vit_embed.convert_checkpoint import convert_checkpoint, restore_checkpoint, sample_inputs
+from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint, sample_inputs
 from vit_embed.layouts import LAYOUTS, detect_layout, open_clip, open_clip_config
 from vit_embed.layouts.rules import ConversionOptions
 
@@ -83,6 +85,103 @@ def test_settings_without_a_place_are_refused_by_name(vision, text, message):
 
 
 @pytest.mark.parametrize(
+    "name, vision, text, message",
+    [
+        ("clip", {"width": 40}, {}, "vision_cfg.width=40, the weights have 32"),
+        ("clip", {"layers": 4}, {"layers": 3}, "vision_cfg.layers=4, .* have 3; text_cfg.layers=3, .* have 2"),
+        (
+            "clip",
+            {"mlp_ratio": 2},
+            {"mlp_ratio": 3.5},
+            "vision_cfg.mlp_ratio=2, .* 4.0; text_cfg.mlp_ratio=3.5, .* 4.0",
+        ),
+        ("clip", {"patch_size": [8, 4]}, {}, r"vision_cfg.patch_size=\[8, 4\], the weights have \[8, 8\]"),
+        ("clip", {"no_ln_pre": True}, {}, "vision_cfg.no_ln_pre=True, the weights have False"),
+        ("clip", {"ls_init_value": 0.1}, {}, "vision_cfg.ls_init_value=0.1, the weights have None"),
+        ("layer scale", {"ls_init_value": None}, {}, "vision_cfg.ls_init_value=None, the weights have True"),
+        (
+            "clip",
+            {},
+            {"context_length": 17, "vocab_size": 9},
+            "context_length=17, .* 16; text_cfg.vocab_size=9, .* 100",
+        ),
+        ("clip", {}, {"width": 32}, "text_cfg.width=32, the weights have 24"),
+        ("clip", {}, {"proj_bias": True}, "text_cfg.proj_bias=True, the weights have False"),
+        ("siglip", {"image_size": 256}, {}, "has 16 x 16 patches .* position table has 196"),
+        ("siglip", {"timm_model_name": "vit_base_patch32_siglip_256"}, {}, r"have '2 layers .*patches of \(16, 16\)'"),
+    ],
+)
+def test_a_config_that_contradicts_the_weights_is_refused(name, vision, text, message):
+    with pytest.raises(ValueError, match=message):
+        CONVERT(
+            source(MODEL_CFGS[name])[0], {"model_cfg": changed(MODEL_CFGS[name], vision, text)}, ConversionOptions()
+        )
+
+
+def test_what_a_config_leaves_out_has_open_clips_default():
+    model_cfg = changed(MODEL_CFG, embed_dim=21)
+    del model_cfg["vision_cfg"]["width"], model_cfg["text_cfg"]["context_length"]
+    message = "embed_dim=21, the weights have 20; vision_cfg.width=768, .* 32; text_cfg.context_length=77, .* 16"
+    with pytest.raises(ValueError, match=message):
+        CONVERT(source()[0], {"model_cfg": model_cfg}, ConversionOptions())
+    del model_cfg["embed_dim"]
+    with pytest.raises(ValueError, match="embed_dim must be a whole number from 1, and is not there"):
+        CONVERT(source()[0], {"model_cfg": model_cfg}, ConversionOptions())
+
+
+def test_the_sizes_that_siglips_names_stand_for_are_held_to(monkeypatch):
+    state_dict, config = source(MODEL_CFGS["siglip"])
+    monkeypatch.undo()
+    message = "timm_model_name='vit_base_patch16_siglip_224', the weights have '2 layers of width 48"
+    with pytest.raises(ValueError, match=message):
+        CONVERT(state_dict, config, ConversionOptions())
+
+
+def test_weights_that_open_clip_does_not_load_are_an_error_of_the_source():
+    state_dict, config = source()
+    converted, _ = CONVERT(state_dict, config, ConversionOptions())
+    other = {**state_dict, "visual.ln_post.weight": torch.ones(7)}
+    with pytest.raises(ValueError, match=r"open_clip does not take these weights: [^$]*visual.ln_post.weight"):
+        open_clip.reference(other, config, converted, sample_inputs(converted))
+
+
+@pytest.mark.parametrize(
+    "part, name, value",
+    [
+        ("model_cfg", "embed_dim", "x"),
+        ("model_cfg", "quick_gelu", []),
+        ("vision_cfg", "image_size", "x"),
+        ("vision_cfg", "image_size", [32]),
+        ("vision_cfg", "head_width", "x"),
+        ("vision_cfg", "head_width", 0),
+        ("vision_cfg", "patch_dropout", {}),
+        ("vision_cfg", "layers", True),
+        ("vision_cfg", "norm_kwargs", -1),
+        ("vision_cfg", "norm_kwargs", {"eps": "x"}),
+        ("vision_cfg", "timm_model_name", []),
+        ("text_cfg", "pool_type", []),
+        ("text_cfg", "act_kwargs", 1.5),
+        ("text_cfg", "heads", None),
+        ("text_cfg", "hf_tokenizer_name", 3),
+        (None, "preprocess_cfg", "x"),
+        ("preprocess_cfg", "interpolation", []),
+        ("preprocess_cfg", "resize_mode", {}),
+        ("preprocess_cfg", "mean", ["x"]),
+        ("preprocess_cfg", "std", {"a": 1}),
+    ],
+)
+def test_values_of_another_kind_are_named_and_nothing_is_written(part, name, value, tmp_path, caplog):
+    write_folder(tmp_path / "source", MODEL_CFG)
+    stated = json.loads((tmp_path / "source" / "open_clip_config.json").read_text())
+    parts = {None: stated, **stated, **stated["model_cfg"]}
+    parts[part][name] = value
+    (tmp_path / "source" / "open_clip_config.json").write_text(json.dumps(stated))
+    assert main([str(tmp_path / "source"), "--output_dir", str(tmp_path / "folder")]) == 1
+    assert name in caplog.text and "Traceback" not in caplog.text
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize(
     "model_cfg, message",
     [
         ({"vision_cfg": {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64, "patch_size": None}}, "a ResNet image"),
@@ -134,7 +233,7 @@ def test_every_key_is_needed_and_none_is_left_over(name):
         if key == "logit_bias":  # without it the model is one of CLIP's loss
             assert CONVERT(fewer, config, ConversionOptions())[0].contrastive_loss == "softmax"
             continue
-        with pytest.raises(ValueError, match="not in the source|are missing|without a place"):
+        with pytest.raises(ValueError, match="not in the source|are missing|without a place|contradicts the weights"):
             CONVERT(fewer, config, ConversionOptions())
     with pytest.raises(ValueError, match="without a place in the model: visual.extra"):
         CONVERT({**state_dict, "visual.extra": torch.zeros(1)}, config, ConversionOptions())
@@ -236,6 +335,15 @@ def test_what_open_clip_cannot_express_is_refused(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         restore_checkpoint(tmp_path / "ours", "open_clip", output_dir=tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_siglips_image_towers_have_three_channels():
+    config, _ = CONVERT(*source(MODEL_CFGS["siglip"]), ConversionOptions())
+    form = open_clip_config.Form("text.", siglip=True, linear_projection=True, scale_axes=0)
+    assert open_clip_config.model_cfg_of(config, form)["vision_cfg"]["timm_model_name"] == "vit_base_patch16_siglip_224"
+    config.num_channels = 1
+    with pytest.raises(ValueError, match=r"num_channels=1 \(it has 3\)"):
+        open_clip_config.model_cfg_of(config, form)
 
 
 def test_an_image_tower_alone_is_refused(tmp_path):
