@@ -1,6 +1,6 @@
 """Seconds and peak memory of converting a ViT-L/14 of OpenAI's layout, there and back.
 
-    python benchmarks/bench_convert.py [--rounds 3] [--folder /tmp/bench_convert]
+    python benchmarks/bench_convert.py [--rounds 3] [--folder FOLDER]
 
 The weights are random, of the sizes and in the form of OpenAI's own ViT-L-14.pt (428 M parameters in float16). Each
 conversion runs in a process of its own, as a user would run it, comparison with OpenAI's code included where that is
@@ -15,6 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def run(folder: Path, arguments: list[str]) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/bench_convert"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "bench_convert")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     weights = write_source(given.folder / "ViT-L-14.pt")
