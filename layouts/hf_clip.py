@@ -18,6 +18,7 @@ from vit_embed.layouts.rules import (
     SampleInputs,
     SourceConfig,
     StateDict,
+    as_class,
     as_float32,
     check_sizes,
     convert_weights,
@@ -197,7 +198,7 @@ def convert(
         },
         f"a checkpoint of transformers with model_type {model_type!r}",
     )
-    source = _transformers_config(source_config)
+    source = as_class(source_config, CONFIG_CLASSES[source_config["model_type"]])
     is_classifier = "classifier.weight" in state_dict and not options.trunk_only
     siglip = model_type.startswith("siglip")
     config = (_siglip_config if siglip else _clip_config)(source, options, is_classifier)
@@ -247,15 +248,6 @@ def _model_type(source_config: SourceConfig) -> str:
         f"a checkpoint of transformers needs its config.json with model_type {', '.join(CONFIG_CLASSES)}, which says "
         f"heads, activation and eps of the weights; {found}. Give the folder that it was saved to"
     )
-
-
-def _transformers_config(source_config: SourceConfig) -> PretrainedConfig:
-    """config.json with transformers' own defaults for what it leaves out."""
-    config_class = getattr(transformers, CONFIG_CLASSES[source_config["model_type"]])
-    try:
-        return config_class.from_dict(dict(source_config))
-    except Exception as error:  # whatever a foreign value raises in it
-        raise ValueError(f"config.json cannot be read as a {config_class.__name__}: {error}") from error
 
 
 def _vision(source: PretrainedConfig) -> PretrainedConfig:
@@ -455,7 +447,7 @@ def reference(
     state_dict: StateDict, source_config: SourceConfig, config: VitEmbedConfig, inputs: SampleInputs
 ) -> dict[str, torch.Tensor]:
     """What transformers' own class computes."""
-    source = _transformers_config(source_config)
+    source = as_class(source_config, CONFIG_CLASSES[source_config["model_type"]])
     # The activation that was told may be another than the config says.
     _vision(source).hidden_act = config.hidden_act
     if config.text_config is not None:

@@ -25,6 +25,7 @@ from vit_embed.layouts.rules import (
     SampleInputs,
     SourceConfig,
     StateDict,
+    as_class,
     as_float32,
     check_sizes,
     convert_weights,
@@ -232,11 +233,7 @@ def stated_config(source_config: SourceConfig, families: Mapping[str, Family]) -
         raise ValueError(
             f"config.json must have model_type {' or '.join(families)} for these weights, got {model_type!r}"
         )
-    try:
-        return getattr(transformers, families[model_type].config).from_dict(dict(source_config))
-    # transformers 5 checks types with errors of its own, which are no ValueErrors.
-    except Exception as error:
-        raise ValueError(f"config.json cannot be read as {families[model_type].config}: {error}") from error
+    return as_class(source_config, families[model_type].config)
 
 
 def without_heads(

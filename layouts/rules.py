@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from transformers import PretrainedConfig
 
 from vit_embed import (
     VitEmbedConfig,
@@ -333,6 +335,19 @@ def reverse_rules(weights: StateDict, rules: Iterable[Rule]) -> dict[str, torch.
 
 
 # What every layout asks
+
+
+def as_class(source_config: SourceConfig, class_name: str) -> PretrainedConfig:
+    """config.json as a config class of transformers reads it, with that class's defaults for what it leaves out.
+
+    Raises:
+        ValueError: values that the class refuses.
+    """
+    try:
+        return getattr(transformers, class_name).from_dict(dict(source_config))
+    # Whatever a foreign value raises in it: transformers 5 checks types with errors of its own, no ValueErrors.
+    except Exception as error:
+        raise ValueError(f"config.json cannot be read as a {class_name}: {error}") from error
 
 
 def check_sizes(state_dict: StateDict, sizes: Mapping[str, tuple[str, ...]], what: str) -> None:

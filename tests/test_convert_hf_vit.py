@@ -263,7 +263,7 @@ def test_contradictory_sizes_are_refused(key, tensor, message, vit):
         ({"hidden_size": 64}, "hidden_size=64 .here 32"),
         ({"num_hidden_layers": 2}, "num_hidden_layers=2 .here 3"),
         ({"patch_size": 4, "image_size": 16}, "patch_size=.4, 4. .here"),
-        ({"num_attention_heads": "four"}, "cannot be read as ViTConfig|num_attention_heads must be"),
+        ({"num_attention_heads": "four"}, "cannot be read as a ViTConfig|num_attention_heads must be"),
         ({"num_attention_heads": 5}, "num_attention_heads=5"),
         ({"hidden_act": "mish"}, "hidden_act must be one of"),
         ({"model_type": "beit"}, "model_type vit or deit or vit_mae for these weights, got 'beit'"),
