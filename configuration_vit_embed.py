@@ -75,6 +75,7 @@ MEANT_FOR = {
     "position_interpolation": ("position_embedding_type", ("learned",)),
     "position_degree": ("position_embedding_type", ("polynomial",)),
     "norm_before_pooling": ("pooling_type", ("mean",)),
+    "hard_negative_beta": ("contrastive_loss", ("softmax",)),
     "deconv_kernel_size": ("depth_head_type", ("deconv",)),
 }
 
@@ -211,6 +212,13 @@ def _check_positive(config: PretrainedConfig, names: tuple[str, ...]) -> None:
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not (0 < value < math.inf):
             raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _check_not_negative(config: PretrainedConfig, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not (0 <= value < math.inf):
+            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
 
 
 def _check_size(config: PretrainedConfig, name: str) -> None:
@@ -446,11 +454,17 @@ class VitEmbedConfig(PretrainedConfig):
             (SigLIP), and projection_dim must then be hidden_size.
         logit_scale_init_value: natural log of the inverse temperature at initialisation; ln(1 / 0.07) = 2.6592.
         contrastive_loss: "softmax" is CLIP's, "sigmoid" SigLIP's (arXiv:2303.15343) with a learned logit_bias.
+        hard_negative_beta: a number >= 0; each negative of the "softmax" loss counts exp(hard_negative_beta * logit),
+            over the mean of that (arXiv:2010.04592; 0.25 for images and texts in arXiv:2301.02280). 0 counts all alike.
+        contrastive_chunk_size: images, and texts, that a dual encoder in training holds activations of at a time; the
+            backward pass encodes each chunk again (cached gradients, arXiv:2101.06983). None is the whole batch.
         depth_head_type: one of DEPTH_HEAD_TYPES.
         deconv_kernel_size: pixels of the kernels of the "deconv" depth head, even; their stride is 2 for any.
         depth_activation: how depth is made of the head's numbers. None is softplus, or `max_depth` * sigmoid: always
             positive; "identity" is the numbers themselves, which only "l1" and "l2" can train.
         depth_loss: one of DEPTH_LOSSES.
+        depth_gradient_weight: a number >= 0, factor of the multi-scale gradient matching loss that is added to it
+            (arXiv:1907.01341, there 0.5). 0 adds nothing.
         max_depth: metres at the far end of the depth head's range; None predicts unitless positive depth.
         mask_ratio: share in [0, 1) of the patches that masked image modelling hides (arXiv:2111.06377).
         norm_pix_loss: whether it predicts each patch less its mean and over its standard deviation.
@@ -527,10 +541,13 @@ class VitEmbedConfig(PretrainedConfig):
         use_visual_projection: bool = True,
         logit_scale_init_value: float = 2.6592,
         contrastive_loss: str = "softmax",
+        hard_negative_beta: float = 0.0,
+        contrastive_chunk_size: int | None = None,
         depth_head_type: str = "deconv",
         deconv_kernel_size: int = 2,
         depth_activation: str | None = None,
         depth_loss: str = "silog",
+        depth_gradient_weight: float = 0.0,
         max_depth: float | None = None,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
@@ -590,10 +607,13 @@ class VitEmbedConfig(PretrainedConfig):
         self.use_visual_projection = use_visual_projection
         self.logit_scale_init_value = logit_scale_init_value
         self.contrastive_loss = contrastive_loss
+        self.hard_negative_beta = hard_negative_beta
+        self.contrastive_chunk_size = contrastive_chunk_size
         self.depth_head_type = depth_head_type
         self.deconv_kernel_size = deconv_kernel_size
         self.depth_activation = depth_activation
         self.depth_loss = depth_loss
+        self.depth_gradient_weight = depth_gradient_weight
         self.max_depth = max_depth
         self.mask_ratio = mask_ratio
         self.norm_pix_loss = norm_pix_loss
@@ -651,7 +671,10 @@ class VitEmbedConfig(PretrainedConfig):
             self, ("hidden_dropout_prob", "attention_dropout", "drop_path_rate", "patch_drop_rate", "mask_ratio")
         )
         _check_positive(self, ("layer_norm_eps", "initializer_range", "initializer_factor"))
+        _check_not_negative(self, ("adaptive_budget_weight", "hard_negative_beta", "depth_gradient_weight"))
         _check_integers(self, {"num_labels": 1})
+        if self.contrastive_chunk_size is not None:
+            _check_integers(self, {"contrastive_chunk_size": 1})
         _check_even(self, "deconv_kernel_size")
         _check_json_dict(self, "converted_from")
         _check_choices(self, {"problem_type": PROBLEM_TYPES})
@@ -704,6 +727,11 @@ class VitEmbedConfig(PretrainedConfig):
             raise ValueError(
                 f"max_depth={self.max_depth} bounds a positive depth, but depth_activation={self.depth_activation!r} "
                 "gives any number; leave one of them at None"
+            )
+        if self.depth_gradient_weight and self.depth_activation == "identity":
+            raise ValueError(
+                f"depth_gradient_weight={self.depth_gradient_weight} compares logarithms of depths, which may be "
+                "negative with depth_activation='identity'; set depth_gradient_weight=0"
             )
         if not self.use_visual_projection and self.projection_dim != self.hidden_size:
             raise ValueError(
@@ -766,9 +794,6 @@ class VitEmbedConfig(PretrainedConfig):
             raise ValueError(
                 f"adaptive_budget must be a share in [0.25, 1] of the patches, got {self.adaptive_budget!r}"
             )
-        weight = self.adaptive_budget_weight
-        if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise ValueError(f"adaptive_budget_weight must be a number >= 0, got {weight!r}")
         num_tokens = self.num_learned_tokens if stem == "token_learner" else math.prod(self.grid_size)
         if self.token_merge_size > num_tokens // 2:
             raise ValueError(

@@ -7,9 +7,11 @@ Height comes before width everywhere.
 The state dict of `VitEmbedForContrastive` is that of `transformers.CLIPModel`, key for key.
 """
 
+import contextlib
 import copy
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import (
     BackboneOutput,
@@ -61,6 +64,8 @@ from .losses_vit_embed import (
     MAX_LOGIT_SCALE,
     contrastive_logits,
     gather_batch,
+    gradient_matching_loss,
+    same_group,
 )
 from .processor_files_vit_embed import (
     write_processor_files,
@@ -782,9 +787,9 @@ def freeze_pooler(trunk: VitEmbedModel) -> None:
         trunk.pooler.requires_grad_(False)
 
 
-def with_stem_loss(loss: torch.Tensor, features: VisionFeatures, training: bool) -> torch.Tensor:
+def with_stem_loss(loss: torch.Tensor, stem_loss: torch.Tensor | None, training: bool) -> torch.Tensor:
     """A head's loss with what the stem adds to it in training."""
-    return loss + features.loss if training and features.loss is not None else loss
+    return loss + stem_loss if training and stem_loss is not None else loss
 
 
 class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
@@ -825,7 +830,7 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         )
         logits = self.classifier(self.vision_model.pool(features))
         output = ImageClassifierOutput(
-            loss=None if labels is None else with_stem_loss(self._loss(logits, labels), features, self.training),
+            loss=None if labels is None else with_stem_loss(self._loss(logits, labels), features.loss, self.training),
             logits=logits,
             hidden_states=features.hidden_states,
             attentions=features.attentions,
@@ -988,7 +993,10 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
                 )
             labels = labels.masked_fill(~pixel_mask.bool(), 0)  # left out of the loss, whatever they say of the padding
         depth = depth if labels.shape == depth.shape else resize_depth(depth, tuple(labels.shape[1:]))
-        return with_stem_loss(DEPTH_LOSSES[self.config.depth_loss](depth, labels), features, self.training)
+        loss = DEPTH_LOSSES[self.config.depth_loss](depth, labels)
+        if self.config.depth_gradient_weight:
+            loss = loss + self.config.depth_gradient_weight * gradient_matching_loss(depth, labels)
+        return with_stem_loss(loss, features.loss, self.training)
 
 
 def require_pyramid(patch_embeds: torch.Tensor | None, pixel_mask: torch.Tensor | None, reader: str) -> None:
@@ -1130,6 +1138,28 @@ class VitEmbedContrastiveOutput(ModelOutput):
     text_attentions: tuple[torch.Tensor, ...] | None = None
 
 
+class Embedded(NamedTuple):
+    """What a tower of a dual encoder gives: embeds (B, projection_dim) of unit length, stem_loss as in VisionFeatures,
+    hidden_states and attentions where they were asked for. All None for a tower with no input."""
+
+    embeds: torch.Tensor | None = None
+    stem_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@contextlib.contextmanager
+def unchanged(buffers: list[torch.Tensor]) -> Iterator[None]:
+    """Gives the buffers their values back at the end: what is computed again counts once in running statistics."""
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values):
+                buffer.copy_(value)
+
+
 class VitEmbedForContrastive(VitEmbedProjectedModel):
     """CLIP: images and texts in one space, where a cosine says how well they go together."""
 
@@ -1170,6 +1200,7 @@ class VitEmbedForContrastive(VitEmbedProjectedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        group_ids: torch.Tensor | None = None,
     ) -> VitEmbedContrastiveOutput | tuple:
         """
         Args:
@@ -1178,43 +1209,41 @@ class VitEmbedForContrastive(VitEmbedProjectedModel):
             input_ids, attention_mask: texts, as in VitEmbedTextModel. Without texts only image_embeds are returned.
             return_loss: whether to return the loss; there is one where image i and text i are a pair, so with
                 as many images as texts. Under torch.distributed it is the loss of the joined batch of all processes.
+            group_ids: (B,) int64, for batches in which several pairs say the same, as equal captions do: image i and
+                text j of pairs with equal ids are not negatives of each other in the loss. Under torch.distributed
+                every process gives them, or none.
 
         Returns:
             as VitEmbedContrastiveOutput says.
 
         Raises:
-            ValueError: neither images nor texts, or a bad input to a tower.
+            ValueError: neither images nor texts, a bad input to a tower, or group_ids of another shape or type.
         """
         if pixel_values is None and patch_embeds is None and input_ids is None:
             raise ValueError("give images (pixel_values or patch_embeds), texts (input_ids), or both; got neither")
         wants = self._wants(output_attentions, output_hidden_states)
-        image_embeds = hidden_states = attentions = None
+        images = texts = Embedded()
         if pixel_values is not None or patch_embeds is not None:
-            features = self.vision_model.forward_features(
-                pixel_values, patch_embeds, pixel_mask, *wants, pooled_only=True
-            )
-            projected = self.visual_projection(self.vision_model.pool(features))
-            image_embeds = F.normalize(projected, dim=-1)  # (images, projection_dim)
-            hidden_states, attentions = features.hidden_states, features.attentions
-        text_embeds = text_hidden_states = text_attentions = None
+            images = self._in_chunks(self._embed_images, (pixel_values, patch_embeds, pixel_mask), *wants)
         if input_ids is not None:
-            pooled, text_hidden_states, text_attentions = self._read_text(input_ids, attention_mask, *wants)
-            text_embeds = F.normalize(self.text_projection(pooled), dim=-1)  # (texts, projection_dim)
+            texts = self._in_chunks(self._embed_texts, (input_ids, attention_mask), *wants)
         loss = logits = None
-        if image_embeds is not None and text_embeds is not None:
-            logits = self._logits(image_embeds, text_embeds)  # (images, texts)
+        if images.embeds is not None and texts.embeds is not None:
+            self._bound_logit_scale()
+            logits = self._logits(images.embeds, texts.embeds)  # (images, texts)
             if return_loss and logits.shape[0] == logits.shape[1]:
-                loss = with_stem_loss(self._loss(logits, image_embeds, text_embeds), features, self.training)
+                loss = self._loss(logits, images.embeds, texts.embeds, group_ids)
+                loss = with_stem_loss(loss, images.stem_loss, self.training)
         output = VitEmbedContrastiveOutput(
             loss=loss,
             logits_per_image=logits,
             logits_per_text=None if logits is None else logits.t(),
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-            hidden_states=hidden_states,
-            attentions=attentions,
-            text_hidden_states=text_hidden_states,
-            text_attentions=text_attentions,
+            image_embeds=images.embeds,
+            text_embeds=texts.embeds,
+            hidden_states=images.hidden_states,
+            attentions=images.attentions,
+            text_hidden_states=texts.hidden_states,
+            text_attentions=texts.attentions,
         )
         return self._returned(output, return_dict)
 
@@ -1229,36 +1258,117 @@ class VitEmbedForContrastive(VitEmbedProjectedModel):
         projected = self.text_projection(self.text_model.pool(input_ids, attention_mask))
         return F.normalize(projected, dim=-1) if normalize else projected
 
-    def _read_text(
+    def _embed_images(
+        self,
+        pixel_values: torch.Tensor | None,
+        patch_embeds: torch.Tensor | None,
+        pixel_mask: torch.Tensor | None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Embedded:
+        features = self.vision_model.forward_features(
+            pixel_values, patch_embeds, pixel_mask, output_attentions, output_hidden_states, pooled_only=True
+        )
+        embeds = F.normalize(self.visual_projection(self.vision_model.pool(features)), dim=-1)
+        return Embedded(embeds, features.loss, features.hidden_states, features.attentions)
+
+    def _embed_texts(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Embedded:
+        """By the short way, or the long way with what is asked for besides."""
+        hidden_states = attentions = None
+        if output_attentions or output_hidden_states:
+            read = self.text_model(input_ids, attention_mask, output_attentions, output_hidden_states, return_dict=True)
+            pooled, hidden_states, attentions = read.pooler_output, read.hidden_states, read.attentions
+        else:
+            pooled = self.text_model.pool(input_ids, attention_mask)
+        return Embedded(F.normalize(self.text_projection(pooled), dim=-1), None, hidden_states, attentions)
+
+    def _in_chunks(
+        self,
+        embed: Callable[..., Embedded],
+        inputs: tuple[torch.Tensor | None, ...],
         output_attentions: bool,
         output_hidden_states: bool,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor, ...] | None]:
-        """The pooled text (B, D) by the short way, or the long way with what was asked for besides."""
-        if not (output_attentions or output_hidden_states):
-            return self.text_model.pool(input_ids, attention_mask), None, None
-        read = self.text_model(input_ids, attention_mask, output_attentions, output_hidden_states, return_dict=True)
-        return read.pooler_output, read.hidden_states, read.attentions
+    ) -> Embedded:
+        """`embed(*inputs)`, in training `contrastive_chunk_size` rows at a time: only the embeddings are kept, and the
+        backward pass of a chunk embeds it again, with the same random numbers.
+
+        The gradients are those of the whole batch. What a batch is measured by is measured by the chunk: batch norm's
+        statistics, whose running ones move once a chunk, and an adaptive stem's budget, of which the mean is taken.
+        """
+        size = self.config.contrastive_chunk_size
+        if size is None or not (self.training and torch.is_grad_enabled()):
+            return embed(*inputs, output_attentions, output_hidden_states)
+        if output_attentions or output_hidden_states:
+            raise ValueError(
+                f"contrastive_chunk_size={size} keeps nothing of a batch in training but its embeddings; leave "
+                "output_attentions and output_hidden_states out, or set contrastive_chunk_size=None"
+            )
+        batch = next(len(rows) for rows in inputs if rows is not None)
+        count = math.ceil(batch / size)
+        if count <= 1:
+            return embed(*inputs)
+        # Even chunks: batch norm would see a remainder of one image.
+        columns = [[None] * count if rows is None else rows.tensor_split(count) for rows in inputs]
+        statistics = list(self.buffers())
+        parts = [
+            checkpoint(
+                embed,
+                *chunk,
+                use_reentrant=False,
+                context_fn=lambda: (contextlib.nullcontext(), unchanged(statistics)),
+            )
+            for chunk in zip(*columns)
+        ]
+        embeds = torch.cat([part.embeds for part in parts])
+        stem_losses = [part.stem_loss * (len(part.embeds) / batch) for part in parts if part.stem_loss is not None]
+        return Embedded(embeds, sum(stem_losses) if stem_losses else None)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         """As in transformers, for the text tower."""
         return self.text_model.resize_token_embeddings(*args, **kwargs)
 
-    def _logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    def _bound_logit_scale(self) -> None:
+        """As OpenAI trains: the parameter itself stays in bounds, for beyond them it would get no gradient back. Once a
+        pass, before it is read: a backward pass refuses what was written to since."""
         if self.training and self.logit_bias is None:
-            # As OpenAI trains: the parameter itself stays in bounds, for beyond them it would get no gradient back.
             with torch.no_grad():
                 self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    def _logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         return contrastive_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)
 
-    def _loss(self, logits: torch.Tensor, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        image_embeds: torch.Tensor,
+        text_embeds: torch.Tensor,
+        group_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
         """Of the joined batch of all processes; `logits` are those of this process and serve where it is alone."""
+        ignored = None
+        if group_ids is not None:
+            self._check_group_ids(group_ids, len(image_embeds))
+            ignored = same_group(gather_batch(group_ids[:, None])[:, 0])
         all_image_embeds, all_text_embeds = gather_batch(image_embeds), gather_batch(text_embeds)
         if all_image_embeds is not image_embeds:
             logits = self._logits(all_image_embeds, all_text_embeds)
-        return CONTRASTIVE_LOSSES[self.config.contrastive_loss](logits)
+        beta = self.config.hard_negative_beta
+        options = {"hard_negative_beta": beta} if beta else {}  # of the softmax loss alone, as the config sees to
+        return CONTRASTIVE_LOSSES[self.config.contrastive_loss](logits, ignored, **options)
+
+    @staticmethod
+    def _check_group_ids(group_ids: torch.Tensor, batch: int) -> None:
+        if group_ids.shape != (batch,) or group_ids.dtype != torch.int64:
+            raise ValueError(
+                f"group_ids must be (batch={batch},) of torch.int64, one number a pair; got {tuple(group_ids.shape)} "
+                f"of {group_ids.dtype}"
+            )
 
 
 class VitEmbedPatchDecoder(nn.Module):

@@ -1,53 +1,51 @@
 """Train or fine-tune a two-tower `VitEmbedForContrastive` on captioned pictures with the stock Trainer.
 
-    python examples/train_contrastive.py --dataset data/emoji --group_column name \\
-        --config_name small.json --tokenizer_name data/tokenizer --output_dir run --do_train --do_eval --do_predict
+    python examples/train_contrastive.py --dataset data/icons --group_column group --tag_column tags \
+        --config_name configs/icon-search.json --tokenizer_name . --output_dir runs/icons --do_train --do_eval
 
-The dataset is a folder written by `datasets` (`save_to_disk`), a folder of parquet files, an image folder with
-`metadata.jsonl`, or a name on the Hub. Each row has an image and a caption, or a list of captions whose first is the
-name of the picture and whose others are tags. With `--group_column` one step draws one picture of each group, so that
-two pictures of the same thing are never each other's negatives; without it they are, as in CLIP.
+The dataset is a folder written by `datasets` (`save_to_disk`), of parquet files, of tar shards (WebDataset) or of
+pictures with `metadata.jsonl`, or a name on the Hub; `--streaming` reads it without a copy. Each row has an image and a
+caption, or a list of captions, the first of which is the name of the picture. Pairs whose first captions are equal are
+not each other's negatives (`--duplicates_are_negatives` for CLIP's way). With `--group_column` an epoch draws one
+picture of each group. Pictures in grey and alpha ("LA": icons) are drawn in random colours on random backgrounds.
 
-Needs: `pip install accelerate datasets kornia pillow tqdm`.
+Needs: `pip install accelerate datasets kornia matplotlib pillow scikit-learn tqdm`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
-from collections.abc import Callable
+import textwrap
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset
 from kornia import augmentation
-from PIL import Image, ImageOps
+from matplotlib.figure import Figure
+from PIL import ImageOps
+from recipe import Problems, RecipeTrainer, SeededRows, as_rgb, load_splits, parse, prepare, run, seeded
+from sklearn.metrics import top_k_accuracy_score
 from tqdm import tqdm
-from transformers import (
-    CLIPImageProcessor,
-    CLIPProcessor,
-    CLIPTokenizer,
-    EvalPrediction,
-    HfArgumentParser,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
 
 logger = logging.getLogger("train_contrastive")
 
 RECALL_AT = (1, 5, 10)
-# A third of the captions is put into a sentence, as zero-shot pipelines do with their labels.
-SENTENCES = ("a picture of {}", "a photo of {}", "This is a photo of {}.")
+SENTENCES = ("a picture of {}", "a photo of {}", "an icon of {}", "This is a photo of {}.")
 # A mirrored picture keeps its caption unless the caption names a side.
 SIDED = {
     *("left", "right", "clockwise", "counterclockwise", "back", "next", "previous", "forward", "reverse"),
     *("clock", "quarter", "waxing", "waning", "button"),
 }
+SHEET_QUERIES, SHEET_COLUMNS = 8, 8
 
 
 @dataclass
@@ -68,152 +66,198 @@ class ModelArguments:
 class DataArguments:
     """Which pictures and captions, and how they are varied while training."""
 
-    dataset: str = field(metadata={"help": "folder of a saved dataset, of parquet, of images, or a name on the Hub"})
+    dataset: str = field(metadata={"help": "saved dataset, or folder of parquet, tar shards or images, or a Hub name"})
+    streaming: bool = field(default=False, metadata={"help": "read rows as they come; needs --max_steps"})
     image_column: str = field(default="image", metadata={"help": "column of the pictures"})
     caption_column: str = field(default="captions", metadata={"help": "column of a caption or of a list of captions"})
+    tag_column: str | None = field(
+        default=None, metadata={"help": "column of lists of words that say more about the picture beside a caption"}
+    )
     group_column: str | None = field(default=None, metadata={"help": "column equal for pictures of the same thing"})
+    duplicates_are_negatives: bool = field(
+        default=False, metadata={"help": "keep pairs with the same first caption as each other's negatives, as CLIP"}
+    )
     train_split: str = field(default="train", metadata={"help": "split that is trained on"})
-    validation_split: str = field(default="validation", metadata={"help": "split that picks the best checkpoint"})
+    validation_split: list[str] = field(
+        default_factory=lambda: ["validation"], metadata={"help": "splits that pick the best checkpoint"}
+    )
     test_split: str = field(default="test", metadata={"help": "split for --do_predict, never seen before"})
-    rotation: float = field(default=15.0, metadata={"help": "largest rotation, degrees"})
-    mirror: float = field(default=0.5, metadata={"help": "chance of a mirrored picture, 0 to 1"})
+    name_share: float = field(
+        default=0.6, metadata={"help": "share of the texts that are the name alone, where there is more to draw from"}
+    )
+    sentence_share: float = field(default=0.2, metadata={"help": "share of the texts put into a sentence"})
+    train_image_size: int | None = field(
+        default=None, metadata={"help": "side of the pictures trained on, pixels; default: the model's own"}
+    )
+    rotation: float = field(default=10.0, metadata={"help": "largest rotation, degrees"})
+    mirror: float = field(default=0.0, metadata={"help": "chance of a mirrored picture, 0 to 1"})
     jitter: float = field(default=0.3, metadata={"help": "largest relative change of brightness, contrast, saturation"})
     hue: float = field(default=0.04, metadata={"help": "largest change of hue, 0 to 0.5 turns"})
 
 
-def load_splits(path: str) -> DatasetDict:
-    """Open a saved dataset, a folder of parquet files, an image folder or a dataset of the Hub."""
-    folder = Path(path)
-    if (folder / "dataset_dict.json").exists():
-        return load_from_disk(path)
-    if folder.is_dir() and any(folder.rglob("*.parquet")):
-        return load_dataset("parquet", data_dir=path)
-    if folder.is_dir():
-        return load_dataset("imagefolder", data_dir=path)
-    return load_dataset(path)
-
-
-def as_list(captions: str | list[str]) -> list[str]:
+def as_list(captions: str | list[str] | None) -> list[str]:
     """Give one caption and a list of captions the same form."""
-    return [captions] if isinstance(captions, str) else list(captions)
+    return [captions] if isinstance(captions, str) else list(captions or ())
+
+
+def caption_problem(captions: list, tokenizer: CLIPTokenizer) -> str | None:
+    """What is wrong with the captions of a row, if anything is."""
+    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
+        return "empty caption"
+    if max(map(len, tokenizer(captions, verbose=False).input_ids)) > tokenizer.model_max_length:
+        return "caption too long, cut"
+    return None
+
+
+def check_columns(dataset: Dataset | IterableDataset, split: str, arguments: DataArguments) -> None:
+    """Raise ValueError for a column that is asked for and is not there."""
+    wanted = {arguments.image_column, arguments.caption_column, arguments.tag_column, arguments.group_column} - {None}
+    missing = wanted - set(dataset.column_names or wanted)
+    if missing:
+        raise ValueError(
+            f"expected columns {sorted(missing)} in split {split!r}, found {dataset.column_names}; "
+            "set --image_column, --caption_column, --tag_column and --group_column"
+        )
 
 
 def check_rows(dataset: Dataset, split: str, arguments: DataArguments, tokenizer: CLIPTokenizer) -> Dataset:
     """Drop rows with an unreadable picture or no caption, count captions that will be cut, and name them in the log."""
-    missing = {arguments.image_column, arguments.caption_column} - set(dataset.column_names)
-    if missing:
-        raise ValueError(
-            f"expected columns {sorted(missing)} in split {split!r}, found {dataset.column_names}; "
-            "set --image_column and --caption_column"
-        )
-    bad: dict[str, list[int]] = {"unreadable picture": [], "empty caption": [], "caption too long, cut": []}
-    all_captions = dataset.select_columns([arguments.caption_column])
+    check_columns(dataset, split, arguments)
+    problems = Problems()
+    all_captions = dataset[arguments.caption_column][:]
     pictures = dataset.select_columns([arguments.image_column])
     for row in tqdm(range(len(dataset)), desc=f"check {split}"):
-        captions = as_list(all_captions[row][arguments.caption_column] or [])
-        if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-            bad["empty caption"].append(row)
-            continue
-        if max(map(len, tokenizer(captions, verbose=False).input_ids)) > tokenizer.model_max_length:
-            bad["caption too long, cut"].append(row)
-        try:
-            pictures[row][arguments.image_column].load()
-        except (OSError, ValueError, AttributeError):  # AttributeError: the cell is empty
-            bad["unreadable picture"].append(row)
-    for reason, rows in bad.items():
-        if rows:
-            logger.warning(
-                "split %s: %d rows with %s: %s%s", split, len(rows), reason, rows[:10], " ..." if len(rows) > 10 else ""
-            )
-    dropped = set(bad["unreadable picture"]) | set(bad["empty caption"])
-    if len(dropped) == len(dataset):
-        raise ValueError(f"expected rows with a picture and a caption in split {split!r}, all {len(dataset)} are bad")
-    logger.info("split %s: %d rows kept, %d dropped", split, len(dataset) - len(dropped), len(dropped))
+        problem = caption_problem(as_list(all_captions[row]), tokenizer)
+        if problem is not None:
+            problems.add(problem, row, drop=problem == "empty caption")
+        if problem != "empty caption":
+            try:
+                pictures[row][arguments.image_column].load()
+            except (OSError, ValueError, SyntaxError, AttributeError):  # AttributeError: the cell is empty
+                problems.add("unreadable picture", row)
+    dropped = problems.report(split, len(dataset))
     return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
 
 
-def draw_caption(captions: list[str]) -> str:
-    """Draw one text: the name (1/2), the name and tags (1/3) or tags alone (1/6), at times in a sentence."""
-    name, tags = captions[0], captions[1:]
-    choice = random.random()
-    if choice < 1 / 2 or len(tags) < 2:
-        text = name
-    else:
-        chosen = random.sample(tags, random.randint(2, min(4, len(tags))))
-        text = ", ".join([name, *chosen] if choice < 5 / 6 else chosen)
-    return random.choice(SENTENCES).format(text) if random.random() < 1 / 3 else text
+def caption_id(caption: str) -> int:
+    """A number in [0, 2^63) that is equal for equal captions."""
+    return int.from_bytes(hashlib.sha256(caption.strip().lower().encode()).digest()[:8], "big") >> 1
 
 
-class TrainingPictures(torch.utils.data.Dataset):
-    """One item a group: a random picture of it as RGBA uint8 (4, S, S), and a random caption."""
+def draw_caption(captions: list[str], tags: list[str], arguments: DataArguments) -> str:
+    """Draw one text: the name, the name with tags, another caption, or tags alone; at times in a sentence."""
+    text, others, choice = captions[0], captions[1:], random.random()
+    if choice > arguments.name_share and (others or tags):
+        some_tags = random.sample(tags, min(len(tags), random.randint(1, 3)))
+        if others and random.random() < 1 / 2:
+            text = random.choice(others)
+        elif len(some_tags) > 1 and random.random() < 1 / 3:
+            text = ", ".join(some_tags)
+        else:
+            text = ", ".join([text, *some_tags])
+    return random.choice(SENTENCES).format(text) if random.random() < arguments.sentence_share else text
 
-    def __init__(self, dataset: Dataset, arguments: DataArguments, size: int) -> None:
-        self.dataset, self.arguments, self.size = dataset, arguments, size
-        self.groups = [[row] for row in range(len(dataset))]
-        if arguments.group_column is not None:
-            rows_of: dict[object, list[int]] = {}
-            for row, group in enumerate(dataset[arguments.group_column]):
-                rows_of.setdefault(group, []).append(row)
-            self.groups = list(rows_of.values())
+
+def training_item(row: dict, arguments: DataArguments, canvas: int) -> dict[str, object]:
+    """A row -> rgba uint8 (4, canvas, canvas), whether it has one colour, a random caption, ids of caption and draw."""
+    picture = row[arguments.image_column]
+    captions = as_list(row[arguments.caption_column])
+    tags = as_list(row[arguments.tag_column]) if arguments.tag_column else []
+    is_mono = picture.mode == "LA"
+    picture = picture.convert("RGBA") if "A" in picture.mode else as_rgb(picture).convert("RGBA")
+    if picture.size != (canvas, canvas):
+        picture = ImageOps.fit(picture, (canvas, canvas))
+    if random.random() < arguments.mirror and not SIDED & set(" ".join(captions).lower().split()):
+        picture = ImageOps.mirror(picture)
+    return {
+        "rgba": torch.from_numpy(np.array(picture)).permute(2, 0, 1),
+        "is_mono": is_mono,
+        "caption": draw_caption(captions, tags, arguments),
+        "group_id": caption_id(captions[0]),
+        "key": random.getrandbits(32),
+    }
+
+
+class Groups:
+    """Lists of row numbers as rows: item i is a random row of group i."""
+
+    def __init__(self, dataset: Dataset, column: str | None) -> None:
+        self.dataset = dataset
+        rows_of: dict[object, list[int]] = {}
+        for row, group in enumerate(range(len(dataset)) if column is None else dataset[column][:]):
+            rows_of.setdefault(group, []).append(row)
+        self.rows = list(rows_of.values())
 
     def __len__(self) -> int:
-        return len(self.groups)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, object]:
-        row = self.dataset[random.choice(self.groups[index])]
-        picture = row[self.arguments.image_column].convert("RGBA")
-        if picture.size != (self.size, self.size):
-            picture = ImageOps.fit(picture, (self.size, self.size))
-        captions = as_list(row[self.arguments.caption_column])
-        if random.random() < self.arguments.mirror and not SIDED & set(" ".join(captions).lower().split()):
-            picture = ImageOps.mirror(picture)
-        return {"rgba": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "caption": draw_caption(captions)}
+    def __getitem__(self, index: int) -> dict:
+        return self.dataset[random.choice(self.rows[index])]
+
+
+def training_stream(dataset: IterableDataset, arguments: DataArguments, tokenizer, canvas: int, seed: int):
+    """Training items of a stream, shuffled in a buffer; rows that cannot be used are passed over and named."""
+
+    def usable(row: dict, number: int) -> bool:
+        problem = caption_problem(as_list(row[arguments.caption_column]), tokenizer)
+        if problem is not None:
+            logger.warning("stream: row %d with %s", number, problem)
+        return problem != "empty caption"
+
+    def make(row: dict, number: int) -> dict:
+        with seeded(seed, number):
+            return training_item(row, arguments, canvas)
+
+    dataset = dataset.filter(usable, with_indices=True).shuffle(seed=seed, buffer_size=1000)
+    return dataset.map(make, with_indices=True, remove_columns=dataset.column_names)
 
 
 def evaluation_pictures(dataset: Dataset, arguments: DataArguments, image_processor: CLIPImageProcessor) -> Dataset:
-    """Give every row its pixels (C, H, W) on white through the stock processor, and the first of its captions."""
+    """Give every row its pixels (C, H, W) on white through the stock processor, the first of its captions, its id."""
 
     def transform(rows: dict[str, list]) -> dict[str, list]:
-        flat = []
-        for picture in rows[arguments.image_column]:
-            rgba = picture.convert("RGBA")
-            white = Image.new("RGBA", rgba.size, "white")
-            flat.append(Image.alpha_composite(white, rgba).convert("RGB"))
-        pixel_values = image_processor(flat, return_tensors="pt").pixel_values
+        flat = [as_rgb(picture) for picture in rows[arguments.image_column]]
+        captions = [as_list(captions)[0] for captions in rows[arguments.caption_column]]
         return {
-            "pixel_values": list(pixel_values),
-            "caption": [as_list(captions)[0] for captions in rows[arguments.caption_column]],
+            "pixel_values": list(image_processor(flat, return_tensors="pt").pixel_values),
+            "caption": captions,
+            "group_id": list(map(caption_id, captions)),
         }
 
     return dataset.with_transform(transform)
 
 
 class Collator:
-    """Rows -> pixel_values (B, 3, H, W) and input_ids (B, T); pictures with alpha are varied on the whole batch."""
+    """Rows -> pixel_values (B, 3, H, W), input_ids (B, T), group_ids (B,); pictures are varied on the whole batch."""
 
     def __init__(self, processor: CLIPProcessor, arguments: DataArguments, image_size: tuple[int, int]) -> None:
-        self.tokenizer = processor.tokenizer
-        self.image_size = image_size
+        self.tokenizer, self.image_size = processor.tokenizer, image_size
+        self.mask_duplicates = not arguments.duplicates_are_negatives
         self.move = augmentation.RandomAffine(
-            degrees=arguments.rotation, translate=(0.1, 0.1), scale=(0.75, 1.15), shear=(-8.0, 8.0), p=1.0
+            degrees=arguments.rotation, translate=(0.1, 0.1), scale=(0.75, 1.15), shear=(-5.0, 5.0), p=1.0
         )
         jitter = (arguments.jitter, arguments.jitter, arguments.jitter, arguments.hue)
         self.recolour = torch.nn.Sequential(
-            augmentation.ColorJiggle(*jitter, p=0.8),
-            augmentation.RandomGrayscale(p=0.1),
-            augmentation.RandomGaussianBlur((3, 3), (0.3, 1.2), p=0.2),
+            augmentation.ColorJiggle(*jitter, p=0.4),
+            augmentation.RandomGrayscale(p=0.05),
+            augmentation.RandomGaussianBlur((3, 3), (0.3, 1.0), p=0.1),
             augmentation.Normalize(processor.image_processor.image_mean, processor.image_processor.image_std),
         )
 
-    def vary(self, rgba: torch.Tensor) -> torch.Tensor:
+    def vary(self, rgba: torch.Tensor, is_mono: torch.Tensor) -> torch.Tensor:
         """RGBA uint8 (B, 4, S, S) -> normalised pixels (B, 3, H, W): moved, on a random background, recoloured."""
         rgba = self.move(rgba.float() / 255)
         rgba = torch.nn.functional.interpolate(rgba, self.image_size, mode="bilinear", antialias=True)
-        alpha = rgba[:, 3:]
-        # A third of the backgrounds is white, a third light and a third any colour.
-        darkest = torch.tensor([1.0, 0.75, 0.0])[torch.randint(3, (len(rgba),))].view(-1, 1, 1, 1)
+        colour, alpha = rgba[:, :3], rgba[:, 3:]
+        # A half of the backgrounds is white, a quarter light and a quarter any colour.
+        darkest = torch.tensor([1.0, 1.0, 0.75, 0.0])[torch.randint(4, (len(rgba),))].view(-1, 1, 1, 1)
         background = darkest + (1 - darkest) * torch.rand(len(rgba), 3, 1, 1)
-        return self.recolour((alpha * rgba[:, :3] + (1 - alpha) * background).clamp(0, 1))
+        # What has one colour is black in half of the cases, else any colour; dark grounds turn it light.
+        ink = torch.rand(len(rgba), 3, 1, 1) * torch.randint(2, (len(rgba), 1, 1, 1))
+        is_dark = background.mean(dim=1, keepdim=True) < 0.5
+        ink = torch.where(is_dark, 1 - ink / 2, ink / 2)
+        colour = torch.where(is_mono.view(-1, 1, 1, 1), ink, colour)
+        return self.recolour((alpha * colour + (1 - alpha) * background).clamp(0, 1))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         tokens = self.tokenizer(
@@ -224,35 +268,61 @@ class Collator:
             return_tensors="pt",
         )
         if "rgba" in rows[0]:
-            pixel_values = self.vary(torch.stack([row["rgba"] for row in rows]))
+            with seeded(*(row["key"] for row in rows)):
+                rgba = torch.stack([torch.as_tensor(row["rgba"]) for row in rows])
+                pixel_values = self.vary(rgba, torch.tensor([row["is_mono"] for row in rows]))
         else:
             pixel_values = torch.stack([row["pixel_values"] for row in rows])
-        return {"pixel_values": pixel_values, "input_ids": tokens.input_ids}
+        batch = {"pixel_values": pixel_values, "input_ids": tokens.input_ids}
+        if self.mask_duplicates or "rgba" not in rows[0]:
+            batch["group_ids"] = torch.tensor([row["group_id"] for row in rows])
+        return batch
 
 
-def recalls(hits: np.ndarray, similarity: np.ndarray) -> list[float]:
-    """Share of the rows of `similarity` (N, M) with one of their `hits` (N, M) among the k most similar columns."""
-    ranked = np.argsort(-similarity, axis=1)[:, : max(RECALL_AT)]
-    found = np.take_along_axis(hits, ranked, axis=1)
-    return [float(found[:, :k].any(axis=1).mean()) for k in RECALL_AT]
+def recalls(similarity: np.ndarray, query_ids: np.ndarray, found_ids: np.ndarray) -> list[float]:
+    """Share of the rows of `similarity` (queries, found) whose own id is among the k most similar ids."""
+    ids, starts = np.unique(found_ids[np.argsort(found_ids, kind="stable")], return_index=True)
+    by_id = np.maximum.reduceat(similarity[:, np.argsort(found_ids, kind="stable")], starts, axis=1)  # (queries, ids)
+    labels = np.arange(len(ids))
+    if len(ids) < 3:  # for two classes the metric wants one column
+        return [float("nan") for _ in RECALL_AT]
+    own = np.searchsorted(ids, query_ids)
+    return [float(top_k_accuracy_score(own, by_id, k=min(k, len(ids)), labels=labels)) for k in RECALL_AT]
 
 
-def retrieval_metrics(captions: list[str]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a compute_metrics over all N captions of a split: recall at k both ways, and that of chance."""
-    hits = np.array(captions)[:, None] == np.array(captions)[None, :]  # (N, N): equal captions are all right
+def retrieval_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Recall at k both ways over all pairs, equal captions counting as one, and that of chance."""
+    image_embeds, text_embeds = (rows.astype(np.float32) for rows in prediction.predictions)  # (N, J), unit length
+    ids = prediction.label_ids
+    similarity = text_embeds @ image_embeds.T
+    metrics = {}
+    for name, rows in (("text_to_image", similarity), ("image_to_text", similarity.T)):
+        metrics |= {f"{name}_recall@{k}": value for k, value in zip(RECALL_AT, recalls(rows, ids, ids), strict=True)}
+    return metrics | {f"chance_recall@{k}": min(1.0, k / len(np.unique(ids))) for k in RECALL_AT}
 
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        image_embeds, text_embeds = prediction.predictions  # (N, projection_dim) each, unit length
-        similarity = text_embeds.astype(np.float32) @ image_embeds.astype(np.float32).T
-        metrics = {}
-        for k, value in zip(RECALL_AT, recalls(hits, similarity), strict=True):
-            metrics[f"text_to_image_recall@{k}"] = value
-        for k, value in zip(RECALL_AT, recalls(hits.T, similarity.T), strict=True):
-            metrics[f"image_to_text_recall@{k}"] = value
-            metrics[f"chance_recall@{k}"] = min(1.0, k / len(hits))
-        return metrics
 
-    return compute
+def draw_sheet(rows_of: dict[str, Dataset], arguments: DataArguments, output: EvalLoopOutput, path: Path) -> None:
+    """Save what some captions find: a caption a line, its best pictures from the left, the right one framed."""
+    rows = rows_of[path.name.rsplit("-", 1)[0]]
+    image_embeds, text_embeds = output.predictions[:2]
+    queries = np.linspace(0, len(rows) - 1, min(SHEET_QUERIES, len(rows))).astype(int)
+    best = np.argsort(-(text_embeds[queries] @ image_embeds.T), axis=1)[:, :SHEET_COLUMNS]
+    figure = Figure(figsize=(1.1 * SHEET_COLUMNS + 2, 1.2 * len(queries)))
+    axes = figure.subplots(len(queries), SHEET_COLUMNS + 1, squeeze=False)
+    for line, query, found in zip(axes, queries, best, strict=True):
+        for axis in line:
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_frame_on(False)
+        caption = as_list(rows[int(query)][arguments.caption_column])[0]
+        line[0].text(1, 0.5, textwrap.fill(caption, 22), ha="right", va="center", fontsize=9)
+        for axis, index in zip(line[1:], found, strict=False):
+            axis.imshow(as_rgb(rows[int(index)][arguments.image_column]))
+            if output.label_ids[index] == output.label_ids[query]:
+                axis.set_frame_on(True)
+                for spine in axis.spines.values():
+                    spine.set(color="tab:green", linewidth=3)
+    figure.savefig(path, dpi=80, bbox_inches="tight")
 
 
 def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPProcessor]:
@@ -285,71 +355,53 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPP
 
 def main() -> None:
     """Parse the command line, then train, evaluate and test as asked."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
-    model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    output_dir = Path(training_arguments.output_dir)
-    resume = training_arguments.resume_from_checkpoint
-    if training_arguments.do_train and not resume and output_dir.is_dir() and any(output_dir.iterdir()):
-        raise ValueError(
-            f"expected --output_dir {output_dir} to be empty, it is not; name another folder, or continue "
-            "with --resume_from_checkpoint True"
-        )
-    set_seed(training_arguments.seed)
-    # Rows carry pictures and captions, which no forward takes by name; the collator turns them into what it takes.
-    training_arguments.remove_unused_columns = False
-
+    model_arguments, data, recipe, training = parse(ModelArguments, DataArguments, description=__doc__)
+    training.label_names = ["group_ids"]  # what the metrics tell pairs by
     model, processor = load_model(model_arguments)
-    wanted = {
-        data_arguments.train_split: training_arguments.do_train,
-        data_arguments.validation_split: training_arguments.do_eval or training_arguments.eval_strategy != "no",
-        data_arguments.test_split: training_arguments.do_predict,
-    }
-    caption_column = data_arguments.caption_column
-    splits = load_splits(data_arguments.dataset)
-    missing = {split for split, needed in wanted.items() if needed} - set(splits)
+    prepare(model, recipe)
+    # One that is not evaluated needs no reading.
+    evaluates = training.do_eval or training.eval_strategy != "no"
+    splits = load_splits(data.dataset, data.streaming)
+    wanted = [data.train_split] * training.do_train
+    wanted += data.validation_split * evaluates + [data.test_split] * training.do_predict
+    missing = set(wanted) - set(splits)
     if missing:
-        raise ValueError(f"expected splits {sorted(missing)} in {data_arguments.dataset}, found {sorted(splits)}")
-    splits = {
-        split: check_rows(splits[split], split, data_arguments, processor.tokenizer)
-        for split, needed in wanted.items()
-        if needed
-    }
-    evaluated = {
-        split: evaluation_pictures(rows, data_arguments, processor.image_processor)
-        for split, rows in splits.items()
-        if split != data_arguments.train_split
-    }
-    metrics_of = {
-        split: retrieval_metrics([as_list(captions)[0] for captions in splits[split][caption_column]])
-        for split in evaluated
-    }
+        raise ValueError(f"expected splits {sorted(missing)} in {data.dataset}, found {sorted(splits)}")
+    evaluated = {}
+    for split in dict.fromkeys(wanted):
+        rows = splits[split]
+        if data.streaming and split != data.train_split:
+            rows = Dataset.from_list(list(rows), features=rows.features)  # metrics need all of it
+        if not isinstance(rows, IterableDataset):
+            rows = check_rows(rows, split, data, processor.tokenizer)
+        splits[split] = rows
+        if split != data.train_split:
+            evaluated[split] = evaluation_pictures(rows, data, processor.image_processor)
+    size = (data.train_image_size,) * 2 if data.train_image_size else model.config.image_shape
+    canvas = max(model.config.image_shape)
     train_dataset = None
-    if training_arguments.do_train:
-        # A margin of a quarter keeps detail where a picture is enlarged.
-        canvas = max(model.config.image_shape) * 5 // 4
-        train_dataset = TrainingPictures(splits[data_arguments.train_split], data_arguments, canvas)
-    trainer = Trainer(
+    if training.do_train and data.streaming:
+        check_columns(splits[data.train_split], data.train_split, data)
+        train_dataset = training_stream(splits[data.train_split], data, processor.tokenizer, canvas, training.seed)
+    elif training.do_train:
+        groups = Groups(splits[data.train_split], data.group_column)
+        train_dataset = SeededRows(groups, partial(training_item, arguments=data, canvas=canvas), training.seed)
+    validation = {split: evaluated[split] for split in data.validation_split if split in evaluated}
+    is_one = len(validation) == 1
+    names = {split: "eval" if is_one else f"eval_{split}" for split in validation} | {data.test_split: "test"}
+    sheets = {names[split]: splits[split] for split in evaluated}
+    trainer = RecipeTrainer(
+        recipe,
+        partial(draw_sheet, sheets, data),
         model=model,
-        args=training_arguments,
-        data_collator=Collator(processor, data_arguments, model.config.image_shape),
+        args=training,
+        data_collator=Collator(processor, data, size),
         train_dataset=train_dataset,
-        eval_dataset=evaluated.get(data_arguments.validation_split),
-        compute_metrics=metrics_of.get(data_arguments.validation_split),
+        eval_dataset=next(iter(validation.values())) if is_one else validation or None,
+        compute_metrics=retrieval_metrics,
         processing_class=processor,
     )
-    if training_arguments.do_train:
-        result = trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
-        trainer.save_model()
-        trainer.save_metrics("train", result.metrics)
-    if training_arguments.do_eval:
-        trainer.save_metrics("eval", trainer.evaluate())
-    if training_arguments.do_predict:
-        trainer.compute_metrics = metrics_of[data_arguments.test_split]
-        # predict, not evaluate: with persistent workers evaluate would read the validation split again.
-        result = trainer.predict(evaluated[data_arguments.test_split])
-        logger.info("split %s: %s", data_arguments.test_split, result.metrics)
-        trainer.save_metrics("test", result.metrics)
+    run(trainer, test_dataset=evaluated.get(data.test_split))
 
 
 if __name__ == "__main__":

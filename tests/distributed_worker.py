@@ -7,6 +7,7 @@ import datetime
 import os
 import socket
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import stem_family
 import tiny
@@ -14,52 +15,113 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from datasets import Dataset
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from vit_embed import VitEmbedForContrastive
 
-# Name: contrastive_loss, batch size of each process.
+
+class Case(NamedTuple):
+    """A step that two processes take together.
+
+    sizes: rows of each. fields: of the config. grouped: whether the batch has group_ids, with groups in both. sharded:
+    whether the parameters are spread over the processes, by `fully_shard`.
+    """
+
+    sizes: tuple[int, int]
+    fields: dict[str, Any] = {}
+    grouped: bool = False
+    sharded: bool = False
+
+
+SIGMOID = {"contrastive_loss": "sigmoid"}
 CASES = {
-    "softmax, equal": ("softmax", (3, 3)),
-    "softmax, unequal": ("softmax", (3, 2)),
-    "sigmoid, equal": ("sigmoid", (3, 3)),
-    "sigmoid, unequal": ("sigmoid", (2, 3)),
+    "softmax, equal": Case((3, 3)),
+    "softmax, unequal": Case((3, 2)),
+    "sigmoid, equal": Case((3, 3), SIGMOID),
+    "sigmoid, unequal": Case((2, 3), SIGMOID),
+    "softmax, groups": Case((3, 3), grouped=True),
+    "softmax, groups, unequal": Case((4, 1), grouped=True),
+    "sigmoid, groups, unequal": Case((2, 3), SIGMOID, grouped=True),
+    "hard negatives": Case((3, 3), {"hard_negative_beta": 0.5}),
+    "hard negatives, groups, unequal": Case((2, 3), {"hard_negative_beta": 0.5}, grouped=True),
+    "chunks": Case((4, 4), {"contrastive_chunk_size": 2}),
+    "chunks, sigmoid, unequal": Case((5, 2), {"contrastive_chunk_size": 2, **SIGMOID}),
+    "chunks, hard negatives, groups, unequal": Case(
+        (1, 6), {"contrastive_chunk_size": 2, "hard_negative_beta": 0.5}, grouped=True
+    ),
+    "sharded": Case((3, 3), grouped=True, sharded=True),
+    "sharded, chunks": Case((4, 4), {"contrastive_chunk_size": 2}, grouped=True, sharded=True),
 }
 WORLD_SIZE = 2
 TRAINER_EXAMPLES = 8
+TRAINER_STEPS = 3
 
 
-def make_model(contrastive_loss: str) -> VitEmbedForContrastive:
-    return tiny.randomised(VitEmbedForContrastive(tiny.dual_config(contrastive_loss=contrastive_loss)))
+def make_model(**fields) -> VitEmbedForContrastive:
+    return tiny.randomised(VitEmbedForContrastive(tiny.dual_config(**fields))).train()
 
 
-def joined_batch(size: int) -> dict[str, torch.Tensor]:
-    return {"pixel_values": tiny.pixels(size), "input_ids": tiny.tokens(size)}
+def joined_batch(size: int, grouped: bool = False) -> dict[str, torch.Tensor]:
+    """Rows of all processes; with groups, every third pair is of one group and all others of none."""
+    batch = {"pixel_values": tiny.pixels(size), "input_ids": tiny.tokens(size)}
+    number = torch.arange(size)
+    return {**batch, "group_ids": torch.where(number % 3 == 0, -1, 2**40 + number)} if grouped else batch
 
 
-def train_step(rank: int, contrastive_loss: str, sizes: tuple[int, ...]) -> tuple[torch.Tensor, dict]:
+def shard(model: VitEmbedForContrastive) -> VitEmbedForContrastive:
+    """The model with its parameters spread over the processes. Scalars stay whole, as FSDP cannot shard them: the loss
+    of the joined batch gives every process the whole gradient of them."""
+    mesh = dist.init_device_mesh("cpu", (WORLD_SIZE,))
+    for module in list(model.modules()):
+        if type(module).__name__ in model._no_split_modules:
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
+
+
+def train_step(rank: int, case: Case) -> tuple[torch.Tensor, dict]:
     """Loss and parameter gradients of one step on this process's rows of the joined batch."""
-    start = sum(sizes[:rank])
-    batch = {name: rows[start : start + sizes[rank]] for name, rows in joined_batch(sum(sizes)).items()}
-    model = DistributedDataParallel(make_model(contrastive_loss))
+    start = sum(case.sizes[:rank])
+    joined = joined_batch(sum(case.sizes), case.grouped)
+    batch = {name: rows[start : start + case.sizes[rank]] for name, rows in joined.items()}
+    module = make_model(**case.fields)
+    model = shard(module) if case.sharded else DistributedDataParallel(module)
     loss = model(**batch).loss
     loss.backward()
-    return loss.detach(), {name: p.grad for name, p in model.module.named_parameters()}
+    gradients = {name: p.grad for name, p in module.named_parameters()}
+    return loss.detach(), {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
 
 
-def evaluate_with_trainer(folder: Path) -> tuple[dict[str, float], tuple]:
-    """Metrics and embeddings of a stock Trainer that shares one batch among the processes."""
-    dataset = Dataset.from_dict({name: rows.tolist() for name, rows in joined_batch(TRAINER_EXAMPLES).items()})
+def make_trainer(folder: Path, processes: int, **fields) -> Trainer:
+    """A stock Trainer of one batch of all the data, shared among the processes: their order does not matter."""
+    columns = joined_batch(TRAINER_EXAMPLES, grouped=True)
+    dataset = Dataset.from_dict({name: rows.tolist() for name, rows in columns.items()})
     arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        per_device_eval_batch_size=TRAINER_EXAMPLES // WORLD_SIZE,
+        output_dir=str(folder),
+        per_device_train_batch_size=TRAINER_EXAMPLES // processes,
+        per_device_eval_batch_size=TRAINER_EXAMPLES // processes,
+        max_steps=TRAINER_STEPS,
+        optim="sgd",
+        learning_rate=0.02,
+        save_strategy="no",
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(model=make_model("softmax"), args=arguments, eval_dataset=dataset)
-    return trainer.evaluate(), trainer.predict(dataset).predictions
+    return Trainer(model=make_model(**fields), args=arguments, train_dataset=dataset, eval_dataset=dataset)
+
+
+def run_trainer(folder: Path) -> dict[str, Any]:
+    """What a stock Trainer gives on several processes: metrics and embeddings, and the weights after a few steps."""
+    evaluation = make_trainer(folder / "evaluation", WORLD_SIZE)
+    eval_loss = evaluation.evaluate()["eval_loss"]
+    predictions = tuple(map(torch.from_numpy, evaluation.predict(evaluation.eval_dataset).predictions))
+    # Another one: a model that accelerate has prepared for evaluation is not wrapped, so not synchronised, any more.
+    training = make_trainer(folder / "training", WORLD_SIZE, contrastive_chunk_size=2)
+    training.train()
+    weights = training.accelerator.unwrap_model(training.model).state_dict()
+    return {"eval_loss": eval_loss, "predictions": predictions, "weights": weights}
 
 
 def train_family(rank: int) -> dict[str, bool]:
@@ -97,10 +159,9 @@ def work(rank: int, port: int, folder: Path) -> None:
     )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=2))  # a process left alone gives up
-    results = {name: train_step(rank, *case) for name, case in CASES.items()}
+    results = {name: train_step(rank, case) for name, case in CASES.items()}
     results["family"] = train_family(rank)
-    metrics, predictions = evaluate_with_trainer(folder)
-    results["trainer"] = ({"eval_loss": metrics["eval_loss"]}, tuple(map(torch.from_numpy, predictions)))
+    results["trainer"] = run_trainer(folder)
     if rank == WORLD_SIZE - 1:
         torch.save(results, folder / "results.pt")
     dist.barrier()

@@ -42,6 +42,20 @@ def test_defaults_are_openai_clip_vit_b_16():
         ({"contrastive_loss": "triplet"}, "contrastive_loss must be one of softmax, sigmoid"),
         ({"depth_head_type": "unet"}, "depth_head_type must be one of deconv, dpt"),
         ({"depth_loss": "huber"}, "depth_loss must be one of silog, l1, l2"),
+        ({"hard_negative_beta": -0.5}, "hard_negative_beta must be a number >= 0, got -0.5"),
+        ({"hard_negative_beta": float("nan")}, "hard_negative_beta must be a number >= 0, got nan"),
+        (
+            {"hard_negative_beta": 0.25, "contrastive_loss": "sigmoid"},
+            "hard_negative_beta=0.25 has a meaning with contrastive_loss='softmax' only, got .*'sigmoid'",
+        ),
+        ({"contrastive_chunk_size": 0}, "contrastive_chunk_size must be an integer >= 1, got 0"),
+        ({"contrastive_chunk_size": 32.0}, "contrastive_chunk_size must be an integer >= 1, got 32.0"),
+        ({"depth_gradient_weight": "0.5"}, "depth_gradient_weight must be a number >= 0, got '0.5'"),
+        ({"depth_gradient_weight": float("inf")}, "depth_gradient_weight must be a number >= 0, got inf"),
+        (
+            {"depth_gradient_weight": 0.5, "depth_activation": "identity", "depth_loss": "l1"},
+            "depth_gradient_weight=0.5 compares logarithms .* depth_activation='identity'; set depth_gradient_weight=0",
+        ),
         ({"depth_activation": "relu"}, "depth_activation must be one of None, identity; got 'relu'"),
         (
             {"depth_activation": "identity", "max_depth": 10.0},
@@ -242,8 +256,10 @@ CHANGED = {
         "projection_dim": 20,
         "logit_scale_init_value": 2.0,
         "contrastive_loss": "sigmoid",
+        "contrastive_chunk_size": 32,
         "depth_head_type": "dpt",
         "depth_loss": "l1",
+        "depth_gradient_weight": 0.5,
         "max_depth": 10.0,
         "out_features": ["stem", "stage3"],
         "out_indices": [0, 3],
@@ -272,6 +288,7 @@ CHANGED = {
     "polynomial": {"position_embedding_type": "polynomial", "position_degree": 2},
     "unprojected": {"use_visual_projection": False, "projection_dim": 768},
     "mean": {"pooling_type": "mean", "norm_before_pooling": True},
+    "hard negatives": {"hard_negative_beta": 0.25},
     "raw depth": {"deconv_kernel_size": 4, "depth_activation": "identity"},
 }
 

@@ -27,6 +27,7 @@ from vit_embed import (
     VitEmbedModelWithProjection,
     VitEmbedTextModel,
 )
+from vit_embed.losses_vit_embed import CONTRASTIVE_LOSSES, MAX_LOGIT_SCALE, gradient_matching_loss
 
 CLASSES = ["astronaut", "coffee", "flower"]
 EXAMPLES, BATCH = 10, 4  # the last batch has 2
@@ -390,6 +391,53 @@ def test_a_step_under_bfloat16_autocast_is_finite_and_learns(name):
         assert model(**inputs).loss.isfinite()
 
 
+CONTRASTIVE_SETTINGS = {
+    "softmax": {},
+    "hard negatives": {"hard_negative_beta": 0.5},
+    "sigmoid": {"contrastive_loss": "sigmoid"},
+}
+
+
+@pytest.mark.parametrize("settings", CONTRASTIVE_SETTINGS.values(), ids=CONTRASTIVE_SETTINGS)
+@pytest.mark.parametrize("logit_scale", [MAX_LOGIT_SCALE, 9.0])
+def test_contrastive_training_is_finite_at_the_bound_of_the_scale_under_bfloat16_autocast(settings, logit_scale):
+    model = VitEmbedForContrastive(tiny.dual_config(**settings)).train()
+    with torch.no_grad():
+        model.logit_scale.fill_(logit_scale)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**dual_inputs(), group_ids=torch.tensor([1, 2, 1]))
+    output.loss.backward()
+    assert output.logits_per_image.dtype == output.loss.dtype == torch.float32 and output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    if model.logit_bias is None:
+        assert model.logit_scale == pytest.approx(MAX_LOGIT_SCALE) and model.logit_scale.grad != 0
+        assert output.logits_per_image.abs().max() <= 100.01
+
+
+@pytest.mark.parametrize("settings", CONTRASTIVE_SETTINGS.values(), ids=CONTRASTIVE_SETTINGS)
+def test_group_ids_keep_pairs_of_one_group_from_being_negatives(settings):
+    model = tiny.randomised(VitEmbedForContrastive(tiny.dual_config(**settings)))
+    with torch.no_grad():
+        plain, distinct, grouped = (
+            model(**dual_inputs(), group_ids=ids) for ids in (None, torch.arange(3), torch.tensor([4, 9, 4]))
+        )
+    assert torch.equal(plain.loss, model(**dual_inputs()).loss) and torch.equal(plain.loss, distinct.loss)
+    ignored = torch.tensor([[False, False, True], [False, False, False], [True, False, False]])
+    loss = CONTRASTIVE_LOSSES[model.config.contrastive_loss]
+    options = {"hard_negative_beta": 0.5} if "hard_negative_beta" in settings else {}
+    torch.testing.assert_close(grouped.loss, loss(plain.logits_per_image, ignored, **options))
+    assert grouped.loss < plain.loss
+    assert torch.equal(grouped.logits_per_image, plain.logits_per_image), "the loss alone knows of groups"
+
+
+@pytest.mark.parametrize(
+    "group_ids", [torch.arange(2), torch.arange(3)[:, None], torch.arange(3).int(), torch.arange(3.0)]
+)
+def test_group_ids_of_another_shape_or_type_are_errors(group_ids):
+    with pytest.raises(ValueError, match=r"group_ids must be \(batch=3,\) of torch.int64, one number a pair; got \("):
+        VitEmbedForContrastive(tiny.dual_config())(**dual_inputs(), group_ids=group_ids)
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
@@ -403,9 +451,10 @@ def distributed_results(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("case", distributed_worker.CASES)
 def test_two_processes_learn_as_one_on_the_joined_batch(distributed_results, case):
-    loss_type, sizes = distributed_worker.CASES[case]
-    model = distributed_worker.make_model(loss_type)
-    loss = model(**distributed_worker.joined_batch(sum(sizes))).loss
+    sizes, fields, grouped, _ = distributed_worker.CASES[case]
+    # In one piece: cached gradients are no less equal.
+    model = distributed_worker.make_model(**{**fields, "contrastive_chunk_size": None})
+    loss = model(**distributed_worker.joined_batch(sum(sizes), grouped)).loss
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     found_loss, found = distributed_results[case]
@@ -422,10 +471,20 @@ def test_every_stem_and_head_trains_in_two_processes(distributed_results):
 def test_trainer_in_two_processes_reports_the_loss_of_the_joined_batch(distributed_results):
     size = distributed_worker.TRAINER_EXAMPLES
     with torch.no_grad():
-        expected = float(distributed_worker.make_model("softmax")(**distributed_worker.joined_batch(size)).loss)
-    metrics, embeddings = distributed_results["trainer"]
-    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)  # float32, sums in another order
-    assert [len(rows) for rows in embeddings] == [size, size]
+        expected = float(distributed_worker.make_model()(**distributed_worker.joined_batch(size, grouped=True)).loss)
+    found = distributed_results["trainer"]
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)  # float32, sums in another order
+    assert [len(rows) for rows in found["predictions"]] == [size, size]
+
+
+def test_trainer_in_two_processes_and_in_chunks_learns_what_one_does(distributed_results, tmp_path):
+    trainer = distributed_worker.make_trainer(tmp_path, processes=1)
+    start = {name: values.clone() for name, values in trainer.model.state_dict().items()}
+    trainer.train()
+    expected = trainer.model.state_dict()
+    assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-3
+    # A few float32 roundings of weights about 1.
+    torch.testing.assert_close(distributed_results["trainer"]["weights"], expected, rtol=0, atol=1e-6)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -463,10 +522,24 @@ def test_holes_in_depth_labels_count_neither_in_the_loss_nor_in_the_gradients(lo
     assert_same_gradients(backward(model, pixel_inputs(labels=labels)), expected)
 
 
+@pytest.mark.parametrize("loss_name", PLAIN_DEPTH_LOSSES)
+def test_gradient_matching_is_added_to_the_depth_loss_with_its_weight(loss_name):
+    labels = torch.rand(3, 20, 24) + 0.5
+    labels[torch.rand(labels.shape) < 0.3] = torch.nan
+    models = [VitEmbedForDepthEstimation(tiny.vision_config(depth_loss=loss_name)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(*(model(tiny.pixels(), labels=labels).loss for model in models))
+    models[1].config.depth_gradient_weight = 0.5
+    plain, both = (model(tiny.pixels(), labels=labels) for model in models)
+    resized = torch.nn.functional.interpolate(plain.predicted_depth[:, None], (20, 24), mode="bilinear")[:, 0]
+    torch.testing.assert_close(both.loss, plain.loss + 0.5 * gradient_matching_loss(resized, labels))
+    assert both.loss > 1.01 * plain.loss
+
+
 @pytest.mark.parametrize("hole", [0.0, -1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("loss_name", PLAIN_DEPTH_LOSSES)
 def test_depth_labels_without_a_valid_pixel_give_no_loss_and_no_gradient(loss_name, hole):
-    model = VitEmbedForDepthEstimation(tiny.vision_config(depth_loss=loss_name))
+    model = VitEmbedForDepthEstimation(tiny.vision_config(depth_loss=loss_name, depth_gradient_weight=0.5))
     inputs = pixel_inputs(labels=torch.full((3, 32, 32), hole))
     assert model(**inputs).loss == 0
     gradients = backward(model, inputs)

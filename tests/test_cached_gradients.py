@@ -1,0 +1,329 @@
+"""`contrastive_chunk_size`: the loss and gradients of the whole batch, in the memory of a chunk."""
+
+import copy
+import math
+from collections.abc import Callable
+
+import peft
+import pytest
+import stem_family
+import tiny
+import torch
+from test_training import assert_same_gradients, captioned_photos, make_trainer
+from tiny_tokenizer import write_tokenizer
+
+from vit_embed import VitEmbedForContrastive
+from vit_embed.losses_vit_embed import CONTRASTIVE_LOSSES, contrastive_logits
+
+BATCH, CHUNK = 7, 3
+CHUNKS = (3, 2, 2)  # of 7 rows, as even as can be
+DROPPING = {"hidden_dropout_prob": 0.2, "attention_dropout": 0.2, "drop_path_rate": 0.5, "patch_drop_rate": 0.5}
+
+
+def inputs(batch: int = BATCH, **others: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"pixel_values": tiny.pixels(batch), "input_ids": tiny.tokens(batch), **others}
+
+
+def make_model(chunk: int | None, **fields) -> VitEmbedForContrastive:
+    config = tiny.dual_config(**fields)
+    config.contrastive_chunk_size = chunk
+    return tiny.randomised(VitEmbedForContrastive(config)).train()
+
+
+def step(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], loss: Callable | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients by name, from one state of the random numbers."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    value = model(**batch).loss if loss is None else loss(model, **batch)
+    value.backward()
+    return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(found: tuple, expected: tuple) -> None:
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)  # float32, sums in another order
+    assert_same_gradients(found[1], expected[1])
+
+
+def batches_seen(tower: torch.nn.Module) -> list[int]:
+    """Fills up with the number of rows of each pass through a tower's first layer."""
+    seen = []
+    tower.encoder.layers[0].self_attn.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    return seen
+
+
+def by_hand(model: VitEmbedForContrastive, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """The loss of embeddings that were made chunk by chunk and all kept: what differs between a chunk and a batch, as
+    dropout does, is that of the chunk, and nothing is computed twice."""
+    images = [model.get_image_features(part, normalize=True) for part in pixel_values.split(CHUNKS)]
+    texts = [model.get_text_features(part, normalize=True) for part in input_ids.split(CHUNKS)]
+    logits = contrastive_logits(torch.cat(images), torch.cat(texts), model.logit_scale, model.logit_bias)
+    return CONTRASTIVE_LOSSES[model.config.contrastive_loss](logits)
+
+
+SETTINGS = {
+    "softmax": {},
+    "sigmoid": {"contrastive_loss": "sigmoid"},
+    "hard negatives": {"hard_negative_beta": 0.5},
+    "siglip": tiny.SIGLIP,
+    "mean pooling": {"pooling_type": "mean"},
+}
+
+
+@pytest.mark.parametrize("chunk", [1, CHUNK, BATCH - 1])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_loss_and_gradients_are_those_of_the_whole_batch(settings, chunk):
+    batch = inputs(group_ids=torch.tensor([0, 1, 0, 2, 3, 3, 0]))
+    whole, cached = make_model(None, **settings), make_model(chunk, **settings)
+    seen = [batches_seen(tower) for tower in (cached.vision_model, cached.text_model)]
+    assert_same_step(step(cached, batch), step(whole, batch))
+    for sizes in seen:  # once for the loss, once more for the gradients, never more than a chunk
+        assert len(sizes) == 2 * math.ceil(BATCH / chunk) and sum(sizes) == 2 * BATCH and max(sizes) <= chunk
+        assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_inside_a_chunk_changes_no_gradient(use_reentrant):
+    whole, cached = make_model(None), make_model(CHUNK)
+    seen = batches_seen(cached.vision_model)
+    cached.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    if use_reentrant:
+        cached.enable_input_require_grads()
+    assert_same_step(step(cached, inputs()), step(whole, inputs()))
+    assert len(seen) == 3 * len(CHUNKS)  # and once more in each layer's own checkpoint
+
+
+# Batch norm sees a chunk where it would see the batch; the next test holds it against that.
+WITHOUT_BATCH_NORM = [name for name in stem_family.FAMILY if name not in ("hybrid", "hierarchical, batch norm")]
+
+
+@pytest.mark.parametrize("stem", WITHOUT_BATCH_NORM)
+def test_every_stem_learns_in_chunks_as_in_one(stem):
+    fields = stem_family.FAMILY[stem]
+    fields = {**fields, "adaptive_budget_weight": 0.0} if stem == "adaptive" else fields
+    assert_same_step(step(make_model(CHUNK, **fields), inputs()), step(make_model(None, **fields), inputs()))
+
+
+@pytest.mark.parametrize("stem", ["hybrid", "hierarchical, batch norm"])
+def test_batch_norm_measures_chunks_and_counts_each_once(stem):
+    cached, kept = make_model(CHUNK, **stem_family.FAMILY[stem]), make_model(None, **stem_family.FAMILY[stem])
+    start = {name: buffer.clone() for name, buffer in cached.named_buffers()}
+    assert_same_step(step(cached, inputs()), step(kept, inputs(), by_hand))
+    expected = dict(kept.named_buffers())
+    assert len(start) >= 9
+    for name, buffer in cached.named_buffers():
+        assert torch.equal(buffer, expected[name]) and not torch.equal(buffer, start[name]), name
+        assert not name.endswith("num_batches_tracked") or buffer == len(CHUNKS)
+    # Evaluation reads what was counted.
+    with torch.no_grad():
+        rows = [model.eval().get_image_features(tiny.pixels(2)) for model in (cached, kept)]
+    assert torch.equal(*rows)
+
+
+def test_an_adaptive_stem_adds_the_mean_of_its_chunks_budget_losses():
+    model, fields = make_model(None, stem_type="adaptive"), {"adaptive_budget": 0.3, "adaptive_budget_weight": 50.0}
+    with torch.no_grad():
+        model.vision_model.embeddings.patch_embedding.gate[-1].bias.zero_()
+    cached = make_model(CHUNK, stem_type="adaptive", **fields)
+    cached.load_state_dict(model.state_dict())
+    alone = make_model(None, stem_type="adaptive", **fields)
+    alone.load_state_dict(model.state_dict())
+    budgets = [alone.vision_model(part).stem_loss * len(part) / BATCH for part in tiny.pixels(BATCH).split(CHUNKS)]
+    bare, _ = step(make_model_like(cached, adaptive_budget_weight=0.0), inputs())
+    assert sum(budgets) > 0.1
+    torch.testing.assert_close(step(cached, inputs())[0], bare + sum(budgets).detach(), **tiny.CLOSE)
+
+
+def make_model_like(model: VitEmbedForContrastive, **fields) -> VitEmbedForContrastive:
+    config = copy.deepcopy(model.config)
+    config.update(fields)
+    other = VitEmbedForContrastive(config).train()
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_is_dropped_is_dropped_alike_when_a_chunk_is_embedded_again(name, checkpointing):
+    text = {**tiny.TEXT, "attention_dropout": 0.2}
+    fields = {name: DROPPING[name], "text_config": text, "pooling_type": "mean"}
+    cached, kept = make_model(CHUNK, **fields), make_model(None, **fields)
+    if checkpointing:
+        cached.gradient_checkpointing_enable()
+    expected = step(kept, inputs(), by_hand)
+    assert_same_step(step(cached, inputs()), expected)
+    # The random numbers go on behind the batch as they would have.
+    after = torch.rand(3)
+    step(kept, inputs(), by_hand)
+    assert torch.equal(after, torch.rand(3))
+    # It does drop: another state of the random numbers is another loss.
+    assert abs(float(kept(**inputs()).loss.detach() - expected[0])) > 1e-4
+
+
+OTHER_INPUTS = {
+    "patch features": lambda: {"pixel_values": None, "patch_embeds": torch.randn(BATCH, 32, 4, 4)},
+    "mixed sizes": lambda: {"pixel_mask": mixed_sizes()},
+    "attention mask": lambda: {"attention_mask": torch.ones(BATCH, 16, dtype=torch.long)},
+}
+
+
+def mixed_sizes() -> torch.Tensor:
+    """(B, 32, 32): every second image is 16 x 24 pixels."""
+    mask = torch.ones(BATCH, 32, 32, dtype=torch.long)
+    mask[::2, 16:] = mask[::2, :, 24:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("others", OTHER_INPUTS.values(), ids=OTHER_INPUTS)
+def test_every_kind_of_input_is_cut_into_chunks(others):
+    batch = inputs(**others())
+    cached = make_model(CHUNK)
+    seen = batches_seen(cached.vision_model)
+    assert_same_step(step(cached, batch), step(make_model(None), batch))
+    assert len(seen) == 2 * len(CHUNKS)
+
+
+def test_texts_are_cut_to_the_longest_of_their_chunk():
+    model, lengths = make_model(CHUNK), []
+    ids = torch.full((BATCH, 16), tiny.EOS)
+    ids[:, 0], ids[:3, 1:4], ids[3:5, 1:11], ids[5:, 1:2] = tiny.TEXT["bos_token_id"], 5, 6, 7
+    layer = model.text_model.encoder.layers[0].self_attn
+    layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    batch = inputs(input_ids=ids)
+    assert_same_step(step(model, batch), step(make_model(None), batch))
+    assert lengths[:3] == [5, 12, 3] and sorted(lengths[3:]) == [3, 5, 12]
+
+
+@pytest.mark.parametrize("frozen", ["vision_model", "text_model"])
+def test_a_frozen_tower_is_not_embedded_again(frozen):
+    models = [make_model(CHUNK), make_model(None)]
+    for model in models:
+        for name in (frozen, f"{'visual' if frozen == 'vision_model' else 'text'}_projection"):
+            model.get_submodule(name).requires_grad_(False)
+    seen = batches_seen(models[0].get_submodule(frozen))
+    assert_same_step(*(step(model, inputs()) for model in models))
+    assert len(seen) == len(CHUNKS)
+
+
+def test_adapters_on_a_frozen_trunk_learn_in_chunks():
+    def adapted(chunk):
+        torch.manual_seed(0)
+        settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(make_model(chunk), settings)
+
+    expected = step(adapted(None), inputs())
+    assert len(expected[1]) == 4 * (4 + 3)
+    assert_same_step(step(adapted(CHUNK), inputs()), expected)
+
+
+def test_bfloat16_autocast_stays_in_force_in_the_second_pass():
+    model, kinds = make_model(CHUNK), set()
+    with torch.no_grad():
+        model.logit_scale.fill_(9.0)  # beyond the bound
+    layer = model.vision_model.encoder.layers[0].mlp.fc1
+    layer.register_forward_hook(lambda module, args, output: kinds.add((output.dtype, torch.is_grad_enabled())))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**inputs())
+        expected = make_model_like(model, contrastive_chunk_size=None)(**inputs()).loss
+    assert output.loss.dtype == output.logits_per_image.dtype == torch.float32
+    output.loss.backward()  # outside, as Trainer calls it
+    assert kinds == {(torch.bfloat16, True)}
+    assert float(output.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-3)
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def bytes_kept(model: VitEmbedForContrastive, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes that the forward pass leaves behind for the backward pass, weights and inputs not counted."""
+    counted = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *batch.values())}
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(**batch)
+    del output
+    return total
+
+
+def test_only_embeddings_are_kept_for_the_backward_pass():
+    whole, cached = bytes_kept(make_model(None), inputs(32)), bytes_kept(make_model(4), inputs(32))
+    embeds, logits = 2 * 32 * 20 * 4, 32 * 32 * 4  # two towers of 20 numbers a row; float32
+    assert cached < 4 * embeds + 8 * logits < whole / 50
+
+
+def test_a_batch_within_a_chunk_evaluation_and_no_grad_take_one_pass():
+    cached, whole = make_model(CHUNK), make_model(None)
+    seen = batches_seen(cached.vision_model)
+    for batch in (inputs(CHUNK), inputs(1)):
+        found, expected = step(cached, batch), step(whole, batch)
+        assert torch.equal(found[0], expected[0])
+        assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
+    assert seen == [CHUNK, 1]
+    with torch.no_grad():
+        cached(**inputs())
+    assert torch.equal(cached.eval()(**inputs()).loss, whole.eval()(**inputs()).loss)
+    assert seen == [CHUNK, 1, BATCH, BATCH]
+
+
+def test_one_tower_alone_is_embedded_in_chunks_too():
+    """For a loss of one's own."""
+
+    def loss(model, **batch):
+        embeds = model(**batch)[0]  # all there is
+        return (embeds * torch.linspace(-1, 1, embeds.shape[1])).sum()
+
+    for name, rows in inputs().items():
+        cached = make_model(CHUNK)
+        seen = batches_seen(cached.vision_model if name == "pixel_values" else cached.text_model)
+        assert_same_step(step(cached, {name: rows}, loss), step(make_model(None), {name: rows}, loss))
+        assert len(seen) == 2 * len(CHUNKS)
+
+
+@pytest.mark.parametrize("asked", ["output_attentions", "output_hidden_states"])
+def test_what_a_chunk_lets_go_of_cannot_be_asked_for_in_training(asked):
+    model = make_model(CHUNK)
+    with pytest.raises(ValueError, match=f"contrastive_chunk_size={CHUNK} keeps nothing .*{asked}"):
+        model(**inputs(), **{asked: True})
+    assert model.eval()(**inputs(), **{asked: True}).loss is not None
+
+
+def test_a_mask_of_another_batch_is_an_error():
+    with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
+        make_model(CHUNK)(**inputs(attention_mask=torch.ones(BATCH - 1, 16, dtype=torch.long)))
+
+
+def test_trainer_learns_in_chunks_as_in_one(tmp_path):
+    write_tokenizer(tmp_path)
+    tiny.randomised(VitEmbedForContrastive(tiny.dual_config())).save_pretrained(tmp_path)
+    dataset = captioned_photos(tmp_path)
+    dataset = dataset.add_column("group_ids", [number % 6 for number in range(len(dataset))])
+
+    def train(name: str, **fields) -> tuple:
+        model = VitEmbedForContrastive.from_pretrained(tmp_path, **fields)
+        seen = batches_seen(model.vision_model)
+        settings = {"optim": "sgd", "learning_rate": 0.02, "max_steps": 4, "save_strategy": "no", "seed": 3}
+        trainer = make_trainer(model, dataset, tmp_path / name, per_device_train_batch_size=8, **settings)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        passes = len(seen)
+        output = trainer.predict(dataset)
+        assert [len(rows) for rows in output.predictions] == [len(dataset)] * 2, "embeddings, no logits of a batch"
+        model.save_pretrained(tmp_path / name)
+        return passes, losses, output.metrics["test_loss"], model.state_dict()
+
+    whole, cached = train("whole"), train("cached", contrastive_chunk_size=2)
+    # Batches of 8 and 2, twice: 1 + 1 passes an epoch, or twice 4 and one of a batch within a chunk.
+    assert (whole[0], cached[0]) == (4, 2 * (2 * 4 + 1))
+    assert cached[1] == pytest.approx(whole[1], rel=1e-4) and cached[2] == pytest.approx(whole[2], rel=1e-4)
+    assert whole[1][2] < whole[1][0]
+    start = VitEmbedForContrastive.from_pretrained(tmp_path).state_dict()
+    assert max((whole[3][name] - start[name]).abs().max() for name in start) > 1e-3
+    torch.testing.assert_close(cached[3], whole[3], rtol=0, atol=1e-6)  # a few float32 roundings of weights about 1
+    assert VitEmbedForContrastive.from_pretrained(tmp_path / "cached").config.contrastive_chunk_size == 2
