@@ -88,6 +88,9 @@ def draw_failures(rows: Dataset, similarity: np.ndarray, ids: np.ndarray, path: 
     """Save names whose own picture is not among the first ten, beside what was found instead."""
     order = np.argsort(-similarity, axis=1)
     missed = [query for query in range(len(ids)) if ids[query] not in ids[order[query, :10]]]
+    if not missed:
+        logger.info("%s: no failure to draw", path.stem)
+        return
     chosen = [missed[index] for index in np.linspace(0, len(missed) - 1, min(FAILURES, len(missed))).astype(int)]
     figure = Figure(figsize=(SHEET_COLUMNS + 3, 1.05 * len(chosen)))
     axes = figure.subplots(len(chosen), SHEET_COLUMNS + 2, squeeze=False)

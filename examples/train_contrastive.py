@@ -283,10 +283,9 @@ def recalls(similarity: np.ndarray, query_ids: np.ndarray, found_ids: np.ndarray
     """Share of the rows of `similarity` (queries, found) whose own id is among the k most similar ids."""
     ids, starts = np.unique(found_ids[np.argsort(found_ids, kind="stable")], return_index=True)
     by_id = np.maximum.reduceat(similarity[:, np.argsort(found_ids, kind="stable")], starts, axis=1)  # (queries, ids)
-    labels = np.arange(len(ids))
-    if len(ids) < 3:  # for two classes the metric wants one column
-        return [float("nan") for _ in RECALL_AT]
-    own = np.searchsorted(ids, query_ids)
+    # A further class that nothing is: the metric reads two classes in another way.
+    by_id = np.pad(by_id, ((0, 0), (0, 1)), constant_values=similarity.min() - 1)
+    own, labels = np.searchsorted(ids, query_ids), np.arange(len(ids) + 1)
     return [float(top_k_accuracy_score(own, by_id, k=min(k, len(ids)), labels=labels)) for k in RECALL_AT]
 
 

@@ -1,0 +1,233 @@
+"""The icon data set: what it keeps and what it keeps out, on a small package made here; look-up and evaluation on it."""
+
+import io
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from PIL import Image
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "examples"))
+
+import build_icon_dataset as icons  # noqa: E402
+import evaluate_retrieval  # noqa: E402
+import lookup_baseline  # noqa: E402
+import train_contrastive  # noqa: E402
+
+SQUARE = '<path d="M4 4h16v16H4z"/>'
+DISC = '<circle cx="12" cy="12" r="9" fill="none" stroke="currentColor"/>'
+BAR = '<path d="M2 10h20v3H2z"/>'
+RED_BAR = '<path fill="#f00" d="M10 2h4v20h-4z"/>'
+TRIANGLE = '<path d="M2 22h20L12 2z"/>'
+CORNER = '<path d="M0 0h9v9H0z"/>'
+MIT = {"spdx": "MIT", "url": "https://example.org/license"}
+
+
+def a_set(prefix: str, bodies: dict[str, str], **more) -> dict:
+    return {"prefix": prefix, "width": 24, "height": 24, "icons": {k: {"body": v} for k, v in bodies.items()}, **more}
+
+
+SETS = {
+    "ph": a_set(
+        "ph", {"square": SQUARE, "umbrella": TRIANGLE, "corner-bold": CORNER}, suffixes={"": "Regular", "bold": "Bold"}
+    ),
+    "basil": a_set("basil", {"bar-outline": BAR}, suffixes={"outline": "Outline"}),
+    "kept": a_set(
+        "kept",
+        {
+            "square-20-filled": SQUARE.replace("M4 4h16v16", "M4 4h16.2v16"),  # all but the one of ph
+            "disc-20-filled": DISC,
+            "disc-24-filled": DISC,
+            "disc-20-regular": BAR.replace("M2 10", "M2 1"),
+            "red-bar-20-regular": RED_BAR,
+            "beach-umbrella-20-regular": CORNER,
+            "brand-red-20-regular": RED_BAR,
+            "u1f600-20-regular": RED_BAR,
+            "gone-20-regular": '<path d=""/>',
+        },
+        suffixes={"20-filled": "20 Filled", "24-filled": "24 Filled", "20-regular": "20 Regular"},
+        aliases={
+            "rose-bar-20-regular": {"parent": "red-bar-20-regular"},
+            "turned": {"parent": "disc-20-filled", "rotate": 1},
+        },
+        categories={"Shapes & umbrellas": ["disc-20-filled"], "Red Things": ["red-bar-20-regular"]},
+    ),
+    "unfree": a_set("unfree", {"disc": DISC}),
+    "unsigned": a_set("unsigned", {"disc": DISC}),
+    "makers": a_set("makers", {"disc": DISC}),
+}
+COLLECTIONS = {
+    "ph": {"license": MIT, "category": "UI 24px"},
+    "basil": {"license": MIT, "category": "UI 24px"},
+    "kept": {"license": MIT, "category": "UI 24px"},
+    "unfree": {"license": {"spdx": "CC-BY-NC-4.0", "url": "https://example.org"}, "category": "UI 24px"},
+    "unsigned": {"license": {"spdx": "MIT"}, "category": "UI 24px"},
+    "makers": {"license": MIT, "category": "Logos"},
+}
+
+
+class FakePackage:
+    def __init__(self, files: dict[str, object]) -> None:
+        self.files = files
+
+    def json(self, name: str):
+        return self.files[name]
+
+    def read(self, name: str) -> bytes:
+        return json.dumps(self.files[name]).encode()
+
+
+PACKAGES = {
+    icons.ICONS_PACKAGE: {
+        "collections.json": COLLECTIONS,
+        **{f"json/{name}.json": rows for name, rows in SETS.items()},
+    },
+    icons.LUCIDE_PACKAGE: {"tags.json": {"red-bar": ["stripe", "cocktail umbrella"]}},
+    icons.MDI_PACKAGE: {"meta.json": [{"name": "disc", "aliases": ["ball", "umbrella-top"], "tags": ["Round"]}]},
+    icons.TABLER_PACKAGE: {"icons.json": {"disc": {"name": "disc", "tags": ["circle", 8]}}},
+}
+
+
+def a_png(colour: str, box: tuple[int, int, int, int]) -> bytes:
+    picture = Image.new("RGBA", (32, 32))
+    picture.paste(colour, box)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def an_emoji(name: str, vendor: str, colour: str, box: tuple[int, int, int, int], tags: list[str]) -> dict:
+    return {
+        "image": {"bytes": a_png(colour, box), "path": None},
+        "vendor": vendor,
+        "name": name,
+        "captions": [name, *tags],
+    }
+
+
+EMOJI = {
+    "train": [
+        an_emoji("Blue heart", "noto", "blue", (0, 0, 9, 30), ["love", "candle light"]),
+        an_emoji("hammer", "noto", "brown", (3, 0, 9, 12), ["tool"]),
+    ],
+    "validation": [an_emoji("blue heart", "openmoji", "blue", (20, 0, 28, 30), ["love"])],
+    "test": [an_emoji("blue heart", "twemoji", "navy", (0, 20, 30, 30), ["love"])],
+}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("icons") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(icons, "fetch", lambda spec, cache_dir: FakePackage(PACKAGES[spec]))
+        patch.setattr(icons, "TEST_SETS", ("ph",))
+        patch.setattr(icons, "VALIDATION_SETS", ("basil",))
+        patch.setattr(icons, "emoji_rows", lambda cache_dir, size: EMOJI)
+        icons.build(folder, folder.parent, size=32, processes=1)
+        with pytest.raises(ValueError, match="expected .* not to exist"):
+            icons.build(folder, folder.parent, size=32, processes=1)
+    return folder, load_from_disk(str(folder))
+
+
+def test_only_free_sets_without_brands_are_read(dataset):
+    folder, splits = dataset
+    assert set(splits["train"]["set"][:]) == {"kept", "noto"}
+    assert set(json.loads((folder / "sets.json").read_text())["sets"]) == {"ph", "basil", "kept"}
+
+
+def test_names_styles_synonyms_and_held_out_words(dataset):
+    rows = {(row["name"], *row["tags"][:1]): row for row in dataset[1]["train"]}
+    assert {name for name, *_ in rows} == {"disc", "red bar", "blue heart"}, (
+        "no brand, codepoint, blank or held-out word"
+    )
+    disc = rows["disc", "filled"]
+    assert disc["captions"] == ["disc", "ball"], "of the other names, one has a held-out word"
+    assert disc["tags"] == ["filled", "circle", "round"], "a category with a held-out word is left out, a number, too"
+    assert sum(row["name"] == "disc" for row in dataset[1]["train"]) == 2, "one size of each style"
+    assert disc["group"] == "kept/disc"
+    bar = rows["red bar", "regular"]
+    assert bar["captions"] == ["red bar", "rose bar"] and bar["tags"] == ["regular", "red things", "stripe"]
+    assert rows["blue heart", "love"]["tags"] == ["love"]
+
+
+def test_near_duplicates_of_held_out_drawings_are_left_out_and_counted(dataset):
+    splits = dataset[1]
+    assert "square" not in splits["train"]["name"][:], "all but equal to the square of a held-out set"
+    marks = dict(zip(splits["test"]["name"][:], splits["test"]["near_duplicate"][:], strict=True))
+    # The corner's only neighbour was dropped for its word, before.
+    assert marks == {"square": True, "umbrella": False, "corner": False}
+    assert splits["validation"]["near_duplicate"][:] == [False]
+
+
+def test_one_colour_is_stored_as_grey_and_alpha(dataset):
+    modes = {row["name"]: row["image"].mode for row in dataset[1]["train"]}
+    assert modes == {"disc": "LA", "red bar": "RGBA", "blue heart": "RGBA"}
+
+
+@pytest.mark.parametrize(
+    ("text", "held_out"),
+    [
+        ("umbrella", True),
+        ("beach Umbrellas", True),
+        ("guitarist", True),
+        ("bees", True),
+        ("beer", False),
+        ("crabby", False),
+    ],
+)
+def test_held_out_words(text, held_out):
+    assert icons.is_held_out(text) == held_out
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("home-outline", ("home", "outline")),
+        ("bar-chart-line", ("bar-chart-line", "")),
+        ("traffic-light", ("traffic-light", "")),
+        ("bell-thin", ("bell", "")),
+        ("cup-solid-alt", ("cup", "filled")),
+    ],
+)
+def test_styles_of_sets_without_a_table(name, expected):
+    assert icons.split_style(name, {}) == expected
+
+
+def test_the_look_up_finds_what_a_dictionary_and_a_thumbnail_know(dataset):
+    """The pictures of the one name with a word of the query are compared with those searched; "square" knows none."""
+    splits = dataset[1]
+    drawings = lookup_baseline.inks(splits["test"])
+    similarity = lookup_baseline.look_up(splits["train"], ["rusty bar", "square"], drawings)
+    known = lookup_baseline.inks(splits["train"].filter(lambda row: row["name"] == "red bar"))
+    np.testing.assert_allclose(similarity[0], (known @ drawings.T).max(axis=0), rtol=1e-5)
+    assert similarity[0].max() > 0 and (similarity[1] == 0).all()
+
+
+def test_recalls_count_equal_names_once():
+    similarity = np.array([[0.9, 0.8, 0.1, 0.0], [0.9, 0.8, 0.7, 0.0], [0.0, 0.1, 0.2, 0.3]])
+    found = np.array([7, 7, 8, 9])
+    assert train_contrastive.recalls(similarity, np.array([7, 8, 9]), found) == [pytest.approx(2 / 3), 1.0, 1.0]
+
+
+def test_the_evaluation_reports_each_kind_of_name_and_shows_failures(dataset, tmp_path, monkeypatch, caplog):
+    folder, splits = dataset
+    monkeypatch.setattr(evaluate_retrieval, "LEAST_QUERIES", 1)
+    arguments = ["evaluate", "--dataset", str(folder), "--model", str(REPO), "--splits", "test", "--output_dir"]
+    monkeypatch.setattr(sys, "argv", [*arguments, str(tmp_path / "report")])
+    with caplog.at_level(logging.INFO):
+        evaluate_retrieval.main()
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["test"]
+    assert {kind: figures["queries"] for kind, figures in report.items()} == {
+        "all names": 3,
+        "without near-duplicates": 2,
+        "names with unseen words": 1,
+        "unseen phrases of other words": 2,
+    }
+    assert all(figures["pictures"] == 3 and figures["recall@5"] == 1 for figures in report.values())
+    with pytest.raises(SystemExit):
+        evaluate_retrieval.main()
