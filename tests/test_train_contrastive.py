@@ -1,0 +1,224 @@
+"""The contrastive recipe: every kind of data it takes, what it draws, what it refuses."""
+
+import json
+import logging
+import random
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PictureImage
+from transformers import AutoProcessor
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "examples"))
+
+import train_contrastive  # noqa: E402
+from train_contrastive import Collator, DataArguments, Groups, caption_id, check_rows, draw_caption  # noqa: E402
+
+PICTURES = sorted((REPO / "examples" / "pictures").glob("*.png"))[::40]
+
+
+def name_of(path: Path) -> str:
+    return path.stem.replace("-", " ")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(REPO, trust_remote_code=True)
+
+
+def rows() -> Dataset:
+    """Seven named pictures, two drawings of the first, one of them in grey and alpha."""
+    columns = {
+        "image": [*map(str, PICTURES), str(PICTURES[0])],
+        "captions": [[name_of(path), "drawing"] for path in [*PICTURES, PICTURES[0]]],
+        "tags": [["emoji", "flat", "colour"]] * (len(PICTURES) + 1),
+        "group": [*map(name_of, PICTURES), name_of(PICTURES[0])],
+    }
+    features = Features(
+        image=Image(), captions=List(Value("string")), tags=List(Value("string")), group=Value("string")
+    )
+    return Dataset.from_dict(columns, features=features)
+
+
+def write_saved(folder: Path) -> list[str]:
+    DatasetDict(train=rows(), validation=rows().select(range(len(PICTURES)))).save_to_disk(str(folder))
+    return ["--tag_column", "tags", "--group_column", "group", "--num_train_epochs", "1"]
+
+
+def write_parquet(folder: Path) -> list[str]:
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows().to_parquet(str(folder / f"{split}.parquet"))
+    return ["--max_steps", "2"]
+
+
+def write_folder(folder: Path) -> list[str]:
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        told = []
+        for path in PICTURES:
+            (folder / split / path.name).write_bytes(path.read_bytes())
+            told.append(json.dumps({"file_name": path.name, "text": name_of(path)}))
+        (folder / split / "metadata.jsonl").write_text("\n".join(told))
+    return ["--caption_column", "text", "--max_steps", "2"]
+
+
+def write_shards(folder: Path) -> list[str]:
+    folder.mkdir()
+    for split in ("train", "validation"):
+        with tarfile.open(folder / f"{split}-0.tar", "w") as shard:
+            for path in PICTURES:
+                caption = folder / f"{path.stem}.txt"
+                caption.write_text(name_of(path))
+                shard.add(path, path.name)
+                shard.add(caption, caption.name)
+                caption.unlink()
+    return ["--image_column", "png", "--caption_column", "txt", "--max_steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("write", "streaming"),
+    [(write_saved, False), (write_parquet, False), (write_folder, True), (write_shards, False), (write_shards, True)],
+)
+def test_every_kind_of_data_trains(write, streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    asked = write(tmp_path / "data") + ["--streaming", "True"] * streaming
+    command = [
+        "train",
+        "--dataset",
+        str(tmp_path / "data"),
+        "--model_name_or_path",
+        str(REPO),
+        "--do_train",
+        "--do_eval",
+    ]
+    command += ["--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "4", "--use_cpu"]
+    command += ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "1", *asked]
+    monkeypatch.setattr(sys, "argv", command)
+    train_contrastive.main()
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["train_loss"] > 0 and results["eval_loss"] > 0 and results["eval_text_to_image_recall@10"] == 1
+    assert 0 <= results["eval_text_to_image_recall@1"] <= results["eval_text_to_image_recall@5"] <= 1
+    (sheet,) = (tmp_path / "run" / "pictures").glob("eval-*.png")
+    assert len(PictureImage.open(sheet).convert("RGB").getcolors(2**24)) > 300, "pictures, not blank axes"
+
+
+def test_a_group_is_drawn_once_an_epoch_in_any_of_its_drawings():
+    groups = Groups(rows(), "group")
+    assert len(groups) == len(PICTURES) and len(Groups(rows(), None)) == len(PICTURES) + 1
+    random.seed(0)
+    assert {groups[0]["image"].tobytes() for _ in range(4)} == {rows()[0]["image"].tobytes()}
+    assert groups.rows[0] == [0, len(PICTURES)]
+
+
+def test_problems_are_named_before_training(processor, tmp_path, caplog):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    columns = {
+        "image": [str(PICTURES[0]), str(broken), str(PICTURES[1]), str(PICTURES[2]), None],
+        "captions": ["fine", "fine too", " ", "long " * 40, "nothing to see"],
+    }
+    dataset = Dataset.from_dict(columns, features=Features(image=Image(), captions=Value("string")))
+    arguments = DataArguments(dataset="x")
+    with caplog.at_level(logging.WARNING):
+        kept = check_rows(dataset, "train", arguments, processor.tokenizer)
+    assert kept["captions"][:] == ["fine", "long " * 40]
+    assert "2 rows with unreadable picture: [1, 4]" in caplog.text
+    assert "1 rows with empty caption: [2]" in caplog.text
+    assert "1 rows with caption too long, cut: [3]" in caplog.text
+    with pytest.raises(ValueError, match="expected usable rows in split 'train', none of 1 are: 1 with empty caption"):
+        check_rows(dataset.select([2]), "train", arguments, processor.tokenizer)
+    with pytest.raises(ValueError, match=r"expected columns \['txt'\] in split 'train', found \['image', 'captions'\]"):
+        check_rows(dataset, "train", DataArguments(dataset="x", caption_column="txt"), processor.tokenizer)
+
+
+def test_shares_of_the_texts_drawn():
+    random.seed(0)
+    arguments = DataArguments(dataset="x", name_share=0.5, sentence_share=0.25)
+    texts = [draw_caption(["cat", "kitty"], ["pet", "animal"], arguments) for _ in range(4000)]
+    shares = {text: texts.count(text) / len(texts) for text in ("cat", "kitty")}
+    assert shares["cat"] == pytest.approx(0.5 * 0.75, abs=0.03) and shares["kitty"] == pytest.approx(
+        0.25 * 0.75, abs=0.03
+    )
+    assert {"cat, pet", "pet, animal", "a photo of cat"} <= set(texts)
+    only = {draw_caption(["cat"], [], DataArguments(dataset="x", sentence_share=0)) for _ in range(50)}
+    assert only == {"cat"}
+
+
+def items(dataset: Dataset) -> list[dict]:
+    arguments = DataArguments(dataset="x", tag_column="tags")
+    return [train_contrastive.training_item(row, arguments, 64) for row in dataset]
+
+
+def test_equal_names_share_an_id_and_the_loss_leaves_them_out(processor):
+    batch = items(rows())
+    masked = Collator(processor, DataArguments(dataset="x"), (64, 64))(batch)
+    assert masked["group_ids"][0] == masked["group_ids"][-1] == caption_id(name_of(PICTURES[0]))
+    assert len(set(masked["group_ids"].tolist())) == len(PICTURES)
+    assert caption_id(" Cat") == caption_id("cat") != caption_id("cats")
+    plain = Collator(processor, DataArguments(dataset="x", duplicates_are_negatives=True), (64, 64))(batch)
+    assert "group_ids" not in plain
+    assert masked["pixel_values"].shape == (len(batch), 3, 64, 64)
+    torch.testing.assert_close(masked["pixel_values"], plain["pixel_values"], msg="randomness belongs to the rows")
+
+
+def test_drawings_of_one_colour_get_any_colour_and_stay_apart_from_their_ground(processor):
+    """And coloured ones keep theirs, but for the jitter."""
+    grey = PictureImage.new("LA", (64, 64))
+    grey.paste((0, 255), (16, 16, 48, 48))
+    red = grey.convert("RGBA")
+    red.paste((255, 0, 0, 255), (16, 16, 48, 48))
+    arguments = DataArguments(dataset="x", jitter=0.0, hue=0.0, rotation=0.0)
+    collator = Collator(processor, arguments, (64, 64))
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1)
+        for v in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    random.seed(1)
+    batch = [
+        train_contrastive.training_item({"image": picture, "captions": "square"}, arguments, 64)
+        for picture in [grey] * 40 + [red] * 40
+    ]
+    pixels = collator(batch)["pixel_values"] * std + mean  # (80, 3, 64, 64) in [0, 1]
+    inks, grounds = pixels[:, :, 30:34, 30:34].mean(dim=(2, 3)), pixels[:, :, 0, 0]
+    assert (inks[:40].std(dim=0) > 0.1).all(), "any colour"
+    assert ((inks[:40] - grounds[:40]).abs().amax(dim=1) > 0.15).float().mean() > 0.9, "apart from the ground"
+    is_red = (inks[40:, 0] > 0.9) & (inks[40:, 1:] < 0.1).all(dim=1)
+    assert is_red.float().mean() > 0.85, "all but the greyed and blurred"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "expected one of --model_name_or_path and --config_name"),
+        (["--config_name", str(REPO)], "expected --tokenizer_name beside --config_name"),
+        (
+            ["--model_name_or_path", str(REPO), "--do_predict"],
+            r"expected splits \['test'\] in .*, found \['train', 'val",
+        ),
+        (["--model_name_or_path", str(REPO), "--do_train", "--tag_column", "words"], r"expected columns \['words'\]"),
+    ],
+)
+def test_refusals(arguments, message, tmp_path, monkeypatch):
+    write_saved(tmp_path / "data")
+    command = [
+        "train",
+        "--dataset",
+        str(tmp_path / "data"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--report_to",
+        "none",
+    ]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments])
+    with pytest.raises(ValueError, match=message):
+        train_contrastive.main()
+
+
+def test_an_id_is_the_same_in_every_process_and_release():
+    assert caption_id("cat") == 4312121625846082129 < 2**63
