@@ -55,6 +55,7 @@ HELD_OUT_WORDS = (
     *("scissors", "snail", "stethoscope", "strawberry", "tractor", "umbrella", "violin", "whale"),
 )
 TEST_NAMES = 1000
+EMOJI_SHARE = 3  # how often an epoch draws each emoji, by as many groups: they are few beside the icons
 NEAR_DUPLICATE_COSINE = 0.95
 THUMBNAIL = 16  # pixels on a side
 
@@ -326,7 +327,9 @@ def build(output_dir: Path, cache_dir: Path, size: int, processes: int) -> None:
     }
     held_out = {*TEST_SETS, *VALIDATION_SETS}
     train = [row for prefix, rows in by_set.items() if prefix not in held_out for row in rows]
-    train += [{**row, "tags": clean(row["tags"], LARGEST_TAGS)} for row in map(emoji_as_icon, emojis["train"])]
+    for row in map(emoji_as_icon, emojis["train"]):
+        row["tags"] = clean(row["tags"], LARGEST_TAGS)
+        train += [{**row, "group": f"{row['group']}/{number}"} for number in range(EMOJI_SHARE)]
     counts = {"rendered": len(train)}
     train = [row for row in train if not is_held_out(row["name"])]
     counts["without held-out words"] = len(train)

@@ -303,11 +303,22 @@ class RecipeTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.recipe, self.draw = recipe, draw
+        self._keep_scalars_whole()
         self.frozen = frozen_modules(self.model)
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(SetEpoch(self.train_dataset))
         if recipe.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(recipe.early_stopping_patience))
+
+    def _keep_scalars_whole(self) -> None:
+        """FSDP cannot shard a scalar, as logit_scale: each process keeps it whole.
+
+        Its gradient is the same in every process, as the contrastive loss is that of the joined batch.
+        """
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        scalars = [parameter for parameter in self.model.parameters() if parameter.ndim == 0]
+        if plugin is not None and plugin.ignored_modules is None and scalars:
+            plugin.ignored_modules = [torch.nn.ParameterList(scalars)]
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         """As in Trainer, and what is frozen neither drops anything nor gathers statistics."""

@@ -57,6 +57,10 @@ class ModelArguments:
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "folder of a CLIP tokenizer; default: the checkpoint's own"}
     )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "side of the pictures, pixels; not the checkpoint's own: positions are resampled"},
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager or sdpa; under bf16 on a CPU eager can be the faster one, time both"}
     )
@@ -86,9 +90,6 @@ class DataArguments:
         default=0.6, metadata={"help": "share of the texts that are the name alone, where there is more to draw from"}
     )
     sentence_share: float = field(default=0.2, metadata={"help": "share of the texts put into a sentence"})
-    train_image_size: int | None = field(
-        default=None, metadata={"help": "side of the pictures trained on, pixels; default: the model's own"}
-    )
     rotation: float = field(default=10.0, metadata={"help": "largest rotation, degrees"})
     mirror: float = field(default=0.0, metadata={"help": "chance of a mirrored picture, 0 to 1"})
     jitter: float = field(default=0.3, metadata={"help": "largest relative change of brightness, contrast, saturation"})
@@ -324,20 +325,33 @@ def draw_sheet(rows_of: dict[str, Dataset], arguments: DataArguments, output: Ev
     figure.savefig(path, dpi=80, bbox_inches="tight")
 
 
+def image_processor_of(config: VitEmbedConfig, **kwargs) -> CLIPImageProcessor:
+    """CLIP's processor for the size of a config: the shorter side is brought to it, the middle is cut out."""
+    height, width = config.image_shape
+    size = {"size": {"shortest_edge": min(height, width)}, "crop_size": {"height": height, "width": width}}
+    return CLIPImageProcessor(**{**kwargs, **size})
+
+
 def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPProcessor]:
     """Return the model and its processor, both from a checkpoint or both new."""
     if (arguments.model_name_or_path is None) == (arguments.config_name is None):
         raise ValueError("expected one of --model_name_or_path and --config_name, got both or neither")
+    resized = {} if arguments.image_size is None else {"image_size": arguments.image_size}
     if arguments.model_name_or_path is not None:
         model = VitEmbedForContrastive.from_pretrained(
-            arguments.model_name_or_path, attn_implementation=arguments.attn_implementation
+            arguments.model_name_or_path,
+            attn_implementation=arguments.attn_implementation,
+            dtype=torch.float32,  # of the weights that are trained, whatever is stored; --bf16 is for the arithmetic
+            **resized,
         )
         tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer_name or arguments.model_name_or_path)
         image_processor = CLIPImageProcessor.from_pretrained(arguments.model_name_or_path)
+        if resized:
+            image_processor = image_processor_of(model.config, **image_processor.to_dict())
         return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
     if arguments.tokenizer_name is None:
         raise ValueError("expected --tokenizer_name beside --config_name, got none; name a folder of a CLIP tokenizer")
-    config = VitEmbedConfig.from_pretrained(arguments.config_name)
+    config = VitEmbedConfig.from_pretrained(arguments.config_name, **resized)
     tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer_name)
     if len(tokenizer) != config.text_config.vocab_size:
         raise ValueError(
@@ -345,11 +359,8 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPP
             f"{arguments.tokenizer_name} has {len(tokenizer)}; change one of them"
         )
     config._attn_implementation = arguments.attn_implementation
-    height, width = config.image_shape
-    image_processor = CLIPImageProcessor(
-        size={"shortest_edge": min(height, width)}, crop_size={"height": height, "width": width}
-    )
-    return VitEmbedForContrastive(config), CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
+    processor = CLIPProcessor(image_processor=image_processor_of(config), tokenizer=tokenizer)
+    return VitEmbedForContrastive(config), processor
 
 
 def main() -> None:
@@ -376,8 +387,8 @@ def main() -> None:
         splits[split] = rows
         if split != data.train_split:
             evaluated[split] = evaluation_pictures(rows, data, processor.image_processor)
-    size = (data.train_image_size,) * 2 if data.train_image_size else model.config.image_shape
-    canvas = max(model.config.image_shape)
+    # A margin keeps detail where a picture is enlarged.
+    canvas = max(model.config.image_shape) * 4 // 3
     train_dataset = None
     if training.do_train and data.streaming:
         check_columns(splits[data.train_split], data.train_split, data)
@@ -394,7 +405,7 @@ def main() -> None:
         partial(draw_sheet, sheets, data),
         model=model,
         args=training,
-        data_collator=Collator(processor, data, size),
+        data_collator=Collator(processor, data, model.config.image_shape),
         train_dataset=train_dataset,
         eval_dataset=next(iter(validation.values())) if is_one else validation or None,
         compute_metrics=retrieval_metrics,

@@ -1,4 +1,4 @@
-"""The icon data set: what it keeps and what it keeps out, on a small package made here; look-up and evaluation on it."""
+"""The icon data set: what it keeps and what it keeps out, of packages made here; look-up and evaluation on it."""
 
 import io
 import json
@@ -153,6 +153,8 @@ def test_names_styles_synonyms_and_held_out_words(dataset):
     bar = rows["red bar", "regular"]
     assert bar["captions"] == ["red bar", "rose bar"] and bar["tags"] == ["regular", "red things", "stripe"]
     assert rows["blue heart", "love"]["tags"] == ["love"]
+    hearts = [row["group"] for row in dataset[1]["train"] if row["set"] == "noto"]
+    assert hearts == [f"noto/blue heart/{number}" for number in range(icons.EMOJI_SHARE)], "drawn more than once"
 
 
 def test_near_duplicates_of_held_out_drawings_are_left_out_and_counted(dataset):

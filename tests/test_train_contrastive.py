@@ -7,11 +7,17 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 import torch
+import training_runs
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PictureImage
+from safetensors.torch import load_file
 from transformers import AutoProcessor
+
+from vit_embed import VitEmbedConfig, VitEmbedForContrastive
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "examples"))
@@ -222,3 +228,134 @@ def test_refusals(arguments, message, tmp_path, monkeypatch):
 
 def test_an_id_is_the_same_in_every_process_and_release():
     assert caption_id("cat") == 4312121625846082129 < 2**63
+
+
+# --- killed and resumed, and several processes ---
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, Path]:
+    """A saved dataset, and the config of a small model that reads the shipped tokenizer; no batch norm, no dropout."""
+    folder = tmp_path_factory.mktemp("small")
+    write_saved(folder / "data")
+    text = json.loads((REPO / "config.json").read_text())["text_config"]
+    config = VitEmbedConfig(
+        **{**tiny.VISION, "image_size": 32, "projection_dim": 16},
+        text_config={
+            **tiny.TEXT,
+            **{key: text[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")},
+        },
+    )
+    config.save_pretrained(folder / "config")
+    return folder / "data", folder / "config"
+
+
+def small_command(small: tuple[Path, Path], output_dir: Path, *arguments: object) -> list:
+    data, config = small
+    command = ["--dataset", data, "--config_name", config, "--tokenizer_name", REPO, "--tag_column", "tags"]
+    command += ["--output_dir", output_dir, "--do_train", "--use_cpu", "--report_to", "none", "--logging_steps", 1]
+    return [*command, "--learning_rate", 1e-3, *arguments]
+
+
+def train_small(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, small_command(*arguments))])
+    train_contrastive.main()
+
+
+def per_device(batch_size: int) -> list:
+    return ["--per_device_train_batch_size", batch_size, "--per_device_eval_batch_size", batch_size]
+
+
+def weights(output_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(output_dir / "model.safetensors")
+
+
+def test_a_killed_run_resumed_equals_an_unbroken_one(small, monkeypatch, tmp_path):
+    """In weights bit for bit, with pictures and captions drawn at random, and hidden patches."""
+    asked = ["--max_steps", 8, "--save_steps", 3, "--per_device_train_batch_size", 4, "--patch_drop_rate", 0.25]
+    train_small(monkeypatch, small, tmp_path / "unbroken", *asked)
+    training_runs.killed_runs("train_contrastive", [small_command(small, tmp_path / "killed", *asked)], killed_in=6)
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    train_small(monkeypatch, small, tmp_path / "killed", *asked, "--resume_from_checkpoint", True)
+    assert training_runs.losses(tmp_path / "killed") == training_runs.losses(tmp_path / "unbroken")
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "unbroken")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_another_image_size_resamples_positions_and_is_saved_with_the_processor(monkeypatch, small, tmp_path):
+    train_small(monkeypatch, small, tmp_path / "first", "--max_steps", 1)
+    data, _ = small
+    command = [
+        "train",
+        "--dataset",
+        data,
+        "--model_name_or_path",
+        tmp_path / "first",
+        "--output_dir",
+        tmp_path / "larger",
+    ]
+    command += [
+        "--image_size",
+        48,
+        "--do_train",
+        "--max_steps",
+        1,
+        "--learning_rate",
+        0,
+        "--use_cpu",
+        "--report_to",
+        "none",
+    ]
+    monkeypatch.setattr(sys, "argv", list(map(str, command)))
+    train_contrastive.main()
+    model = VitEmbedForContrastive.from_pretrained(tmp_path / "larger")
+    expected = VitEmbedForContrastive.from_pretrained(tmp_path / "first", image_size=48)
+    assert model.config.image_shape == (48, 48)
+    torch.testing.assert_close(
+        model.vision_model.embeddings.position_embedding.weight,
+        expected.vision_model.embeddings.position_embedding.weight,
+    )
+    processor = AutoProcessor.from_pretrained(tmp_path / "larger", trust_remote_code=True)
+    assert processor(images=PictureImage.new("RGB", (90, 70)), return_tensors="pt").pixel_values.shape == (1, 3, 48, 48)
+
+
+def test_two_processes_and_fsdp_give_the_curve_of_one(small, monkeypatch, tmp_path):
+    """Eight groups, eight to a step. The collator varies the pictures of a process together, so here it does not."""
+    asked = ["--max_steps", 6, "--save_strategy", "no", "--do_eval", "--group_column", "group"]
+    monkeypatch.setattr(train_contrastive, "Collator", StillCollator)
+    train_small(monkeypatch, small, tmp_path / "one", *asked, *per_device(8))
+    launcher = tmp_path / "still.py"
+    launcher.write_text(STILL.format(tests=str(Path(__file__).parent)))
+    running = {}
+    for kind in ("ddp", "fsdp"):
+        command = small_command(small, tmp_path / kind, *asked, *per_device(4))
+        running[kind] = training_runs.start_two_processes(str(launcher.with_suffix("")), kind, command, tmp_path)
+    for kind, process in running.items():
+        training_runs.finish(process)
+        np.testing.assert_allclose(
+            training_runs.losses(tmp_path / kind), training_runs.losses(tmp_path / "one"), rtol=0, atol=1e-4
+        )
+        ours, theirs = weights(tmp_path / kind), weights(tmp_path / "one")
+        for name, tensor in theirs.items():
+            # The bias of keys shifts all scores of a row alike, so its gradient is rounding, which Adam magnifies.
+            if not name.endswith("k_proj.bias"):
+                torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3, msg=f"{kind}, {name}")
+        results = [json.loads((tmp_path / run / "eval_results.json").read_text()) for run in (kind, "one")]
+        for metric in ("eval_loss", "eval_text_to_image_recall@1", "eval_image_to_text_recall@5"):
+            assert results[0][metric] == pytest.approx(results[1][metric], abs=1e-3), kind
+
+
+class StillCollator(Collator):
+    """Leaves pictures as they are."""
+
+    def vary(self, rgba: torch.Tensor, is_mono: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.interpolate(rgba[:, :3].float() / 255, self.image_size, mode="area") - 0.5
+
+
+STILL = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_train_contrastive, train_contrastive
+train_contrastive.Collator = test_train_contrastive.StillCollator
+train_contrastive.main()
+"""
