@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # Tests are many small models: two processes of one thread each.
 PYTEST := -m pytest -n 2 --dist loadfile
 # The README and the examples are written for the newest releases.
-NOT_ON_4_57 := --ignore=tests/test_readme.py --ignore=tests/test_examples.py --ignore=tests/test_examples_tokens.py
+EXAMPLE_TESTS := readme examples examples_tokens recipe icon_dataset distill_text render_depth_scenes \
+	train_classification train_contrastive train_depth
+NOT_ON_4_57 := $(EXAMPLE_TESTS:%=--ignore=tests/test_%.py)
 
 .PHONY: demo test test-4.57 style format bench clean
 

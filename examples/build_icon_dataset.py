@@ -214,9 +214,9 @@ def render_set(task: tuple[str, int]) -> list[dict]:
     return set_rows(json.loads(text), size)
 
 
-def wanted_sets(collections: dict[str, dict]) -> dict[str, str]:
-    """{set: SPDX licence} of the sets that are read, counts of the others by reason in the log."""
-    kept, reasons = {}, Counter()
+def wanted_sets(collections: dict[str, dict]) -> list[str]:
+    """The sets that are read; counts of the others by reason in the log."""
+    kept, reasons = [], Counter()
     for prefix, info in collections.items():
         spdx = info["license"].get("spdx")
         held_out = prefix in TEST_SETS or prefix in VALIDATION_SETS
@@ -231,9 +231,24 @@ def wanted_sets(collections: dict[str, dict]) -> dict[str, str]:
         elif info.get("hidden") or "Contains Animations" in info.get("tags", ()):
             reasons["retired or animated"] += 1
         else:
-            kept[prefix] = spdx
+            kept.append(prefix)
     logger.info("%d sets kept; dropped: %s", len(kept), dict(reasons))
     return kept
+
+
+def origins(collections: dict[str, dict], read: dict[str, int]) -> dict[str, dict]:
+    """Licence, author and address of each set, and how many drawings of it are trained on: what NOTICE lists."""
+    return {
+        prefix: {
+            "name": info["name"],
+            "author": info["author"]["name"],
+            "license": info["license"]["spdx"],
+            "url": info["license"].get("url"),
+            "drawings": read[prefix],
+        }
+        for prefix, info in sorted(collections.items())
+        if prefix in read
+    }
 
 
 def read_synonyms(cache_dir: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
@@ -273,8 +288,8 @@ def emoji_as_icon(row: dict) -> dict:
         "captions": [name],
         "tags": row["captions"][1:],
         "name": name,
-        "set": row["vendor"],
-        "group": f"{row['vendor']}/{name}",
+        "set": f"emoji-{row['vendor']}",  # one of the icon sets is called as a vendor is
+        "group": f"emoji-{row['vendor']}/{name}",
         "near_duplicate": False,
     }
 
@@ -310,7 +325,8 @@ def build(output_dir: Path, cache_dir: Path, size: int, processes: int) -> None:
     check_absent(output_dir)
     emojis = emoji_rows(cache_dir, size)
     package = fetch(ICONS_PACKAGE, cache_dir)
-    sets = wanted_sets(package.json("collections.json"))
+    collections = package.json("collections.json")
+    sets = wanted_sets(collections)
     tasks = [(package.read(f"json/{prefix}.json").decode(), size) for prefix in sets]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         rendered = list(tqdm(pool.imap(render_set, tasks), total=len(tasks), desc="render icon sets"))
@@ -354,8 +370,8 @@ def build(output_dir: Path, cache_dir: Path, size: int, processes: int) -> None:
         logger.info("%s: %d rows, %d with near-duplicates", split, len(rows), sum(columns["near_duplicate"]))
     with written_aside(output_dir) as aside:
         dataset.save_to_disk(str(aside))
-        licenses = {prefix: {"license": sets[prefix], "rows": len(rows)} for prefix, rows in by_set.items()}
-        (aside / "sets.json").write_text(json.dumps({"training": counts, "sets": licenses}, indent=1))
+        read = Counter(row["set"] for row in train)
+        (aside / "sets.json").write_text(json.dumps({"training": counts, "sets": origins(collections, read)}, indent=1))
 
 
 def main() -> None:

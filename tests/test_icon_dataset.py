@@ -62,12 +62,15 @@ SETS = {
     "makers": a_set("makers", {"disc": DISC}),
 }
 COLLECTIONS = {
-    "ph": {"license": MIT, "category": "UI 24px"},
-    "basil": {"license": MIT, "category": "UI 24px"},
-    "kept": {"license": MIT, "category": "UI 24px"},
-    "unfree": {"license": {"spdx": "CC-BY-NC-4.0", "url": "https://example.org"}, "category": "UI 24px"},
-    "unsigned": {"license": {"spdx": "MIT"}, "category": "UI 24px"},
-    "makers": {"license": MIT, "category": "Logos"},
+    prefix: {"name": prefix.title(), "author": {"name": "A. Hand"}, "license": MIT, "category": "UI 24px", **more}
+    for prefix, more in {
+        "ph": {},
+        "basil": {},
+        "kept": {},
+        "unfree": {"license": {"spdx": "CC-BY-NC-4.0", "url": "https://example.org"}},
+        "unsigned": {"license": {"spdx": "MIT"}},
+        "makers": {"category": "Logos"},
+    }.items()
 }
 
 
@@ -136,8 +139,11 @@ def dataset(tmp_path_factory):
 
 def test_only_free_sets_without_brands_are_read(dataset):
     folder, splits = dataset
-    assert set(splits["train"]["set"][:]) == {"kept", "noto"}
-    assert set(json.loads((folder / "sets.json").read_text())["sets"]) == {"ph", "basil", "kept"}
+    assert set(splits["train"]["set"][:]) == {"kept", "emoji-noto"}
+    told = json.loads((folder / "sets.json").read_text())["sets"]
+    assert told == {
+        "kept": {"name": "Kept", "author": "A. Hand", "license": "MIT", "url": MIT["url"], "drawings": 3},
+    }, "what NOTICE lists: sets that are trained on"
 
 
 def test_names_styles_synonyms_and_held_out_words(dataset):
@@ -153,8 +159,8 @@ def test_names_styles_synonyms_and_held_out_words(dataset):
     bar = rows["red bar", "regular"]
     assert bar["captions"] == ["red bar", "rose bar"] and bar["tags"] == ["regular", "red things", "stripe"]
     assert rows["blue heart", "love"]["tags"] == ["love"]
-    hearts = [row["group"] for row in dataset[1]["train"] if row["set"] == "noto"]
-    assert hearts == [f"noto/blue heart/{number}" for number in range(icons.EMOJI_SHARE)], "drawn more than once"
+    hearts = [row["group"] for row in dataset[1]["train"] if row["set"] == "emoji-noto"]
+    assert hearts == [f"emoji-noto/blue heart/{number}" for number in range(icons.EMOJI_SHARE)], "drawn more than once"
 
 
 def test_near_duplicates_of_held_out_drawings_are_left_out_and_counted(dataset):
