@@ -27,8 +27,12 @@ logger = logging.getLogger("search_pictures")
 
 REPO = Path(__file__).resolve().parent.parent
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-QUERIES = ("red fruit", "guitar", "smiling face with sunglasses", "sunflower", "rocket", "white bird", "train")
+QUERIES = (
+    *("smiling face with sunglasses", "turned off camera", "person riding a snowboard", "heart on a calendar"),
+    *("no wifi connection", "arrow pointing up and right", "unlocked padlock", "red fruit", "add a file"),
+)
 COLUMNS = 6
+ATTENTION_SCALE = 3
 
 
 def find_pictures(folder: Path) -> list[Path]:
@@ -78,8 +82,13 @@ def embed_queries(model, processor, queries: list[str]) -> torch.Tensor:
 
 @torch.inference_mode()
 def class_attention(model, processor, picture: Image.Image) -> np.ndarray:
-    """Where the class token looks in the last layer: (heads, gh, gw), each head's largest weight 1."""
-    inputs = processor.image_processor(picture, return_tensors="pt")
+    """Where the class token looks in the last layer: (heads, gh, gw), each head's largest weight 1.
+
+    The picture is enlarged, for a finer grid than the one that the model was trained on.
+    """
+    height, width = (ATTENTION_SCALE * side for side in model.config.image_shape)
+    sizes = {"size": {"shortest_edge": min(height, width)}, "crop_size": {"height": height, "width": width}}
+    inputs = processor.image_processor(picture, return_tensors="pt", **sizes)
     attention = model.trunk.get_class_attentions(**inputs)[0, -1]
     return (attention / attention.amax(dim=(1, 2), keepdim=True)).numpy()
 
@@ -165,8 +174,8 @@ def main(arguments: list[str] | None = None) -> None:
     for query, found in matches.items():
         logger.info("%-36s %s", query, ", ".join(f"{path.stem} {cosine:.2f}" for path, cosine in found[:3]))
     attended = load_image(str(options.attention_of or matches[options.queries[0]][0][0]))
-    size = model.config.image_shape
-    attended = attended.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    height, width = (ATTENTION_SCALE * side for side in model.config.image_shape)
+    attended = attended.resize((width, height), Image.Resampling.BICUBIC)
     draw_sheet(matches, attended, class_attention(model, processor, attended), options.output)
     logger.info("%d pictures searched; the sheet is %s", len(paths), options.output)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoProcessor, CLIPModel
+from transformers import AutoModel, AutoProcessor
 
 from vit_embed.configuration_vit_embed import AUTO_MAP
 
@@ -42,32 +42,24 @@ def test_it_is_complete_and_small():
     assert set(written["auto_map"]) == set(AUTO_MAP)
     with safe_open(REPO / "model.safetensors", "pt") as weights:
         dtypes = {weights.get_slice(key).get_dtype() for key in weights.keys()}  # noqa: SIM118, not a dict
-    assert dtypes == {"F32"}
+    assert dtypes == {"F16", "I64"}, "weights, and the counters of batch norm"
 
 
 def test_it_finds_pictures_of_an_unseen_vendor_far_better_than_chance(retrieval):
-    """288 names: chance puts the right picture first in 0.3 % and among ten in 3.5 %."""
+    """528 names: chance puts the right picture first in 0.2 % and among ten in 2 %."""
     rank = (retrieval >= retrieval.diag()[:, None]).sum(dim=1)
-    assert (rank <= 1).float().mean() > 0.10
-    assert (rank <= 10).float().mean() > 0.40
+    assert (rank <= 1).float().mean() > 0.45
+    assert (rank <= 10).float().mean() > 0.75
     rank = (retrieval.t() >= retrieval.diag()[:, None]).sum(dim=1)
-    assert (rank <= 10).float().mean() > 0.40, "and names for pictures"
+    assert (rank <= 10).float().mean() > 0.75, "and names for pictures"
 
 
-def test_stock_clip_computes_the_same(model, processor):
-    """float32 rounding in another order: 1e-4 of logits around 10."""
-    stock, info = CLIPModel.from_pretrained(REPO, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    inputs = processor(
-        text=["red apple", "car"],
-        images=search_pictures.load_image(str(REPO / "examples" / "pictures" / "red-apple.png")),
-        padding=True,
-        return_tensors="pt",
-    )
-    with torch.no_grad():
-        theirs, ours = stock.eval()(**inputs).logits_per_image, model(**inputs).logits_per_image
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert ours.argmax() == 0
+def test_it_computes_in_float32_though_float16_is_stored(model, processor):
+    """A folder of 19 MB on disk, and no arithmetic in half precision that was not asked for."""
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.dtype == torch.float32
+    half = AutoModel.from_pretrained(REPO, trust_remote_code=True, dtype=torch.bfloat16)
+    assert half.logit_scale.dtype == torch.bfloat16
 
 
 def test_text_is_limited_to_its_context(model, processor):
@@ -75,4 +67,4 @@ def test_text_is_limited_to_its_context(model, processor):
     with pytest.raises(ValueError, match="at most max_position_embeddings=32 tokens, got 62.*truncation=True"):
         model.get_text_features(**long)
     cut = processor.tokenizer("red " * 60, truncation=True, return_tensors="pt")
-    assert model.get_text_features(**cut).shape == (1, 128)
+    assert model.get_text_features(**cut).shape == (1, 256)
