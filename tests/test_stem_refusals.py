@@ -31,6 +31,12 @@ from vit_embed.configuration_vit_embed import (
 )
 
 
+def choices_of(field: str) -> tuple:
+    """The constant of the config's module that lists the values of a field: NORM_TYPES, CONTRASTIVE_LOSSES."""
+    plural = f"{field}es" if field.endswith("s") else f"{field}s"
+    return getattr(configuration_vit_embed, plural.upper())
+
+
 def other_than_default(field: str):
     """A value of a field that is in range and not its default: read off the default, or off the field's constant."""
     needed = {name: value for fields in NEEDED.values() for name, value in fields.items()}
@@ -40,9 +46,8 @@ def other_than_default(field: str):
     if isinstance(default, bool):
         return not default
     if isinstance(default, str):
-        choices = getattr(configuration_vit_embed, f"{field.upper()}S")
-        return next(choice for choice in choices if choice != default)
-    return default * 2 if isinstance(default, int) else default / 2
+        return next(choice for choice in choices_of(field) if choice != default)
+    return default * 2 if isinstance(default, int) else default / 2 or 0.5
 
 
 def fields_for(name: str, value: str) -> dict:
@@ -54,7 +59,7 @@ def fields_for(name: str, value: str) -> dict:
 def test_a_field_is_refused_where_it_has_no_meaning(field):
     other, meant = MEANT_FOR[field]
     value = other_than_default(field)
-    for choice in getattr(configuration_vit_embed, f"{other.upper()}S"):
+    for choice in choices_of(other):
         fields = {**fields_for(other, choice), field: value}
         if choice in meant:
             assert getattr(vision_config(**fields), field) == value
