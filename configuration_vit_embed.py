@@ -455,7 +455,7 @@ class VitEmbedConfig(PretrainedConfig):
         logit_scale_init_value: natural log of the inverse temperature at initialisation; ln(1 / 0.07) = 2.6592.
         contrastive_loss: "softmax" is CLIP's, "sigmoid" SigLIP's (arXiv:2303.15343) with a learned logit_bias.
         hard_negative_beta: a number >= 0; each negative of the "softmax" loss counts exp(hard_negative_beta * logit),
-            over the mean of that (arXiv:2010.04592; 0.25 for images and texts in arXiv:2301.02280). 0 counts all alike.
+            over the mean of that (arXiv:2010.04592). 0 counts all alike.
         contrastive_chunk_size: images, and texts, that a dual encoder in training holds activations of at a time; the
             backward pass encodes each chunk again (cached gradients, arXiv:2101.06983). None is the whole batch.
         depth_head_type: one of DEPTH_HEAD_TYPES.

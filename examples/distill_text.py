@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from recipe import RecipeTrainer, SeededRows, load_splits, parse, prepare, run
 from tqdm import tqdm
-from train_contrastive import SENTENCES, ModelArguments, as_list, load_model
+from train_contrastive import SENTENCES, ModelArguments, as_list, load_model, token_ids
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer, EvalPrediction
 
 logger = logging.getLogger("distill_text")
@@ -110,14 +110,8 @@ class Collator:
         self.tokenizer = tokenizer
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(
-            [row["caption"] for row in rows],
-            padding=True,
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
-        return {"input_ids": tokens.input_ids, "targets": torch.stack([row["target"] for row in rows])}
+        texts = [row["caption"] for row in rows]
+        return {"input_ids": token_ids(self.tokenizer, texts), "targets": torch.stack([row["target"] for row in rows])}
 
 
 class DistillationTrainer(RecipeTrainer):

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from npm_packages import written_aside
 from recipe import as_rgb
 from tqdm import tqdm
-from train_contrastive import RECALL_AT, caption_id, recalls
+from train_contrastive import RECALL_AT, caption_id, recalls, token_ids
 from transformers import AutoModel, AutoProcessor
 
 logger = logging.getLogger("evaluate_retrieval")
@@ -54,10 +54,8 @@ def embed_texts(model, processor, texts: list[str], batch_size: int = 256) -> np
     """(texts, projection_dim), unit length."""
     parts = []
     for start in range(0, len(texts), batch_size):
-        inputs = processor.tokenizer(
-            texts[start : start + batch_size], padding=True, truncation=True, max_length=32, return_tensors="pt"
-        )
-        parts.append(model.get_text_features(**inputs, normalize=True))
+        inputs = token_ids(processor.tokenizer, texts[start : start + batch_size])
+        parts.append(model.get_text_features(inputs, normalize=True))
     return torch.cat(parts).float().numpy()
 
 

@@ -228,6 +228,12 @@ def evaluation_pictures(dataset: Dataset, arguments: DataArguments, image_proces
     return dataset.with_transform(transform)
 
 
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    """(B, T) int64, padded to the longest; a text beyond the tokenizer's limit is cut, as was counted at the start."""
+    limit = tokenizer.model_max_length
+    return tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt").input_ids
+
+
 class Collator:
     """Rows -> pixel_values (B, 3, H, W), input_ids (B, T), group_ids (B,); pictures are varied on the whole batch."""
 
@@ -261,20 +267,13 @@ class Collator:
         return self.recolour((alpha * colour + (1 - alpha) * background).clamp(0, 1))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        tokens = self.tokenizer(
-            [row["caption"] for row in rows],
-            padding=True,
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        )
         if "rgba" in rows[0]:
             with seeded(*(row["key"] for row in rows)):
                 rgba = torch.stack([torch.as_tensor(row["rgba"]) for row in rows])
                 pixel_values = self.vary(rgba, torch.tensor([row["is_mono"] for row in rows]))
         else:
             pixel_values = torch.stack([row["pixel_values"] for row in rows])
-        batch = {"pixel_values": pixel_values, "input_ids": tokens.input_ids}
+        batch = {"pixel_values": pixel_values, "input_ids": token_ids(self.tokenizer, [row["caption"] for row in rows])}
         if self.mask_duplicates or "rgba" not in rows[0]:
             batch["group_ids"] = torch.tensor([row["group_id"] for row in rows])
         return batch
