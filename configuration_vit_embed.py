@@ -48,6 +48,8 @@ MAX_INVERSE_TEMPERATURE = 100
 
 # The DPT head reads four depths of the trunk (arXiv:2103.13413, section 3.2).
 NUM_DPT_TAPS = 4
+# Maps of a "hybrid" stem's backbone that a feature pyramid consists of: strides patch_size / 4, / 2 and 1.
+NUM_HYBRID_MAPS = 3
 
 # Every Auto class that a saved folder answers to, whichever class was saved.
 AUTO_MAP = {
@@ -66,7 +68,7 @@ MEANT_FOR = {
     "patch_kernel_size": ("stem_type", ("overlap",)),
     "patch_pointwise": ("stem_type", ("overlap",)),
     "stem_norm_type": ("stem_type", ("hierarchical",)),
-    "use_feature_pyramid": ("stem_type", ("hierarchical",)),
+    "use_feature_pyramid": ("stem_type", ("hierarchical", "hybrid")),
     "backbone_config": ("stem_type", ("hybrid",)),
     "adaptive_budget": ("stem_type", ("adaptive",)),
     "adaptive_budget_weight": ("stem_type", ("adaptive",)),
@@ -418,9 +420,11 @@ class VitEmbedConfig(PretrainedConfig):
         patch_kernel_size: pixels of the "overlap" stem's kernel, at least the patch; None is twice the patch.
         patch_pointwise: whether a 1x1 convolution follows the "overlap" stem's.
         stem_norm_type: norm of the "hierarchical" stem, one of STEM_NORM_TYPES.
-        use_feature_pyramid: the "dpt" depth head reads its two finest levels from the "hierarchical" stem's maps.
+        use_feature_pyramid: the "dpt" depth head reads its two finest levels from the maps of a "hierarchical" or
+            "hybrid" stem, which have strides patch_size / 4 and patch_size / 2.
         backbone_config: config, or its dict, of the transformers backbone of the "hybrid" stem; the stride of its last
-            feature map is patch_size.
+            feature map is patch_size. It gives that one alone (`out_features`), or the last three with
+            use_feature_pyramid.
         adaptive_budget: tokens that the "adaptive" stem is trained to keep, as a share in [0.25, 1] of the patches.
         adaptive_budget_weight: factor of the squared difference to that share, in the training loss of every head.
         num_learned_tokens: tokens K of the "token_learner" stem, whatever the image size.
@@ -789,6 +793,14 @@ class VitEmbedConfig(PretrainedConfig):
                 "stem_type='hybrid' needs backbone_config, the config of a transformers backbone whose last feature "
                 "map has a stride of patch_size; got None"
             )
+        if stem == "hybrid" and self.use_feature_pyramid:
+            widths = getattr(self.backbone_config, "hidden_sizes", None) or ()
+            if len(widths) < NUM_HYBRID_MAPS:
+                raise ValueError(
+                    f"use_feature_pyramid=True with stem_type='hybrid' reads the last {NUM_HYBRID_MAPS} stages of a "
+                    f"backbone_config with hidden_sizes, one a stage, as ResNetConfig or ConvNextConfig; got "
+                    f"{type(self.backbone_config).__name__} with {list(widths)}"
+                )
         _check_positive(self, ("adaptive_budget",))
         if not 0.25 <= self.adaptive_budget <= 1:
             raise ValueError(
@@ -860,10 +872,14 @@ class VitEmbedConfig(PretrainedConfig):
 
     @property
     def pyramid_widths(self) -> tuple[int, ...]:
-        """Channels of the "hierarchical" stem's maps, from stride 2 to stride patch_size; none for other stems.
+        """Channels of the stem's maps, from fine to coarse; none for a stem that gives its tokens alone.
 
-        The last has hidden_size, each finer one half of the next: 96, 192, 384, 768 for ViT-B/16.
+        "hierarchical" has maps from stride 2 to stride patch_size: the last with hidden_size, each finer one half of
+        the next, so 96, 192, 384, 768 for ViT-B/16. "hybrid" has, with use_feature_pyramid, the last
+        NUM_HYBRID_MAPS of its backbone.
         """
+        if self.stem_type == "hybrid" and self.use_feature_pyramid:
+            return tuple(self.backbone_config.hidden_sizes[-NUM_HYBRID_MAPS:])
         if self.stem_type != "hierarchical":
             return ()
         num_stages = self.patch_shape[0].bit_length() - 1
@@ -881,8 +897,8 @@ class VitEmbedConfig(PretrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names that `out_features` picks from: a hierarchical stem's maps ("pyramid1" has stride 2), the embeddings,
-        then the output of each layer."""
+        """Names that `out_features` picks from: the stem's maps ("pyramid1" is the finest, of stride 2 with a
+        hierarchical stem), the embeddings, then the output of each layer."""
         pyramid = [f"pyramid{i}" for i in range(1, len(self.pyramid_widths) + 1)]
         return pyramid + ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
 

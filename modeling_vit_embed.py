@@ -588,7 +588,7 @@ class VisionFeatures(NamedTuple):
 
 @dataclass
 class VitEmbedModelOutput(BaseModelOutputWithPooling):
-    """BaseModelOutputWithPooling, and feature_pyramid: a hierarchical stem's maps (B, C_i, H_i, W_i), fine to coarse;
+    """BaseModelOutputWithPooling, and feature_pyramid: maps of the stem (B, C_i, H_i, W_i), fine to coarse;
     stem_loss: scalar to add to the loss when training, of an adaptive stem (the classes with a loss have added it)."""
 
     feature_pyramid: tuple[torch.Tensor, ...] | None = None
@@ -1547,12 +1547,12 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
 
     @property
     def stage_names(self) -> list[str]:
-        """Every stage there is: a hierarchical stem's maps, the input of the first layer, then the output of each."""
+        """Every stage there is: maps of the stem if it has them, the input of the first layer, then the output of each."""
         return self.config.stage_names
 
     @property
     def out_feature_channels(self) -> dict[str, int]:
-        """Channels of each stage: D, but for a hierarchical stem's maps."""
+        """Channels of each stage: D, but for the stem's maps."""
         widths = self.config.pyramid_widths
         return {
             name: widths[i] if i < len(widths) else self.config.hidden_size for i, name in enumerate(self.stage_names)
@@ -1573,7 +1573,7 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
         return_dict: bool | None = None,
     ) -> BackboneOutput | tuple:
         """Inputs as in VitEmbedModel. Returns feature_maps, one for each of `out_features`: (B, D, gh, gw) after the
-        final norm, or a hierarchical stem's (B, C_i, H_i, W_i) as it is."""
+        final norm, or the stem's (B, C_i, H_i, W_i) as it is."""
         output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
         num_maps = len(self.config.pyramid_widths)
         reads_pyramid = any(stage < num_maps for stage in self.out_indices)

@@ -221,9 +221,10 @@ class HierarchicalStem(Stem, nn.Module):
 class HybridStem(Stem, nn.Module):
     """The last feature map of any transformers backbone, then a 1x1 projection.
 
-    N = (H / p) * (W / p) tokens, p being the stride of that map; the backbone ends there. It starts from random
+    N = (H / p) * (W / p) tokens, p being the stride of that map; the backbone ends there. With `use_feature_pyramid`
+    its last three maps, of strides p / 4, p / 2 and p, are returned as `feature_pyramid`. It starts from random
     weights: load trained ones into `embeddings.patch_embedding.backbone`. Source: arXiv:2010.11929 section 3.1 (hybrid
-        architecture).
+    architecture); arXiv:2103.13413 section 3.1 (DPT-Hybrid) for the pyramid.
     """
 
     is_local = False
@@ -243,24 +244,33 @@ class HybridStem(Stem, nn.Module):
                 "backbone_config must be of a transformers backbone, as ResNetConfig or ConvNextConfig, got "
                 f"{type(config.backbone_config).__name__}: {error}"
             ) from error
-        last_stage = self.backbone.stage_names[-1]
-        if list(self.backbone.out_features) != [last_stage]:
+        num_maps = max(1, len(config.pyramid_widths))
+        wanted = list(self.backbone.stage_names[-num_maps:])
+        if list(self.backbone.out_features) != wanted:
             raise ValueError(
-                f"backbone_config must give its last stage {last_stage!r} alone, or stages are computed that nothing "
-                f"reads; got out_features={list(self.backbone.out_features)}; make it as deep as the map that is wanted"
+                f"backbone_config must give {wanted} with use_feature_pyramid={config.use_feature_pyramid}: what is "
+                f"computed is read, and the last stage is the map that is wanted; got "
+                f"out_features={list(self.backbone.out_features)}; set them so, and make it as deep as that map"
+            )
+        if config.pyramid_widths and tuple(self.backbone.channels) != config.pyramid_widths:
+            raise ValueError(
+                f"use_feature_pyramid=True reads maps of hidden_sizes={list(config.pyramid_widths)} channels, but "
+                f"those of {type(self.backbone).__name__} have {list(self.backbone.channels)}; use another backbone"
             )
         self.projection = pointwise(self.backbone.channels[-1], config.hidden_size, config, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> StemOutput:
-        feature_map = self.backbone(pixel_values).feature_maps[-1]  # (B, C', gh, gw)
-        expected = tuple(size // step for size, step in zip(pixel_values.shape[2:], self.patch_shape))
-        if tuple(feature_map.shape[2:]) != expected:
+        maps = tuple(self.backbone(pixel_values).feature_maps)  # (B, C_i, gh * 2^k, gw * 2^k), k = 2, 1, 0; or the last
+        rows, columns = (size // step for size, step in zip(pixel_values.shape[2:], self.patch_shape))
+        expected = [(rows << k, columns << k) for k in reversed(range(len(maps)))]
+        found = [tuple(each.shape[2:]) for each in maps]
+        if found != expected:
             raise ValueError(
-                f"the last feature map of backbone_config must have a stride of patch_size {self.patch_shape}, so "
-                f"{expected} for {tuple(pixel_values.shape[2:])} pixels; got {tuple(feature_map.shape[2:])}; change "
-                "its out_features, or patch_size"
+                f"the last feature map of backbone_config must have a stride of patch_size {self.patch_shape}, and "
+                f"those of a pyramid half of the next one's, so {expected} for {tuple(pixel_values.shape[2:])} pixels; "
+                f"got {found}; change its out_features, or patch_size"
             )
-        return as_tokens(self.projection(feature_map))
+        return as_tokens(self.projection(maps[-1]))._replace(feature_pyramid=maps if len(maps) > 1 else None)
 
 
 class AdaptiveStem(Stem, nn.Module):

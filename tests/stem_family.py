@@ -28,6 +28,14 @@ RESNET = ResNetConfig(
     embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", out_features=["stage2"]
 )
 CONVNEXT = ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, out_features=["stage2"])
+# Strides 2, 4 and 8.
+CONVNEXT_MAPS = ConvNextConfig(
+    patch_size=2,
+    hidden_sizes=[8, 12, 16],
+    depths=[1, 1, 1],
+    num_stages=3,
+    out_features=["stage1", "stage2", "stage3"],
+)
 
 # stem: the fields that it cannot do without.
 NEEDED: dict[str, dict[str, Any]] = {"hybrid": {"backbone_config": RESNET}}
@@ -169,7 +177,12 @@ def result(head: str, output) -> tuple[torch.Tensor, ...]:
 
 # Every config field that the trunk alone has no use for, so that one config serves all heads.
 ALL_HEADS = {"depth_head_type": "dpt", **DECODER}
-PYRAMID = {"stem_type": "hierarchical", "use_feature_pyramid": True, "depth_head_type": "dpt"}
+# What gives a depth head the maps of a stem, by stem.
+PYRAMID = {"use_feature_pyramid": True, "depth_head_type": "dpt"}
+PYRAMID_STEMS = {
+    "hierarchical": {"stem_type": "hierarchical", **PYRAMID},
+    "hybrid": {"stem_type": "hybrid", "backbone_config": CONVNEXT_MAPS, **PYRAMID},
+}
 
 
 def assert_close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], **tolerance) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from scipy.fft import dctn
 from stem_family import (
+    CONVNEXT_MAPS,
+    PYRAMID_STEMS,
     RESNET,
     assert_close,
     build,
@@ -18,7 +20,7 @@ from stem_family import (
 from tiny import CLOSE, pixels, randomised, vision_config
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoBackbone, ResNetConfig
+from transformers import AutoBackbone, ConvNextConfig, ResNetConfig
 
 from vit_embed import (
     VitEmbedModel,
@@ -227,7 +229,9 @@ def test_hybrid_leaves_the_config_it_was_given_alone():
 
 def test_hybrid_refuses_a_backbone_of_another_stride():
     model = VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=RESNET, patch_size=4))
-    with pytest.raises(ValueError, match=r"backbone_config must have a stride of patch_size \(4, 4\).*got \(4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"backbone_config must have a stride of patch_size \(4, 4\).*got \[\(4, 4\)\]"
+    ):
         model(pixels())
 
 
@@ -235,8 +239,33 @@ def test_hybrid_refuses_a_backbone_of_another_stride():
 def test_hybrid_refuses_a_backbone_that_goes_on_behind_its_map(out_features):
     """Stages that nothing reads have no gradients, which DistributedDataParallel does not forgive."""
     backbone = ResNetConfig(**{**RESNET.to_dict(), "out_features": out_features, "out_indices": None})
-    with pytest.raises(ValueError, match="backbone_config must give its last stage 'stage2' alone"):
+    with pytest.raises(ValueError, match=r"backbone_config must give \['stage2'\] with use_feature_pyramid=False"):
         VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=backbone))
+
+
+def test_hybrid_pyramid_refuses_a_backbone_that_gives_other_maps():
+    fields = {**PYRAMID_STEMS["hybrid"], "backbone_config": ConvNextConfig(
+        **{**CONVNEXT_MAPS.to_dict(), "out_features": ["stage3"], "out_indices": None}
+    )}  # fmt: skip
+    with pytest.raises(ValueError, match=r"must give \['stage1', 'stage2', 'stage3'\] with use_feature_pyramid=True"):
+        VitEmbedModel(vision_config(**fields))
+
+
+def test_hybrid_pyramid_refuses_maps_that_do_not_halve():
+    """A map of the wrong stride would be scaled to the others' size and be wrong without a word."""
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 12, 16, 20],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+        downsample_in_first_stage=True,  # strides 16, 32 and 64
+    )
+    model = VitEmbedModel(vision_config(**{**PYRAMID_STEMS["hybrid"], "backbone_config": backbone, "patch_size": 16}))
+    with pytest.raises(
+        ValueError, match=r"those of a pyramid half of the next one's, so \[\(16, 16\), .* got \[\(4, 4\)"
+    ):
+        model(pixels(2, 64, 64))
 
 
 def test_hybrid_refuses_a_backbone_for_other_channels():

@@ -6,13 +6,15 @@ import pytest
 import torch
 from stem_family import (
     ALL_HEADS,
+    CONVNEXT_MAPS,
     DECODER,
     FAMILY,
     NEEDED,
-    PYRAMID,
+    PYRAMID_STEMS,
+    RESNET,
 )
 from tiny import dual_config, pixels, vision_config
-from transformers import BertConfig
+from transformers import BertConfig, SwinConfig
 
 from vit_embed import (
     VitEmbedBackbone,
@@ -51,8 +53,9 @@ def other_than_default(field: str):
 
 
 def fields_for(name: str, value: str) -> dict:
-    """The fields that make `name=value` a config that stands."""
-    return {**ALL_HEADS, name: value, **(NEEDED.get(value, {}) if name == "stem_type" else {})}
+    """The fields that make `name=value` a config that stands, and one in which every other field has a meaning."""
+    needed = {**NEEDED, "hybrid": {"backbone_config": CONVNEXT_MAPS}}  # three stages make a pyramid
+    return {**ALL_HEADS, name: value, **(needed.get(value, {}) if name == "stem_type" else {})}
 
 
 @pytest.mark.parametrize("field", MEANT_FOR)
@@ -116,6 +119,14 @@ def test_a_field_is_refused_where_it_has_no_meaning(field):
         ({"stem_type": "dct", "num_coefficients": 65}, ["num_coefficients", "64 pixels", "65", "patch_size=8"]),
         ({"stem_type": "wavelet", "num_coefficients": 65}, ["num_coefficients", "65", "patch_size=8"]),
         ({"stem_type": "hybrid"}, ["stem_type='hybrid'", "backbone_config", "got None"]),
+        (
+            {**PYRAMID_STEMS["hybrid"], "backbone_config": RESNET},
+            ["use_feature_pyramid=True", "stem_type='hybrid'", "last 3 stages", "got ResNetConfig with [8, 12]"],
+        ),
+        (
+            {**PYRAMID_STEMS["hybrid"], "backbone_config": SwinConfig()},
+            ["use_feature_pyramid=True", "backbone_config with hidden_sizes", "got SwinConfig with []"],
+        ),
         ({"stem_type": "adaptive", "adaptive_budget": 0.2}, ["adaptive_budget", "[0.25, 1]", "0.2"]),
         ({"stem_type": "adaptive", "adaptive_budget": 1.1}, ["adaptive_budget", "1.1"]),
         ({"stem_type": "adaptive", "adaptive_budget": "half"}, ["adaptive_budget", "'half'"]),
@@ -179,14 +190,14 @@ PATCHES = torch.randn(2, 32, 4, 4)
         ),
         (
             VitEmbedForDepthEstimation,
-            PYRAMID,
+            PYRAMID_STEMS["hierarchical"],
             "forward",
             {"patch_embeds": PATCHES},
             ["use_feature_pyramid=True", "patch_embeds"],
         ),
         (
             VitEmbedForDepthEstimation,
-            PYRAMID,
+            PYRAMID_STEMS["hierarchical"],
             "forward",
             images_and(pixel_mask=MASK),
             ["use_feature_pyramid=True", "pixel_mask"],

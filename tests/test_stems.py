@@ -17,7 +17,7 @@ from stem_family import (
     HEADS,
     NEEDED,
     PAIRS,
-    PYRAMID,
+    PYRAMID_STEMS,
     REFUSED_PAIRS,
     assert_close,
     build,
@@ -582,6 +582,22 @@ def test_pyramid_is_an_output_of_the_trunk():
 
 
 @torch.no_grad()
+def test_pyramid_of_a_hybrid_is_the_maps_of_its_backbone():
+    model = build("hybrid", **PYRAMID_STEMS["hybrid"])
+    assert model.config.pyramid_widths == (8, 12, 16)
+    images = pixels(2, 32, 64)
+    found = model(images).feature_pyramid
+    assert_close(found, model.embeddings.patch_embedding.backbone(images).feature_maps)
+    assert [tuple(maps.shape) for maps in found] == [(2, 8, 16, 32), (2, 12, 8, 16), (2, 16, 4, 8)]
+    backbone = build("hybrid", "backbone", **PYRAMID_STEMS["hybrid"], out_features=["pyramid1", "pyramid3", "stage4"])
+    assert backbone.channels == [8, 16, 32]
+    assert_close(
+        backbone(images).feature_maps[:2],
+        tuple(backbone.vision_model.embeddings.patch_embedding.backbone(images).feature_maps[::2]),
+    )
+
+
+@torch.no_grad()
 def test_backbone_gives_the_maps_of_the_pyramid():
     names = ["pyramid1", "pyramid3", "stem", "stage4"]
     model = build("hierarchical", "backbone", out_features=names)
@@ -606,8 +622,10 @@ def test_backbone_gives_the_maps_of_the_pyramid():
     ),))  # fmt: skip
 
 
-def test_depth_reads_its_two_finest_levels_from_the_pyramid():
-    model = build("hierarchical", "depth-dpt", use_feature_pyramid=True)
+@pytest.mark.parametrize("stem", PYRAMID_STEMS)
+def test_depth_reads_its_two_finest_levels_from_the_pyramid(stem):
+    model = build(stem, "depth-dpt", **PYRAMID_STEMS[stem])
+    fine, middle, _ = model.config.pyramid_widths
     read = []
     hook = model.depth_head.register_forward_pre_hook(lambda _, inputs: read.extend(inputs[0]))
     images = pixels(2, 32, 64)
@@ -619,7 +637,7 @@ def test_depth_reads_its_two_finest_levels_from_the_pyramid():
         for i in (3, 4)
     ]
     assert_close(tuple(read), (*trunk.feature_pyramid[:2], *maps))  # strides 2 and 4 of patch 8
-    assert [tuple(level.shape[1:]) for level in read] == [(8, 16, 32), (16, 8, 16), (32, 4, 8), (32, 4, 8)]
+    assert [tuple(level.shape[1:]) for level in read] == [(fine, 16, 32), (middle, 8, 16), (32, 4, 8), (32, 4, 8)]
     for gradient in torch.autograd.grad(depth.sum(), read):
         assert gradient.abs().sum() > 0
 
@@ -631,14 +649,15 @@ def test_depth_reads_its_two_finest_levels_from_the_pyramid():
         assert (model(images).predicted_depth - depth).abs().max() > 1e-3
 
 
-def test_depth_with_a_pyramid_trains():
+@pytest.mark.parametrize("stem", PYRAMID_STEMS)
+def test_depth_with_a_pyramid_trains(stem):
     torch.manual_seed(0)
-    config = vision_config(**PYRAMID, depth_loss="l1", layer_scale_init_value=None)
+    config = vision_config(**PYRAMID_STEMS[stem], depth_loss="l1", layer_scale_init_value=None)
     model = VitEmbedForDepthEstimation(config).train()
     images = pixels(4)
     labels = 1 + images[:, 0].abs()
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-4)
-    before = {name: value.clone() for name, value in model.named_parameters() if "stages" in name}
+    before = {name: value.clone() for name, value in model.named_parameters() if "stages" in name}  # the stem's
     losses = []
     for _ in range(25):
         optimiser.zero_grad()
