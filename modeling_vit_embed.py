@@ -629,7 +629,7 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
         Returns:
             last_hidden_state (B, L, D) before the final norm, pooler_output (B, D) after it; hidden_states, one more
             than layers, the first of them the input of layer 1; attentions (B, h, L, L) a layer; feature_pyramid of a
-            hierarchical stem. L is the prefix and one token a patch, fewer where the config reduces tokens.
+            stem that has one. L is the prefix and one token a patch, fewer where the config reduces tokens.
 
         Raises:
             ValueError: not exactly one input, or one of the wrong shape.
@@ -1547,7 +1547,7 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
 
     @property
     def stage_names(self) -> list[str]:
-        """Every stage there is: maps of the stem if it has them, the input of the first layer, then the output of each."""
+        """Every stage there is: the stem's maps if it has them, the first layer's input, then the output of each layer."""
         return self.config.stage_names
 
     @property
