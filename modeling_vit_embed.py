@@ -1547,7 +1547,7 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
 
     @property
     def stage_names(self) -> list[str]:
-        """Every stage there is: the stem's maps if it has them, the first layer's input, then the output of each layer."""
+        """Every stage: maps of the stem if it has them, the input of the first layer, then the output of each."""
         return self.config.stage_names
 
     @property
