@@ -67,6 +67,11 @@ class RecipeArguments:
         default=None, metadata={"help": "stop after so many evaluations without a better --metric_for_best_model"}
     )
 
+    channels_last: bool = field(
+        default=False,
+        metadata={"help": "lay out convolutions channels last: the same numbers, faster with a convolutional stem"},
+    )
+
     def __post_init__(self) -> None:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"expected --layer_decay in (0, 1], got {self.layer_decay}; 1 trains all layers alike")
@@ -250,7 +255,7 @@ def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def prepare(model: torch.nn.Module, recipe: RecipeArguments) -> None:
-    """Freeze what `recipe.freeze` names, and set the share of patches dropped."""
+    """Freeze what `recipe.freeze` names, set the share of patches dropped, and lay out the weights."""
     names = {own_name(name): parameter for name, parameter in model.named_parameters()}
     for prefix in recipe.freeze:
         chosen = [parameter for name, parameter in names.items() if f"{name}.".startswith(prefix.rstrip(".") + ".")]
@@ -264,6 +269,8 @@ def prepare(model: torch.nn.Module, recipe: RecipeArguments) -> None:
         raise ValueError(f"expected parameters to train, --freeze {' '.join(recipe.freeze)} leaves none")
     if recipe.patch_drop_rate is not None:
         _set_patch_drop_rate(model, recipe.patch_drop_rate)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # what a convolution gives takes the layout of its weight
 
 
 def _set_patch_drop_rate(model: torch.nn.Module, rate: float) -> None:

@@ -208,6 +208,33 @@ def test_patch_drop_rate_refuses():
         prepare(MODELS["rms norm"](), RecipeArguments(patch_drop_rate=0.5, freeze=["vision_model"]))
 
 
+def test_channels_last_trains_saves_and_resumes_the_same_weights(tmp_path):
+    """The layout is of memory alone: the same training, and files that load and resume like any other."""
+    state = MODELS["hybrid"]().state_dict()
+    trained = {}
+    for channels_last in (False, True):
+        model = MODELS["hybrid"]()
+        model.load_state_dict(state)
+        recipe = RecipeArguments(channels_last=channels_last)
+        prepare(model, recipe)
+        kernel = next(parameter for parameter in model.parameters() if parameter.dim() == 4 and parameter.shape[2] > 1)
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+        folder = tmp_path / str(channels_last)
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "train_dataset": labelled_pixels()}
+        options |= {"optim": "sgd", "learning_rate": 0.05}  # Adam divides by gradients that are all rounding
+        trainer = trainer_of(model, folder, recipe, **options)
+        trainer.train()
+        trainer.save_model()
+        trained[channels_last] = {name: value.clone() for name, value in model.state_dict().items()}
+        saved = type(model).from_pretrained(folder).state_dict()
+        assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+        resumed = trainer_of(model, folder, recipe, **options)
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        assert all(torch.equal(value, trained[channels_last][name]) for name, value in model.state_dict().items())
+    for name, value in trained[False].items():
+        torch.testing.assert_close(trained[True][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 # --- rows ---
 
 
