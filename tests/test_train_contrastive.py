@@ -143,6 +143,17 @@ def test_problems_are_named_before_training(processor, tmp_path, caplog):
         check_rows(dataset, "train", DataArguments(dataset="x", caption_column="txt"), processor.tokenizer)
 
 
+def test_options_of_the_loss_reach_the_config():
+    options = {"contrastive_loss": "softmax", "hard_negative_beta": 0.25, "contrastive_chunk_size": 8}
+    config = str(REPO / "configs" / "icon-search.json")
+    for source in ({"model_name_or_path": str(REPO)}, {"config_name": config, "tokenizer_name": str(REPO)}):
+        model, _ = train_contrastive.load_model(train_contrastive.ModelArguments(**source, **options))
+        assert {name: getattr(model.config, name) for name in options} == options
+    with pytest.raises(ValueError, match="hard_negative_beta=0.25.*contrastive_loss='sigmoid'"):
+        options["contrastive_loss"] = "sigmoid"
+        train_contrastive.load_model(train_contrastive.ModelArguments(model_name_or_path=str(REPO), **options))
+
+
 def test_shares_of_the_texts_drawn():
     random.seed(0)
     arguments = DataArguments(dataset="x", name_share=0.5, sentence_share=0.25)
