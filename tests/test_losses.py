@@ -113,6 +113,17 @@ def test_hard_negatives_equal_their_formula(beta, groups):
     )
 
 
+@pytest.mark.parametrize("beta", [0.0, BETA])
+def test_what_a_row_leaves_out_its_column_may_not(beta):
+    """`ignored` is read by (image, text): transposing it, or not, is a mistake that a symmetric one would hide."""
+    ignored = torch.zeros(5, 5, dtype=torch.bool)
+    ignored[[0, 0, 3], [1, 4, 2]] = True
+    logits = 3 * torch.randn(5, 5, dtype=torch.float64)
+    assert_equal_loss(
+        lambda z: softmax_contrastive_loss(z, ignored, beta), lambda z: naive_softmax(z, ignored, beta), logits
+    )
+
+
 def test_hard_negatives_are_off_at_zero_and_pull_harder_at_the_most_similar():
     logits = 3 * torch.randn(6, 6)
     plain = value_and_gradient(softmax_contrastive_loss, logits)
