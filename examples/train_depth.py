@@ -104,10 +104,13 @@ class DataArguments:
     )
     mirror: float = field(default=0.5, metadata={"help": "chance of a mirrored picture, 0 to 1"})
     jitter: float = field(default=0.3, metadata={"help": "largest relative change of brightness, contrast, saturation"})
+    hue: float = field(default=0.0, metadata={"help": "largest change of hue, 0 to 0.5 turns"})
 
     def __post_init__(self) -> None:
         if not self.depth_scale > 0:
             raise ValueError(f"expected --depth_scale above 0, got {self.depth_scale}; 1000 is millimetres")
+        if not 0 <= self.hue <= 0.5:
+            raise ValueError(f"expected --hue in [0, 0.5], got {self.hue}; 0.5 is any hue, 0 leaves it")
         if not 0 < self.smallest_crop <= 1:
             raise ValueError(f"expected --smallest_crop in (0, 1], got {self.smallest_crop}; 1 does not crop")
 
@@ -277,6 +280,7 @@ class TrainingPair:
         # Of the image alone in kornia's own table: what changes colours leaves masks as they are.
         recolour = (augmentation.RandomBrightness, augmentation.RandomContrast, augmentation.RandomSaturation)
         steps += [change(jitter, p=0.8) for change in recolour if arguments.jitter]
+        steps += [augmentation.RandomHue((-arguments.hue, arguments.hue), p=0.8)] if arguments.hue else []
         steps.append(augmentation.Normalize(processor.image_mean, processor.image_std))
         self.vary = augmentation.AugmentationSequential(*steps, data_keys=["input", "mask"])
 

@@ -337,12 +337,14 @@ def test_colours_change_in_the_picture_alone():
     processor = DPTImageProcessor(**image_processor_dict(config, "DPTImageProcessor"))
     row = pair_that_shows_its_depth(32, 32)
     made = []
-    for jitter in (0.0, 0.5):
-        arguments = arguments_for("x", smallest_crop=1.0, mirror=0.0, jitter=jitter)
+    for jitter, hue in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
+        arguments = arguments_for("x", smallest_crop=1.0, mirror=0.0, jitter=jitter, hue=hue)
+        torch.manual_seed(1)
         made.append(train_depth.TrainingPair(arguments, config, processor)(row))
-    assert torch.equal(made[0]["labels"], made[1]["labels"])
+        assert torch.equal(made[0]["labels"], made[-1]["labels"])
     np.testing.assert_array_equal(made[0]["labels"], row["depth"])
-    assert (made[0]["pixel_values"] - made[1]["pixel_values"]).abs().mean() > 0.05
+    for changed in made[1:]:
+        assert (made[0]["pixel_values"] - changed["pixel_values"]).abs().mean() > 0.05
     # Without changes it is what the stock processor makes of the picture.
     evaluated = train_depth.EvaluationPair(arguments_for("x"), config, processor, (32, 32))(row)
     torch.testing.assert_close(made[0]["pixel_values"], evaluated["pixel_values"], atol=1e-5, rtol=1e-5)
