@@ -76,6 +76,10 @@ class ModelArguments:
         default=None, metadata={"help": "height and width in pixels; default: the checkpoint's own"}
     )
     depth_head_type: str | None = field(default=None, metadata={"help": "deconv or dpt; default: the config's own"})
+    deconv_kernel_size: int | None = field(
+        default=None,
+        metadata={"help": "kernel of the deconv head, even, wider ones overlap; default: the config's own"},
+    )
     depth_loss: str | None = field(default=None, metadata={"help": "silog, l1 or l2; default: the config's own"})
     depth_gradient_weight: float | None = field(
         default=None, metadata={"help": "factor of the gradient matching loss; default: the config's own"}
@@ -437,7 +441,8 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForDepthEstimation, D
     """Return the model, its head new unless the checkpoint has one, and the image processor it is saved with."""
     if arguments.model_name_or_path is not None and arguments.config_name is not None:
         raise ValueError("expected one of --model_name_or_path and --config_name, got both")
-    names = ("image_size", "depth_head_type", "depth_loss", "depth_gradient_weight", "max_depth", "attn_implementation")
+    names = ("image_size", "depth_head_type", "deconv_kernel_size", "depth_loss", "depth_gradient_weight", "max_depth")
+    names += ("attn_implementation",)
     overrides = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     source = None
     if arguments.config_name is not None:

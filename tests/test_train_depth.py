@@ -75,6 +75,7 @@ def trained(scenes, config, tmp_path_factory) -> tuple[Path, str]:
         *("--dataset", scenes, "--config_name", config, "--output_dir", folder, *TRAINING, "--do_eval", "--do_predict"),
         *("--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--bf16", "--gradient_checkpointing"),
         *("--depth_gradient_weight", 0.5, "--layer_decay", 0.8, "--freeze", "vision_model.embeddings"),
+        *("--deconv_kernel_size", 4, "--hue", 0.5, "--channels_last", "True"),
         *("--load_best_model_at_end", "True", "--metric_for_best_model", "abs_rel", "--greater_is_better", "False"),
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -83,6 +84,7 @@ def trained(scenes, config, tmp_path_factory) -> tuple[Path, str]:
 
 def test_training_evaluates_with_metrics_and_pictures(trained):
     folder, log = trained
+    assert json.loads((folder / "config.json").read_text())["deconv_kernel_size"] == 4
     for split in ("eval", "test"):
         metrics = metrics_of(folder, split)
         for name in ("abs_rel", "rmse", "log10", "delta1", "delta2", "delta3"):
