@@ -770,9 +770,14 @@ class VitEmbedConfig(PretrainedConfig):
                 f"hidden_size must be at least 2 * patch_size for stem_type='hierarchical', got "
                 f"hidden_size={self.hidden_size} and patch_size={self.patch_size!r}"
             )
-        if self.use_feature_pyramid and patch[0] < 8:
+        if self.use_feature_pyramid and stem == "hierarchical" and patch[0] < 8:
             raise ValueError(
                 f"use_feature_pyramid=True reads maps of stride patch_size / 4 >= 2, got patch_size={self.patch_size!r}"
+            )
+        if self.use_feature_pyramid and any(side % 4 for side in patch):
+            raise ValueError(
+                f"use_feature_pyramid=True reads maps of strides patch_size / 4 and / 2: patch_size must be a multiple "
+                f"of 4 each way, got {self.patch_size!r}"
             )
         if stem == "wavelet" and any(side & (side - 1) for side in patch):
             raise ValueError(f"stem_type='wavelet' needs a patch_size of powers of two, got {self.patch_size!r}")

@@ -255,8 +255,14 @@ class HybridStem(Stem, nn.Module):
         if config.pyramid_widths and tuple(self.backbone.channels) != config.pyramid_widths:
             raise ValueError(
                 f"use_feature_pyramid=True reads maps of hidden_sizes={list(config.pyramid_widths)} channels, but "
-                f"those of {type(self.backbone).__name__} have {list(self.backbone.channels)}; use another backbone"
+                f"the stages {wanted} of {type(self.backbone).__name__} have {list(self.backbone.channels)}; give "
+                "hidden_sizes one entry a stage, or use another backbone"
             )
+        # ConvNext and Swin have a norm for each map that they give. What reads the finer ones, the depth head, starts
+        # with a convolution that scales and shifts them itself; any other head would leave these norms without a
+        # gradient, which DistributedDataParallel does not forgive.
+        for stage, norm in getattr(self.backbone, "hidden_states_norms", {}).items():
+            norm.requires_grad_(stage == wanted[-1])
         self.projection = pointwise(self.backbone.channels[-1], config.hidden_size, config, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> StemOutput:

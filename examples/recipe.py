@@ -69,7 +69,9 @@ class RecipeArguments:
 
     channels_last: bool = field(
         default=False,
-        metadata={"help": "lay out convolutions channels last: the same numbers, faster with a convolutional stem"},
+        metadata={
+            "help": "lay out convolutions channels last: the same up to rounding, faster with a convolutional stem"
+        },
     )
 
     def __post_init__(self) -> None:

@@ -69,7 +69,9 @@ class ModelArguments:
     )
     contrastive_chunk_size: int | None = field(
         default=None,
-        metadata={"help": "pairs whose activations are kept at a time, for batches of any size; default: as above"},
+        metadata={
+            "help": "pairs whose activations are kept at a time, for batches of any size; default: the config's own"
+        },
     )
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "eager or sdpa; under bf16 on a CPU eager can be the faster one, time both"}

@@ -437,6 +437,17 @@ class DepthTrainer(RecipeTrainer):
 # --- model ---
 
 
+def check_head(saved: VitEmbedConfig, arguments: ModelArguments) -> None:
+    """Raises ValueError where the flags ask for a deconv head of another kernel than the checkpoint's own head has."""
+    has_head = (saved.architectures, saved.depth_head_type) == (["VitEmbedForDepthEstimation"], "deconv")
+    kernel = arguments.deconv_kernel_size
+    if has_head and arguments.depth_head_type != "dpt" and kernel not in (None, saved.deconv_kernel_size):
+        raise ValueError(
+            f"expected --deconv_kernel_size {saved.deconv_kernel_size}, of the depth head in --model_name_or_path, got "
+            f"{kernel}; leave the flag out, or start from a checkpoint without a depth head"
+        )
+
+
 def load_model(arguments: ModelArguments) -> tuple[VitEmbedForDepthEstimation, DPTImageProcessor]:
     """Return the model, its head new unless the checkpoint has one, and the image processor it is saved with."""
     if arguments.model_name_or_path is not None and arguments.config_name is not None:
@@ -449,6 +460,7 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForDepthEstimation, D
         model = VitEmbedForDepthEstimation(VitEmbedConfig.from_pretrained(arguments.config_name, **overrides))
     else:
         source = arguments.model_name_or_path or SHIPPED_CHECKPOINT
+        check_head(VitEmbedConfig.from_pretrained(source), arguments)
         # Depth needs every patch, whatever share of them the trunk was trained without.
         model = VitEmbedForDepthEstimation.from_pretrained(
             source,

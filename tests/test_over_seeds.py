@@ -19,9 +19,9 @@ with open(arguments.output_dir.parent / "calls.txt", "a") as calls:
     print(arguments.seed, arguments.resume_from_checkpoint, file=calls)
 arguments.output_dir.mkdir(exist_ok=True)
 (arguments.output_dir / "checkpoint").touch()
-if arguments.seed == arguments.failing:
+if arguments.seed == arguments.failing and not (arguments.output_dir / "lucky").exists():
     sys.exit("out of luck")
-metrics = {"test_accuracy": 0.5 + arguments.seed / 10, "test_runtime": 3.0, "epoch": 1.0}
+metrics = {"test_accuracy": 0.5 + arguments.seed / 10, "test_runtime": 3.0, "test_epochs_seen": 2, "epoch": 1.0}
 (arguments.output_dir / "test_results.json").write_text(json.dumps(metrics))
 """
 
@@ -37,7 +37,10 @@ def test_table_has_mean_and_range_of_the_seeds(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = (tmp_path / "runs" / "metrics.md").read_text().splitlines()
     assert rows[0] == "| metric | mean (least - most) | seed 0 | seed 1 | seed 3 |"
-    assert rows[2:] == ["| test_accuracy | 0.6333 (0.5000 - 0.8000) | 0.5000 | 0.6000 | 0.8000 |"]
+    assert rows[2:] == [
+        "| test_accuracy | 0.6333 (0.5000 - 0.8000) | 0.5000 | 0.6000 | 0.8000 |",
+        "| test_epochs_seen | 2.0000 (2.0000 - 2.0000) | 2.0000 | 2.0000 | 2.0000 |",
+    ]
     assert rows[2] in result.stdout
 
 
@@ -45,7 +48,10 @@ def test_failure_is_said_and_continued(tmp_path):
     result = run(tmp_path, "--failing", "1")
     assert result.returncode != 0 and "to end with 0, got 1" in result.stderr
     assert "out of luck" in (tmp_path / "runs" / "seed-1.log").read_text()
-    assert run(tmp_path).returncode == 0
+    other = run(tmp_path)
+    assert other.returncode != 0 and "name another --output_dir" in other.stderr, "the folder is of another command"
+    (tmp_path / "runs" / "seed-1" / "lucky").touch()
+    assert run(tmp_path, "--failing", "1").returncode == 0
     calls = (tmp_path / "runs" / "calls.txt").read_text().split("\n")[:-1]
     assert calls == ["0 None", "1 None", "1 True", "3 None"]  # seed 0 is not run again
 

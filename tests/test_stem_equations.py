@@ -20,7 +20,7 @@ from stem_family import (
 from tiny import CLOSE, pixels, randomised, vision_config
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoBackbone, ConvNextConfig, ResNetConfig
+from transformers import AutoBackbone, BitConfig, ConvNextConfig, ResNetConfig
 
 from vit_embed import (
     VitEmbedModel,
@@ -253,19 +253,30 @@ def test_hybrid_pyramid_refuses_a_backbone_that_gives_other_maps():
 
 def test_hybrid_pyramid_refuses_maps_that_do_not_halve():
     """A map of the wrong stride would be scaled to the others' size and be wrong without a word."""
-    backbone = ResNetConfig(
+    backbone = BitConfig(
         embedding_size=8,
-        hidden_sizes=[8, 12, 16, 20],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-        downsample_in_first_stage=True,  # strides 16, 32 and 64
+        hidden_sizes=[8, 12, 16],
+        depths=[1, 1, 1],
+        layer_type="preactivation",
+        num_groups=2,
+        output_stride=8,  # strides 4, 8 and 8: the last is right, the first is not
+        out_features=["stage1", "stage2", "stage3"],
     )
-    model = VitEmbedModel(vision_config(**{**PYRAMID_STEMS["hybrid"], "backbone_config": backbone, "patch_size": 16}))
+    model = VitEmbedModel(vision_config(**{**PYRAMID_STEMS["hybrid"], "backbone_config": backbone}))
     with pytest.raises(
-        ValueError, match=r"those of a pyramid half of the next one's, so \[\(16, 16\), .* got \[\(4, 4\)"
+        ValueError, match=r"those of a pyramid half of the next one's.* got \[\(8, 8\), \(4, 4\), \(4, 4\)\]"
     ):
-        model(pixels(2, 64, 64))
+        model(pixels())
+
+
+def test_hybrid_pyramid_refuses_a_backbone_with_other_widths_than_it_says():
+    backbone = ResNetConfig(
+        hidden_sizes=[8, 8, 16], depths=[1, 1], layer_type="basic", out_features=["stem", "stage1", "stage2"]
+    )
+    with pytest.raises(
+        ValueError, match=r"hidden_sizes=\[8, 8, 16\].*\['stem', 'stage1', 'stage2'\].* one entry a stage"
+    ):
+        VitEmbedModel(vision_config(**{**PYRAMID_STEMS["hybrid"], "backbone_config": backbone}))
 
 
 def test_hybrid_refuses_a_backbone_for_other_channels():

@@ -124,6 +124,10 @@ def test_a_field_is_refused_where_it_has_no_meaning(field):
             ["use_feature_pyramid=True", "stem_type='hybrid'", "last 3 stages", "got ResNetConfig with [8, 12]"],
         ),
         (
+            {**PYRAMID_STEMS["hybrid"], "patch_size": (8, 10), "image_size": 40},
+            ["use_feature_pyramid=True", "multiple of 4 each way", "(8, 10)"],
+        ),
+        (
             {**PYRAMID_STEMS["hybrid"], "backbone_config": SwinConfig()},
             ["use_feature_pyramid=True", "backbone_config with hidden_sizes", "got SwinConfig with []"],
         ),

@@ -246,6 +246,18 @@ def test_gradients_reach_every_parameter(stem, head):
     assert not idle_parameters(build(stem, head), head)
 
 
+@pytest.mark.parametrize("head", ["classification", "depth-dpt", "backbone"])
+@pytest.mark.parametrize("stem", PYRAMID_STEMS)
+def test_gradients_reach_every_parameter_of_a_stem_with_a_pyramid(stem, head):
+    """Whether or not the head reads it. ConvNext has a norm for each map; those of the finer ones ask for none."""
+    stages = {"out_features": ["stem", "stage4"]} if head == "backbone" else {}
+    model = build(stem, head, **PYRAMID_STEMS[stem], **stages)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert idle_parameters(model, head) == frozen
+    norms = {f"hidden_states_norms.stage{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    assert {name.split("backbone.")[-1] for name in frozen} == (norms if stem == "hybrid" else set())
+
+
 @EVERY_STEM
 def test_gradients_reach_every_parameter_from_the_start(stem):
     """As initialised: no stem starts where it cannot learn."""

@@ -34,6 +34,14 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["depth-scenes", "depth-scenes-dpt"])
+def test_depth_of_scenes(name):
+    """The stem's maps have the strides that the head expects, and a fresh head says neither 0 nor all of max_depth."""
+    depth = VitEmbedForDepthEstimation(config_of(name)).eval()(torch.randn(1, 3, 128, 128)).predicted_depth
+    assert depth.shape == (1, 128, 128) and 1 < depth.min() < depth.max() < 9
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_system_loads_and_saves_unchanged(path, tmp_path):
     config = VitEmbedConfig.from_json_file(path)

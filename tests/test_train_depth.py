@@ -118,6 +118,14 @@ def test_a_trained_folder_is_evaluated_on_another_folder_as_in_training(trained,
         assert again[name] == pytest.approx(expected[name], rel=1e-6)
 
 
+def test_a_head_of_another_kernel_is_refused_by_its_flag(trained):
+    arguments = train_depth.ModelArguments(model_name_or_path=str(trained[0]), deconv_kernel_size=2)
+    with pytest.raises(ValueError, match="expected --deconv_kernel_size 4.*got 2; leave the flag out"):
+        train_depth.load_model(arguments)
+    for fine in ({"deconv_kernel_size": 4}, {"depth_head_type": "dpt", "deconv_kernel_size": 2}):
+        train_depth.load_model(train_depth.ModelArguments(model_name_or_path=str(trained[0]), **fine))
+
+
 def test_four_steps_of_the_shipped_trunk_with_the_other_head(scenes, tmp_path):
     ran = train(
         *("--dataset", scenes, "--output_dir", tmp_path / "run", *TRAINING, "--do_eval", "--image_size", 64),
