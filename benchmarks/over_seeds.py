@@ -4,9 +4,10 @@
         python examples/train_classification.py --dataset data/digits --mode full --do_train --do_predict ...
 
 Each run gets `--seed S --output_dir OUTPUT_DIR/seed-S` behind its own arguments, and writes its log to
-`OUTPUT_DIR/seed-S.log`. A seed that has been tested is not run again and one that was stopped goes on from its last
-checkpoint, so the same command continues a series; another one in its folder is refused. The table, one row a metric
-with mean (least - most) of the seeds, is printed and written to `OUTPUT_DIR/metrics.md`.
+`OUTPUT_DIR/seed-S.log`; `{seed}` in an argument stands for S, so that a second stage takes up the first's
+(`--model_name_or_path runs/first/seed-{seed}`). A seed that has been tested is not run again and one that was stopped
+goes on from its last checkpoint, so the same command continues a series; another one in its folder is refused. The
+table, one row a metric with mean (least - most) of the seeds, is printed and written to `OUTPUT_DIR/metrics.md`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def run_seed(command: list[str], seed: int, output_dir: Path) -> dict[str, float
     folder, log = output_dir / f"seed-{seed}", output_dir / f"seed-{seed}.log"
     results = folder / RESULTS
     if not results.exists():
-        arguments = [*command, "--seed", str(seed), "--output_dir", str(folder)]
+        own = [argument.replace("{seed}", str(seed)) for argument in command]
+        arguments = [*own, "--seed", str(seed), "--output_dir", str(folder)]
         if folder.exists() and any(folder.iterdir()):
             arguments += ["--resume_from_checkpoint", "True"]
         with open(log, "a", encoding="utf-8") as stream:

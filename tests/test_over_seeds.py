@@ -14,9 +14,10 @@ parser.add_argument("--seed", type=int)
 parser.add_argument("--output_dir", type=pathlib.Path)
 parser.add_argument("--resume_from_checkpoint")
 parser.add_argument("--failing", type=int)
+parser.add_argument("--model_name_or_path")
 arguments = parser.parse_args()
 with open(arguments.output_dir.parent / "calls.txt", "a") as calls:
-    print(arguments.seed, arguments.resume_from_checkpoint, file=calls)
+    print(arguments.seed, arguments.resume_from_checkpoint or arguments.model_name_or_path, file=calls)
 arguments.output_dir.mkdir(exist_ok=True)
 (arguments.output_dir / "checkpoint").touch()
 if arguments.seed == arguments.failing and not (arguments.output_dir / "lucky").exists():
@@ -42,6 +43,13 @@ def test_table_has_mean_and_range_of_the_seeds(tmp_path):
         "| test_epochs_seen | 2.0000 (2.0000 - 2.0000) | 2.0000 | 2.0000 | 2.0000 |",
     ]
     assert rows[2] in result.stdout
+
+
+def test_a_second_stage_takes_up_its_own_seed(tmp_path):
+    result = run(tmp_path, "--model_name_or_path", "first/seed-{seed}")
+    assert result.returncode == 0, result.stderr
+    calls = (tmp_path / "runs" / "calls.txt").read_text().split("\n")[:-1]
+    assert calls == ["0 first/seed-0", "1 first/seed-1", "3 first/seed-3"]
 
 
 def test_failure_is_said_and_continued(tmp_path):
