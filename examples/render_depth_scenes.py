@@ -26,9 +26,10 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,7 +43,7 @@ logger = logging.getLogger("render_depth_scenes")
 
 SPLITS = ("train", "validation", "test")
 NUM_MESHES = 1000
-NUM_TEXTURES = 200
+NUM_TEXTURES = 5000  # as many as scenes: a few are learned by heart, scale and all
 NEAR, FAR = 0.1, 10.0  # metres; a surface beyond FAR is drawn, but has no depth
 MILLIMETRES = 1000
 TEXTURE_PIXELS = 128
@@ -89,11 +90,12 @@ def draw_texture(rng: np.random.Generator) -> Image.Image:
     return Image.fromarray((255 * pixels.clip(0, 1)).astype(np.uint8))
 
 
-def write_textures(folder: Path, seed: int) -> None:
-    """All textures as `NUMBER.png`; number i is a function of (seed, i) alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(NUM_TEXTURES):
-        draw_texture(np.random.default_rng((seed, 1, number))).save(folder / f"{number}.png")
+def texture_file(folder: Path, seed: int, number: int) -> Path:
+    """Texture `number`, a function of (seed, number) alone, as a file of `folder`; drawn if it is not there yet."""
+    path = folder / f"{number}.png"
+    if not path.exists():
+        save_image(draw_texture(np.random.default_rng((seed, 1, number))), path)
+    return path
 
 
 def mesh_path(number: int) -> str:
@@ -147,8 +149,10 @@ def on_floor(spot: np.ndarray, height: float = 0.0) -> list[float]:
 class Builder:
     """Puts the bodies of a room into a pybullet client. With `solid` they stop rays too, for the test of the depth."""
 
-    def __init__(self, client: int, rng: np.random.Generator, split: str, textures: Path, solid: bool) -> None:
-        self.client, self.rng, self.textures, self.solid = client, rng, textures, solid
+    def __init__(
+        self, client: int, rng: np.random.Generator, split: str, texture_of: Callable[[int], Path], solid: bool
+    ) -> None:
+        self.client, self.rng, self.texture_of, self.solid = client, rng, texture_of, solid
         self.mesh_numbers = numbers_of(split, NUM_MESHES)
         self.texture_numbers = numbers_of(split, NUM_TEXTURES)
 
@@ -162,7 +166,7 @@ class Builder:
         body = pybullet.createMultiBody(0, collision, visual, position, rotation, physicsClientId=self.client)
         number = self.rng.choice(self.texture_numbers)
         if textured:
-            texture = pybullet.loadTexture(str(self.textures / f"{number}.png"), physicsClientId=self.client)
+            texture = pybullet.loadTexture(str(self.texture_of(number)), physicsClientId=self.client)
             pybullet.changeVisualShape(body, -1, textureUniqueId=texture, physicsClientId=self.client)
 
     def rectangle(self, corners: np.ndarray, width: float, height: float, normal: list[float]) -> None:
@@ -241,11 +245,12 @@ class Builder:
 
 
 def build_scene(client: int, seed: int, number: int, textures: Path, solid: bool = False) -> Camera:
-    """Empties the client, builds scene `number` in it, and returns the camera to look with."""
+    """Empties the client, builds scene `number` in it with textures of that folder, and returns the camera to look
+    with."""
     rng = np.random.default_rng((seed, 0, number))
     pybullet.resetSimulation(physicsClientId=client)
     camera = Camera.random(rng)
-    Builder(client, rng, split_of(number), textures, solid).room()
+    Builder(client, rng, split_of(number), partial(texture_file, textures, seed), solid).room()
     return camera
 
 
@@ -310,21 +315,21 @@ def render_scenes(output: Path, num_scenes: int, size: int, seed: int, num_proce
     """Renders all scenes into `output`, which must not exist; goes on with what a stopped run has left."""
     if output.exists():
         raise ValueError(f"expected --output_dir {output} not to exist, it does; remove it or name another one")
-    partial = output.with_name(output.name + ".partial")
+    unfinished = output.with_name(output.name + ".partial")
     settings = {"num_scenes": num_scenes, "size": size, "seed": seed}
-    record = partial / "settings.json"
+    record = unfinished / "settings.json"
     if record.exists() and json.loads(record.read_text()) != settings:
         raise ValueError(
-            f"expected {partial} to be of a run with {settings}, it is of {json.loads(record.read_text())}; remove it "
-            "or give the same settings"
+            f"expected {unfinished} to be of a run with {settings}, it is of {json.loads(record.read_text())}; "
+            "remove it or give the same settings"
         )
     for split in SPLITS:
         for kind in ("images", "depths"):
-            (partial / split / kind).mkdir(parents=True, exist_ok=True)
+            (unfinished / split / kind).mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps(settings))
-    for left_over in partial.rglob("*.tmp"):
+    for left_over in unfinished.rglob("*.tmp"):
         left_over.unlink()
-    missing = [number for number in range(num_scenes) if not scene_paths(partial, number)[1].exists()]
+    missing = [number for number in range(num_scenes) if not scene_paths(unfinished, number)[1].exists()]
     logger.info("%d of %d scenes to render", len(missing), num_scenes)
     tasks = [missing[start : start + SCENES_PER_TASK] for start in range(0, len(missing), SCENES_PER_TASK)]
     with (
@@ -332,11 +337,10 @@ def render_scenes(output: Path, num_scenes: int, size: int, seed: int, num_proce
         ProcessPoolExecutor(num_processes, get_context("spawn")) as pool,
         tqdm(total=num_scenes, initial=num_scenes - len(missing), desc="render", unit="scene") as bar,
     ):
-        write_textures(Path(textures), seed)
-        futures = [pool.submit(render_to_folder, partial, Path(textures), seed, task, size) for task in tasks]
+        futures = [pool.submit(render_to_folder, unfinished, Path(textures), seed, task, size) for task in tasks]
         for future in futures:
             bar.update(future.result())
-    partial.replace(output)
+    unfinished.replace(output)
     logger.info("%s is complete", output)
 
 
@@ -349,12 +353,12 @@ def write_motorcycle(output: Path) -> None:
     left, _, disparity = stereo_motorcycle()
     measured = np.isfinite(disparity)
     depth = np.where(measured, FOCAL * BASELINE / (np.where(measured, disparity, 0) + DISPARITY_OFFSET), 0)
-    partial = output.with_name(output.name + ".partial")
+    unfinished = output.with_name(output.name + ".partial")
     for kind in ("images", "depths"):
-        (partial / "test" / kind).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(left).save(partial / "test" / "images" / "motorcycle.png")
-    np.save(partial / "test" / "depths" / "motorcycle.npy", depth.astype(np.float32))
-    partial.replace(output)
+        (unfinished / "test" / kind).mkdir(parents=True, exist_ok=True)
+    Image.fromarray(left).save(unfinished / "test" / "images" / "motorcycle.png")
+    np.save(unfinished / "test" / "depths" / "motorcycle.npy", depth.astype(np.float32))
+    unfinished.replace(output)
 
 
 def main() -> None:

@@ -23,9 +23,7 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def textures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("textures")
-    render_depth_scenes.write_textures(folder, seed=0)
-    return folder
+    return tmp_path_factory.mktemp("textures")
 
 
 @pytest.fixture
@@ -86,7 +84,6 @@ def test_a_scene_depends_on_the_seed_and_its_number_alone(client, textures):
 
 def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkeypatch, tmp_path):
     """What pybullet is really told to load, for scenes of every split."""
-    render_depth_scenes.write_textures(tmp_path, seed=0)
     loaded: dict[str, set[int]] = {}
     create, load = pybullet.createVisualShape, pybullet.loadTexture
 
