@@ -365,12 +365,9 @@ def choose_trained(
 def main() -> None:
     """Parse the command line, then train, evaluate and test as asked."""
     model_arguments, data_arguments, recipe, training = parse(ModelArguments, DataArguments, description=__doc__)
-    needed = {
-        data_arguments.train_split: training.do_train,
-        data_arguments.validation_split: training.do_eval or training.eval_strategy != "no",
-        data_arguments.test_split: training.do_predict,
-    }
-    wanted = [split for split, asked in needed.items() if asked]
+    evaluates = training.do_eval or training.eval_strategy != "no"
+    wanted = [data_arguments.train_split] * training.do_train + [data_arguments.validation_split] * evaluates
+    wanted = list(dict.fromkeys(wanted + [data_arguments.test_split] * training.do_predict))
     splits = load_splits(data_arguments.dataset)
     for split in {*wanted, data_arguments.train_split} & set(splits):
         check_columns(splits[split], split, data_arguments)

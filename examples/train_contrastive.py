@@ -410,8 +410,9 @@ def main() -> None:
         train_dataset = SeededRows(groups, partial(training_item, arguments=data, canvas=canvas), training.seed)
     validation = {split: evaluated[split] for split in data.validation_split if split in evaluated}
     is_one = len(validation) == 1
-    names = {split: "eval" if is_one else f"eval_{split}" for split in validation} | {data.test_split: "test"}
-    sheets = {names[split]: splits[split] for split in evaluated}
+    sheets = {"eval" if is_one else f"eval_{split}": splits[split] for split in validation}
+    if data.test_split in evaluated:
+        sheets["test"] = splits[data.test_split]
     trainer = RecipeTrainer(
         recipe,
         partial(draw_sheet, sheets, data),

@@ -187,6 +187,11 @@ def test_training_goes_on_from_a_classifier(trained, digits, train, tmp_path):
         assert results(tmp_path / "judged", "test")[name] == results(trained["full"], "test")[name]
 
 
+def test_one_split_may_be_both_validation_and_test(trained, digits, train, tmp_path):
+    train(digits, trained["full"], tmp_path / "judged", "--do_eval", "--validation_split", "test")
+    assert results(tmp_path / "judged", "eval")["eval_accuracy"] == results(trained["full"], "test")["test_accuracy"]
+
+
 def test_a_trunk_alone_cannot_be_judged(digits, trunks, train, tmp_path):
     shutil.copytree(digits / "test", tmp_path / "data" / "test")
     with pytest.raises(ValueError, match="expected a classifier in the checkpoint or split 'train'"):

@@ -293,6 +293,15 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(small, monkeypatch, tmp_pat
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+def test_one_split_may_be_both_validation_and_test(small, monkeypatch, tmp_path):
+    one = ["--validation_split", "validation", "--test_split", "validation", "--do_eval", "--do_predict"]
+    train_small(monkeypatch, small, tmp_path / "run", "--max_steps", 1, *one)
+    drawn = sorted(path.name.split("-")[0] for path in (tmp_path / "run" / "pictures").iterdir())
+    assert drawn == ["eval", "test"]
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert results["eval_text_to_image_recall@1"] == results["test_text_to_image_recall@1"]
+
+
 def test_another_image_size_resamples_positions_and_is_saved_with_the_processor(monkeypatch, small, tmp_path):
     train_small(monkeypatch, small, tmp_path / "first", "--max_steps", 1)
     data, _ = small
