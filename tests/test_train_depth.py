@@ -36,7 +36,6 @@ TRAINING = ["--do_train", "--max_steps", "4", "--per_device_train_batch_size", "
 def scenes(tmp_path_factory) -> Path:
     """16 scenes for training, 2 for validation and 3 for testing, 32 pixels wide, as the script renders them."""
     folder, textures = tmp_path_factory.mktemp("scenes"), tmp_path_factory.mktemp("textures")
-    render_depth_scenes.write_textures(textures, 0)
     for split in render_depth_scenes.SPLITS:
         for kind in ("images", "depths"):
             (folder / split / kind).mkdir(parents=True)
