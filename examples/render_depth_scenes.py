@@ -92,7 +92,7 @@ def draw_texture(rng: np.random.Generator) -> Image.Image:
 
 def texture_file(folder: Path, seed: int, number: int) -> Path:
     """Texture `number`, a function of (seed, number) alone, as a file of `folder`; drawn if it is not there yet."""
-    path = folder / f"{number}.png"
+    path = folder / f"{seed}-{number}.png"
     if not path.exists():
         save_image(draw_texture(np.random.default_rng((seed, 1, number))), path)
     return path

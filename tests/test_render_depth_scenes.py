@@ -82,6 +82,16 @@ def test_a_scene_depends_on_the_seed_and_its_number_alone(client, textures):
     assert all((first[0] != other[0]).mean() > 0.5 for other in others)
 
 
+def test_a_texture_depends_on_the_seed_and_its_number_alone(tmp_path):
+    def drawn(folder: str, seed: int, number: int) -> bytes:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return render_depth_scenes.texture_file(tmp_path / folder, seed, number).read_bytes()
+
+    first = drawn("one", 0, 7)
+    assert drawn("other", 0, 8) != first == drawn("other", 0, 7)
+    assert drawn("one", 1, 7) != first == drawn("one", 0, 7), "a folder serves two seeds"
+
+
 def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkeypatch, tmp_path):
     """What pybullet is really told to load, for scenes of every split."""
     loaded: dict[str, set[int]] = {}
@@ -93,7 +103,7 @@ def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkey
         return create(*args, **kwargs)
 
     def texture(path, **kwargs):
-        loaded.setdefault("textures", set()).add(int(Path(path).stem))
+        loaded.setdefault("textures", set()).add(int(Path(path).stem.split("-")[1]))
         return load(path, **kwargs)
 
     monkeypatch.setattr(pybullet, "createVisualShape", created)
