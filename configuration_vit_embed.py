@@ -474,7 +474,7 @@ class VitEmbedConfig(PretrainedConfig):
         norm_pix_loss: whether it predicts each patch less its mean and over its standard deviation.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size: sizes of
             its decoder; the width must be a multiple of the heads and of 4.
-        out_features, out_indices: which stages ("stem", "stage1", ...) the backbone returns; None means the last.
+        out_features, out_indices: the stages ("stem", "stage1", ...) it returns, saved by name; None: the last one.
         initializer_range: standard deviation of the embeddings at initialisation.
         initializer_factor: multiplies every standard deviation at initialisation.
         text_config: a VitEmbedTextConfig or its dict; None for a vision-only model.
@@ -960,9 +960,11 @@ class VitEmbedConfig(PretrainedConfig):
         return {name: getattr(self, name) for name in CLIP_VISION_FIELDS}
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, plus the complete auto_map, plus what `CLIPModel.from_pretrained` reads."""
+        """As in transformers, plus the complete auto_map and what `CLIPModel.from_pretrained` reads; stages by name."""
         output = super().to_dict()
         output["auto_map"] = dict(AUTO_MAP)
+        if output.pop("out_indices", None) is not None:
+            output["out_features"] = self.out_features  # a name says the same whatever maps the stem is told to give
         vision_config = self.to_clip_vision_config() if self.text_config is not None else None
         if vision_config is not None:
             output["vision_config"] = vision_config
@@ -978,13 +980,13 @@ class VitEmbedConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VitEmbedConfig":
         """As in transformers; a CLIPConfig dict is translated, and overrides are validated like any other value."""
         config_dict = from_clip_config(config_dict)
-        for name in [name for name in kwargs if name in FIELDS]:
-            value = kwargs.pop(name)
-            if name == "text_config" and isinstance(value, dict):
-                value = {**(config_dict.get("text_config") or {}), **value}
-            if name == "out_features":
-                config_dict.pop("out_indices", None)
-            config_dict[name] = value
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
+        if isinstance(overrides.get("text_config"), dict):
+            overrides["text_config"] = {**(config_dict.get("text_config") or {}), **overrides["text_config"]}
+        if overrides.keys() & {"out_features", "out_indices"}:  # either takes the place of what was saved
+            config_dict.pop("out_features", None)
+            config_dict.pop("out_indices", None)
+        config_dict.update(overrides)
         return super().from_dict(config_dict, **kwargs)
 
 

@@ -202,8 +202,7 @@ def main() -> None:
 
     model, processor = load_model(model_arguments)
     splits = with_validation(load_splits(data_arguments.dataset), data_arguments, training_arguments.seed)
-    column, evaluates = data_arguments.image_column, training_arguments.do_eval
-    evaluates = evaluates or training_arguments.eval_strategy != "no"
+    column = data_arguments.image_column
     train_dataset = eval_dataset = None
     if training_arguments.do_train:
         rows = readable_rows(splits[data_arguments.train_split], data_arguments.train_split, data_arguments)
@@ -211,7 +210,7 @@ def main() -> None:
         height, width = (side * 5 // 4 for side in model.config.image_shape)
         train_dataset = TrainingPictures(rows, column, (height, width))
     callbacks = []
-    if evaluates:
+    if training_arguments.do_eval:
         rows = readable_rows(splits[data_arguments.validation_split], data_arguments.validation_split, data_arguments)
         eval_dataset = EvaluationPictures(rows, column, processor, model.config)
         # From all over the split: neighbouring rows are often alike.

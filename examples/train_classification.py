@@ -365,8 +365,7 @@ def choose_trained(
 def main() -> None:
     """Parse the command line, then train, evaluate and test as asked."""
     model_arguments, data_arguments, recipe, training = parse(ModelArguments, DataArguments, description=__doc__)
-    evaluates = training.do_eval or training.eval_strategy != "no"
-    wanted = [data_arguments.train_split] * training.do_train + [data_arguments.validation_split] * evaluates
+    wanted = [data_arguments.train_split] * training.do_train + [data_arguments.validation_split] * training.do_eval
     wanted = list(dict.fromkeys(wanted + [data_arguments.test_split] * training.do_predict))
     splits = load_splits(data_arguments.dataset)
     for split in {*wanted, data_arguments.train_split} & set(splits):

@@ -382,10 +382,9 @@ def main() -> None:
     model, processor = load_model(model_arguments)
     prepare(model, recipe)
     # One that is not evaluated needs no reading.
-    evaluates = training.do_eval or training.eval_strategy != "no"
     splits = load_splits(data.dataset, data.streaming)
     wanted = [data.train_split] * training.do_train
-    wanted += data.validation_split * evaluates + [data.test_split] * training.do_predict
+    wanted += data.validation_split * training.do_eval + [data.test_split] * training.do_predict
     missing = set(wanted) - set(splits)
     if missing:
         raise ValueError(f"expected splits {sorted(missing)} in {data.dataset}, found {sorted(splits)}")

@@ -481,7 +481,7 @@ def main() -> None:
     prepare(model, recipe)
     wanted = {
         "train": (data_arguments.train_split, training.do_train),
-        "validation": (data_arguments.validation_split, training.do_eval or training.eval_strategy != "no"),
+        "validation": (data_arguments.validation_split, training.do_eval),
         "test": (data_arguments.test_split, training.do_predict),
     }
     splits = load_pairs(data_arguments)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import stem_family
 from tiny import TEXT, VISION, dual_config, vision_config
 from transformers import CLIPConfig, PretrainedConfig, ResNetConfig
 
@@ -307,6 +308,20 @@ def test_every_field_survives_saving(changed, tmp_path):
         else:
             assert found == value, name
     assert set(TEXT) < set(TEXT_FIELDS)
+
+
+def test_saved_stages_stay_what_they_are_when_the_stem_gives_more_maps(tmp_path):
+    """Three maps of the stem go in front of the stages, so that their numbers change, and their names do not."""
+    saved = vision_config(stem_type="hybrid", backbone_config=stem_family.RESNET, out_indices=[1, -1])
+    saved.save_pretrained(tmp_path)
+    maps = {"backbone_config": stem_family.CONVNEXT_MAPS, **stem_family.PYRAMID}
+    loaded = VitEmbedConfig.from_pretrained(tmp_path, **maps)
+    assert saved.out_features == loaded.out_features == ["stage1", saved.stage_names[-1]]
+    assert (saved.out_indices[0], loaded.out_indices[0]) == (1, 4)
+    assert VitEmbedConfig.from_pretrained(tmp_path, out_indices=[1], **maps).out_features == ["pyramid2"]
+    assert VitEmbedConfig.from_pretrained(tmp_path, out_features=["stem"], **maps).out_indices == [3]
+    saved_by_number = {**saved.to_dict(), "out_features": None, "out_indices": [1, 2]}
+    assert VitEmbedConfig.from_dict(saved_by_number).out_features == ["stage1", "stage2"], "as before they had names"
 
 
 def test_a_clip_config_is_read_as_it_is(tmp_path):
