@@ -24,9 +24,9 @@ import torch
 from datasets import Dataset, DatasetDict
 from kornia import augmentation
 from PIL import ImageOps
-from show_tokens import draw_reconstructions, on_white
+from recipe import UNREADABLE, Problems, as_rgb, load_splits
+from show_tokens import draw_reconstructions
 from tqdm import tqdm
-from train_contrastive import load_splits
 from transformers import (
     CLIPImageProcessor,
     HfArgumentParser,
@@ -88,19 +88,14 @@ def readable_rows(dataset: Dataset, split: str, arguments: DataArguments) -> Dat
         raise ValueError(
             f"expected column {column!r} in split {split!r}, found {dataset.column_names}; set --image_column"
         )
-    pictures, bad = dataset.select_columns([column]), []
+    pictures, problems = dataset.select_columns([column]), Problems()
     for row in tqdm(range(len(dataset)), desc=f"check {split}"):
         try:
-            pictures[row][column].load()
-        except (OSError, ValueError, AttributeError):  # AttributeError: the cell is empty
-            bad.append(row)
-    if bad:
-        named = f"{bad[:10]}{' ...' if len(bad) > 10 else ''}"
-        logger.warning("split %s: %d rows with unreadable picture: %s", split, len(bad), named)
-    if len(bad) == len(dataset):
-        raise ValueError(f"expected rows with a picture in split {split!r}, all {len(dataset)} are bad")
-    logger.info("split %s: %d rows kept, %d dropped", split, len(dataset) - len(bad), len(bad))
-    return pictures.select([row for row in range(len(dataset)) if row not in set(bad)])
+            as_rgb(pictures[row][column])
+        except UNREADABLE:
+            problems.add("unreadable picture", row)
+    dropped = problems.report(split, len(dataset))
+    return pictures.select([row for row in range(len(dataset)) if row not in dropped])
 
 
 class TrainingPictures(torch.utils.data.Dataset):
@@ -113,7 +108,7 @@ class TrainingPictures(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        picture = on_white(self.dataset[index][self.image_column])
+        picture = as_rgb(self.dataset[index][self.image_column])
         if picture.size != self.shape[::-1]:
             picture = ImageOps.fit(picture, self.shape[::-1])
         return {"rgb": torch.from_numpy(np.array(picture)).permute(2, 0, 1)}
@@ -131,7 +126,7 @@ class EvaluationPictures(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        picture = on_white(self.dataset[index][self.image_column])
+        picture = as_rgb(self.dataset[index][self.image_column])
         rows, columns = self.config.grid_size
         order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(index))
         return {
@@ -174,7 +169,10 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForMaskedImageModelin
     overrides = {} if arguments.mask_ratio is None else {"mask_ratio": arguments.mask_ratio}
     overrides["attn_implementation"] = arguments.attn_implementation
     if arguments.model_name_or_path is not None:
-        model = VitEmbedForMaskedImageModeling.from_pretrained(arguments.model_name_or_path, **overrides)
+        # Weights are trained in float32, whatever is stored.
+        model = VitEmbedForMaskedImageModeling.from_pretrained(
+            arguments.model_name_or_path, dtype=torch.float32, **overrides
+        )
         return model, CLIPImageProcessor.from_pretrained(arguments.model_name_or_path)
     config = VitEmbedConfig.from_pretrained(arguments.config_name, **overrides)
     height, width = config.image_shape

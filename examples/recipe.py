@@ -2,7 +2,8 @@
 
 The loop, resuming, mixed precision, several processes and FSDP are transformers' and accelerate's own. What is drawn
 at random while training belongs to a row and an epoch (`SeededRows`), not to a process or a worker, so that a run
-that was killed and resumed, and one shared among processes, sees the same pictures as one that was neither.
+that was killed and resumed, and one shared among processes, sees the same pictures as one that was neither. (The
+contrastive recipe varies the pictures of a process's batch together: shared among processes, they vary otherwise.)
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ NORM_LAYERS = (
     torch.nn.modules.batchnorm._BatchNorm,
 )
 NO_WEIGHT_DECAY = (r"bias", r"norm", r"logit_scale", r"layer_scale", r"class_embedding", r"_token(s)?$")
+# Endings of the names of metrics of which less is better.
+ERRORS = ("loss", "abs_rel", "rmse", "log10")
 # What wrappers put in front of the names of a model's own parameters (peft, FSDP, torch.compile, DDP).
 WRAPPER_NAMES = ("base_model.model.", "_fsdp_wrapped_module.", "_orig_mod.", "module.")
 
@@ -103,6 +106,8 @@ def parse(*dataclasses: type, description: str | None = None) -> tuple:
         if unset or not training.load_best_model_at_end:
             unset += [] if training.load_best_model_at_end else ["--load_best_model_at_end True"]
             raise ValueError(f"--early_stopping_patience stops at the best evaluation; also set {', '.join(unset)}")
+    if training.metric_for_best_model is not None and training.metric_for_best_model.endswith(ERRORS):
+        training.greater_is_better = False  # transformers takes whatever is no loss for something to be large
     # Rows carry pictures, which no forward takes by name; the script turns them into what it takes.
     training.remove_unused_columns = False
     set_seed(training.seed)
@@ -147,6 +152,10 @@ def as_rgb(picture: Image.Image) -> Image.Image:
     elif picture.mode == "F":
         raise ValueError("expected a picture of 8 or 16 bits, got floating point values of unknown range")
     return on_white(picture)
+
+
+# What opening a picture of a dataset can raise; AttributeError where the cell is empty.
+UNREADABLE = (OSError, ValueError, SyntaxError, AttributeError)
 
 
 class Problems:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +38,7 @@ from datasets import Image as ImageFeature
 from kornia import augmentation
 from matplotlib import pyplot
 from recipe import (
+    UNREADABLE,
     Problems,
     RecipeArguments,
     RecipeTrainer,
@@ -203,7 +203,7 @@ def check_rows(rows: Dataset, split: str, arguments: DataArguments, names: list[
             problems.add(what, row)
         try:
             as_rgb(pictures[row][column])
-        except (OSError, ValueError, AttributeError, SyntaxError):  # AttributeError: the cell is empty
+        except UNREADABLE:
             problems.add("an unreadable picture", row)
             path = (stored[row][column] or {}).get("path")
             logger.warning("split %s: row %d cannot be read%s", split, row, f": {path}" if path else "")
@@ -381,10 +381,9 @@ def main() -> None:
 
     processor = CLIPImageProcessor.from_pretrained(model_arguments.model_name_or_path)
     model = choose_trained(load_model(model_arguments, names), model_arguments, recipe, training)
-    makes: dict[str, Callable] = {split: Process(processor) for split in wanted}
-    if training.do_train:
-        makes[data_arguments.train_split] = Vary(processor, data_arguments)
-    datasets = {split: SeededRows(checked[split], makes[split], training.seed) for split in wanted}
+    plain, varied = Process(processor), Vary(processor, data_arguments)
+    judged = {split: SeededRows(rows, plain, training.seed) for split, rows in checked.items()}
+    trained = SeededRows(checked[data_arguments.train_split], varied, training.seed) if training.do_train else None
     drawn = {"eval": checked.get(data_arguments.validation_split), "test": checked.get(data_arguments.test_split)}
     trainer = RecipeTrainer(
         recipe,
@@ -392,12 +391,12 @@ def main() -> None:
         model=model,
         args=training,
         data_collator=DefaultDataCollator(),
-        train_dataset=datasets.get(data_arguments.train_split) if training.do_train else None,
-        eval_dataset=datasets.get(data_arguments.validation_split),
+        train_dataset=trained,
+        eval_dataset=judged.get(data_arguments.validation_split),
         compute_metrics=metrics_of,
         processing_class=processor,
     )
-    run(trainer, test_dataset=datasets.get(data_arguments.test_split))
+    run(trainer, test_dataset=judged.get(data_arguments.test_split))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
 import textwrap
 from dataclasses import dataclass, field
@@ -24,14 +25,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Image as ImageFeature
 from kornia import augmentation
 from matplotlib.figure import Figure
 from PIL import ImageOps
-from recipe import Problems, RecipeTrainer, SeededRows, as_rgb, load_splits, parse, prepare, run, seeded
+from recipe import UNREADABLE, Problems, RecipeTrainer, SeededRows, as_rgb, load_splits, parse, prepare, run, seeded
 from sklearn.metrics import top_k_accuracy_score
 from tqdm import tqdm
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, EvalPrediction
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
@@ -98,6 +100,9 @@ class DataArguments:
         default_factory=lambda: ["validation"], metadata={"help": "splits that pick the best checkpoint"}
     )
     test_split: str = field(default="test", metadata={"help": "split for --do_predict, never seen before"})
+    validation_share: float = field(
+        default=0.1, metadata={"help": "share of the training split to hold out where there is no validation split"}
+    )
     name_share: float = field(
         default=0.6, metadata={"help": "share of the texts that are the name alone, where there is more to draw from"}
     )
@@ -131,6 +136,12 @@ def check_columns(dataset: Dataset | IterableDataset, split: str, arguments: Dat
             f"expected columns {sorted(missing)} in split {split!r}, found {dataset.column_names}; "
             "set --image_column, --caption_column, --tag_column and --group_column"
         )
+    feature = (dataset.features or {}).get(arguments.image_column)
+    if not isinstance(feature, ImageFeature):
+        raise ValueError(
+            f"expected pictures in column {arguments.image_column!r} of split {split!r}, it has {feature}; set "
+            "--image_column, or cast it to datasets.Image()"
+        )
 
 
 def check_rows(dataset: Dataset, split: str, arguments: DataArguments, tokenizer: CLIPTokenizer) -> Dataset:
@@ -145,8 +156,8 @@ def check_rows(dataset: Dataset, split: str, arguments: DataArguments, tokenizer
             problems.add(problem, row, drop=problem == "empty caption")
         if problem != "empty caption":
             try:
-                pictures[row][arguments.image_column].load()
-            except (OSError, ValueError, SyntaxError, AttributeError):  # AttributeError: the cell is empty
+                as_rgb(pictures[row][arguments.image_column])
+            except UNREADABLE:
                 problems.add("unreadable picture", row)
     dropped = problems.report(split, len(dataset))
     return dataset.select([row for row in range(len(dataset)) if row not in dropped]) if dropped else dataset
@@ -171,6 +182,11 @@ def draw_caption(captions: list[str], tags: list[str], arguments: DataArguments)
     return random.choice(SENTENCES).format(text) if random.random() < arguments.sentence_share else text
 
 
+PLACE = "__place__"  # column that says where in its stream a row was
+# What a training item has.
+ITEM = ("rgba", "is_mono", "caption", "group_id", "key")
+
+
 def training_item(row: dict, arguments: DataArguments, canvas: int) -> dict[str, object]:
     """A row -> rgba uint8 (4, canvas, canvas), whether it has one colour, a random caption, ids of caption and draw."""
     picture = row[arguments.image_column]
@@ -191,15 +207,33 @@ def training_item(row: dict, arguments: DataArguments, canvas: int) -> dict[str,
     }
 
 
+def rows_of_groups(dataset: Dataset, column: str | None) -> list[list[int]]:
+    """The rows of each group, in the order of their first; without a column each row is a group."""
+    rows_of: dict[object, list[int]] = {}
+    for row, group in enumerate(range(len(dataset)) if column is None else dataset[column][:]):
+        rows_of.setdefault(group, []).append(row)
+    return list(rows_of.values())
+
+
+def with_validation(splits: DatasetDict, arguments: DataArguments, seed: int) -> DatasetDict:
+    """The splits, with a validation split of whole groups taken out of the training split where there is none."""
+    train, (validation, *others) = arguments.train_split, arguments.validation_split
+    if others or validation in splits or train not in splits:
+        return splits
+    check_columns(splits[train], train, arguments)
+    groups = rows_of_groups(splits[train], arguments.group_column)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    count = math.ceil(arguments.validation_share * len(groups))
+    held_out, kept = (sorted(row for group in part for row in groups[group]) for part in (order[:count], order[count:]))
+    logger.info("no split %r: %d rows of %r are held out", validation, len(held_out), train)
+    return DatasetDict({**splits, train: splits[train].select(kept), validation: splits[train].select(held_out)})
+
+
 class Groups:
     """Lists of row numbers as rows: item i is a random row of group i."""
 
     def __init__(self, dataset: Dataset, column: str | None) -> None:
-        self.dataset = dataset
-        rows_of: dict[object, list[int]] = {}
-        for row, group in enumerate(range(len(dataset)) if column is None else dataset[column][:]):
-            rows_of.setdefault(group, []).append(row)
-        self.rows = list(rows_of.values())
+        self.dataset, self.rows = dataset, rows_of_groups(dataset, column)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -208,21 +242,34 @@ class Groups:
         return self.dataset[random.choice(self.rows[index])]
 
 
+def undecoded(dataset: IterableDataset, arguments: DataArguments) -> IterableDataset:
+    """A stream whose pictures are bytes or paths, so that one that cannot be read does not end it."""
+    return dataset.cast_column(arguments.image_column, ImageFeature(decode=False))
+
+
 def training_stream(dataset: IterableDataset, arguments: DataArguments, tokenizer, canvas: int, seed: int):
     """Training items of a stream, shuffled in a buffer; rows that cannot be used are passed over and named."""
+    column, columns = arguments.image_column, dataset.column_names
 
-    def usable(row: dict, number: int) -> bool:
+    def make(rows: dict[str, list], places: list[int]) -> dict[str, list]:
+        """One row as lists of length one -> a training item likewise, or lists of length zero."""
+        row = {name: values[0] for name, values in rows.items()}
         problem = caption_problem(as_list(row[arguments.caption_column]), tokenizer)
+        item = None
+        try:
+            if problem != "empty caption":
+                picture = ImageFeature().decode_example(row[column])
+                with seeded(seed, places[0]):
+                    item = training_item({**row, column: picture}, arguments, canvas)
+        except UNREADABLE as error:
+            problem = f"unreadable picture ({error})"
         if problem is not None:
-            logger.warning("stream: row %d with %s", number, problem)
-        return problem != "empty caption"
+            logger.warning("stream: row %d with %s", row[PLACE], problem)
+        return {name: [] if item is None else [item[name]] for name in ITEM}
 
-    def make(row: dict, number: int) -> dict:
-        with seeded(seed, number):
-            return training_item(row, arguments, canvas)
-
-    dataset = dataset.filter(usable, with_indices=True).shuffle(seed=seed, buffer_size=1000)
-    return dataset.map(make, with_indices=True, remove_columns=dataset.column_names)
+    dataset = undecoded(dataset, arguments).map(lambda row, place: {PLACE: place}, with_indices=True)
+    dataset = dataset.shuffle(seed=seed, buffer_size=1000)
+    return dataset.map(make, with_indices=True, batched=True, batch_size=1, remove_columns=[*columns, PLACE])
 
 
 def evaluation_pictures(dataset: Dataset, arguments: DataArguments, image_processor: CLIPImageProcessor) -> Dataset:
@@ -295,9 +342,9 @@ def recalls(similarity: np.ndarray, query_ids: np.ndarray, found_ids: np.ndarray
     """Share of the rows of `similarity` (queries, found) whose own id is among the k most similar ids."""
     ids, starts = np.unique(found_ids[np.argsort(found_ids, kind="stable")], return_index=True)
     by_id = np.maximum.reduceat(similarity[:, np.argsort(found_ids, kind="stable")], starts, axis=1)  # (queries, ids)
-    # A further class that nothing is: the metric reads two classes in another way.
-    by_id = np.pad(by_id, ((0, 0), (0, 1)), constant_values=similarity.min() - 1)
-    own, labels = np.searchsorted(ids, query_ids), np.arange(len(ids) + 1)
+    # Further classes that nothing is: the metric reads two classes in another way.
+    by_id = np.pad(by_id, ((0, 0), (0, 2)), constant_values=similarity.min() - 1)
+    own, labels = np.searchsorted(ids, query_ids), np.arange(len(ids) + 2)
     return [float(top_k_accuracy_score(own, by_id, k=min(k, len(ids)), labels=labels)) for k in RECALL_AT]
 
 
@@ -375,43 +422,59 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPP
     return VitEmbedForContrastive(config), processor
 
 
+def check_streaming(data: DataArguments, training: TrainingArguments) -> None:
+    """Set how processes share a stream, each reading its own part; ValueError for what a stream cannot do."""
+    if data.group_column is not None:
+        raise ValueError("--group_column picks from rows that are all known, which those of a stream are not; drop one")
+    by_epoch = [name for name in ("eval_strategy", "save_strategy") if getattr(training, name) == "epoch"]
+    if training.world_size > 1 and by_epoch:
+        raise ValueError(
+            f"the processes come to the end of their parts of a stream at different steps, got --{by_epoch[0]} epoch; "
+            "set it to steps"
+        )
+    training.accelerator_config.dispatch_batches = False  # texts of a batch are as long as the longest of it
+
+
 def main() -> None:
     """Parse the command line, then train, evaluate and test as asked."""
     model_arguments, data, recipe, training = parse(ModelArguments, DataArguments, description=__doc__)
     training.label_names = ["group_ids"]  # what the metrics tell pairs by
     model, processor = load_model(model_arguments)
     prepare(model, recipe)
-    # One that is not evaluated needs no reading.
     splits = load_splits(data.dataset, data.streaming)
-    wanted = [data.train_split] * training.do_train
-    wanted += data.validation_split * training.do_eval + [data.test_split] * training.do_predict
-    missing = set(wanted) - set(splits)
+    if training.do_eval and not data.streaming:
+        splits = with_validation(splits, data, training.seed)
+    trained = [data.train_split] * training.do_train
+    evaluated = list(dict.fromkeys(data.validation_split * training.do_eval + [data.test_split] * training.do_predict))
+    missing = {*trained, *evaluated} - set(splits)
     if missing:
-        raise ValueError(f"expected splits {sorted(missing)} in {data.dataset}, found {sorted(splits)}")
-    evaluated = {}
-    for split in dict.fromkeys(wanted):
+        raise ValueError(
+            f"expected splits {sorted(missing)} in {data.dataset}, found {sorted(splits)}; set --train_split, "
+            "--validation_split and --test_split"
+        )
+    checked = {}
+    for split in dict.fromkeys(evaluated + trained * (not data.streaming)):
         rows = splits[split]
-        if data.streaming and split != data.train_split:
-            rows = Dataset.from_list(list(rows), features=rows.features)  # metrics need all of it
-        if not isinstance(rows, IterableDataset):
-            rows = check_rows(rows, split, data, processor.tokenizer)
-        splits[split] = rows
-        if split != data.train_split:
-            evaluated[split] = evaluation_pictures(rows, data, processor.image_processor)
+        if data.streaming:  # metrics need all of it
+            check_columns(rows, split, data)
+            rows = Dataset.from_list(list(undecoded(rows, data)), features=rows.features)
+        checked[split] = check_rows(rows, split, data, processor.tokenizer)
+    pictures = {split: evaluation_pictures(checked[split], data, processor.image_processor) for split in evaluated}
     # A margin keeps detail where a picture is enlarged.
     canvas = max(model.config.image_shape) * 4 // 3
     train_dataset = None
     if training.do_train and data.streaming:
+        check_streaming(data, training)
         check_columns(splits[data.train_split], data.train_split, data)
         train_dataset = training_stream(splits[data.train_split], data, processor.tokenizer, canvas, training.seed)
     elif training.do_train:
-        groups = Groups(splits[data.train_split], data.group_column)
+        groups = Groups(checked[data.train_split], data.group_column)
         train_dataset = SeededRows(groups, partial(training_item, arguments=data, canvas=canvas), training.seed)
-    validation = {split: evaluated[split] for split in data.validation_split if split in evaluated}
+    validation = {split: pictures[split] for split in data.validation_split * training.do_eval}
     is_one = len(validation) == 1
-    sheets = {"eval" if is_one else f"eval_{split}": splits[split] for split in validation}
-    if data.test_split in evaluated:
-        sheets["test"] = splits[data.test_split]
+    sheets = {"eval" if is_one else f"eval_{split}": checked[split] for split in validation}
+    if training.do_predict:
+        sheets["test"] = checked[data.test_split]
     trainer = RecipeTrainer(
         recipe,
         partial(draw_sheet, sheets, data),
@@ -423,7 +486,7 @@ def main() -> None:
         compute_metrics=retrieval_metrics,
         processing_class=processor,
     )
-    run(trainer, test_dataset=evaluated.get(data.test_split))
+    run(trainer, test_dataset=pictures[data.test_split] if training.do_predict else None)
 
 
 if __name__ == "__main__":

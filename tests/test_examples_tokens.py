@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pictures
 import pytest
 import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from tiny import vision_config
 
@@ -83,6 +86,35 @@ def test_pretraining_end_to_end(photos, tmp_path, monkeypatch):
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
     assert state["global_step"] == 3 and [entry["step"] for entry in state["log_history"]][0] == 1
     assert (tmp_path / "run" / "reconstructions" / "step-000003.png").exists()
+
+
+def test_pretraining_takes_what_a_folder_of_pictures_may_hold(tmp_path, monkeypatch):
+    """16 bits of grey keep their range, damaged pictures are left out, weights are trained in float32."""
+    monkeypatch.syspath_prepend(REPO / "examples")
+    import pretrain_masked
+
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cut.png")
+    content = bytearray((tmp_path / "cut.png").read_bytes())
+    second = content.index(b"IDAT", content.index(b"IDAT") + 1)
+    content[second : second + 4] = bytes(4)
+    (tmp_path / "cut.png").write_bytes(content)
+    rows = Dataset.from_dict(
+        {"image": [str(tmp_path / "cut.png"), str(tmp_path / "ramp.png")]}, features=Features(image=ImageFeature())
+    )
+    kept = pretrain_masked.readable_rows(rows, "train", pretrain_masked.DataArguments(dataset="x"))
+    assert len(kept) == 1
+    pixels = pretrain_masked.TrainingPictures(kept, "image", (64, 64))[0]["rgb"].float()
+    assert abs(pixels.mean() - 127.5) < 1 and pixels.max() > 250
+
+    VitEmbedForMaskedImageModeling(vision_config(**DECODER)).half().save_pretrained(tmp_path / "half")
+    processor = {"image_processor_type": "CLIPImageProcessor", "size": 32, "crop_size": 32}
+    (tmp_path / "half" / "preprocessor_config.json").write_text(json.dumps(processor))
+    arguments = pretrain_masked.ModelArguments(model_name_or_path=str(tmp_path / "half"))
+    model, _ = pretrain_masked.load_model(arguments)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_training_an_adaptive_stem_end_to_end(photos, tmp_path):

@@ -399,6 +399,17 @@ def test_early_stop_says_at_once_what_to_set(monkeypatch, tmp_path):
         parse()
 
 
+@pytest.mark.parametrize(
+    ("metric", "is_greater_better"),
+    [("loss", False), ("eval_median_scaled_abs_rel", False), ("rmse", False), ("delta1", True), ("accuracy", True)],
+)
+def test_the_best_of_errors_is_the_least(metric, is_greater_better, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "sys.argv", ["x", "--use_cpu", "--output_dir", str(tmp_path), "--metric_for_best_model", metric]
+    )
+    assert parse()[-1].greater_is_better is is_greater_better
+
+
 def test_parse_refuses_to_write_over_a_run(monkeypatch, tmp_path):
     (tmp_path / "left").write_text("")
     command = ["x", "--use_cpu", "--output_dir", str(tmp_path), "--do_train"]

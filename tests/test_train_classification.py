@@ -192,6 +192,15 @@ def test_one_split_may_be_both_validation_and_test(trained, digits, train, tmp_p
     assert results(tmp_path / "judged", "eval")["eval_accuracy"] == results(trained["full"], "test")["test_accuracy"]
 
 
+def test_a_split_that_is_trained_on_is_judged_as_it_is(digits, trunks, train, tmp_path):
+    """Without the changes that training makes to its pictures."""
+    both = ["--validation_split", "train", "--do_eval"]
+    train(digits, trunks["still"], tmp_path / "run", *both, "--do_train", "--max_steps", 1)
+    train(digits, tmp_path / "run", tmp_path / "judged", *both)
+    ours, theirs = (results(tmp_path / run, "eval") for run in ("run", "judged"))
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
+
+
 def test_a_trunk_alone_cannot_be_judged(digits, trunks, train, tmp_path):
     shutil.copytree(digits / "test", tmp_path / "data" / "test")
     with pytest.raises(ValueError, match="expected a classifier in the checkpoint or split 'train'"):

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import random
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,15 +65,20 @@ def write_parquet(folder: Path) -> list[str]:
     return ["--max_steps", "2"]
 
 
+def write_pictures(folder: Path) -> list[str]:
+    """A folder of pictures with their captions, and no splits."""
+    folder.mkdir(parents=True)
+    told = []
+    for path in PICTURES:
+        (folder / path.name).write_bytes(path.read_bytes())
+        told.append(json.dumps({"file_name": path.name, "text": name_of(path)}))
+    (folder / "metadata.jsonl").write_text("\n".join(told))
+    return ["--caption_column", "text", "--validation_share", "0.5", "--max_steps", "2"]
+
+
 def write_folder(folder: Path) -> list[str]:
-    for split in ("train", "validation"):
-        (folder / split).mkdir(parents=True)
-        told = []
-        for path in PICTURES:
-            (folder / split / path.name).write_bytes(path.read_bytes())
-            told.append(json.dumps({"file_name": path.name, "text": name_of(path)}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(told))
-    return ["--caption_column", "text", "--max_steps", "2"]
+    write_pictures(folder / "train")
+    return write_pictures(folder / "validation")
 
 
 def write_shards(folder: Path) -> list[str]:
@@ -89,7 +96,14 @@ def write_shards(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("write", "streaming"),
-    [(write_saved, False), (write_parquet, False), (write_folder, True), (write_shards, False), (write_shards, True)],
+    [
+        (write_saved, False),
+        (write_parquet, False),
+        (write_pictures, False),
+        (write_folder, True),
+        (write_shards, False),
+        (write_shards, True),
+    ],
 )
 def test_every_kind_of_data_trains(write, streaming, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -122,6 +136,27 @@ def test_a_group_is_drawn_once_an_epoch_in_any_of_its_drawings():
     assert groups.rows[0] == [0, len(PICTURES)]
 
 
+def test_what_is_not_named_is_held_out_by_whole_groups():
+    arguments = DataArguments(dataset="x", group_column="group", validation_share=0.3)
+    splits = train_contrastive.with_validation(DatasetDict(train=rows()), arguments, seed=0)
+    groups = {split: set(part["group"]) for split, part in splits.items()}
+    assert len(groups["validation"]) == math.ceil(0.3 * len(PICTURES)) and not groups["validation"] & groups["train"]
+    assert sum(map(len, splits.values())) == len(rows())
+    again = train_contrastive.with_validation(DatasetDict(train=rows()), arguments, seed=0)
+    assert again["validation"]["group"][:] == splits["validation"]["group"][:]
+    whole = DatasetDict(train=rows(), validation=rows())
+    assert train_contrastive.with_validation(whole, arguments, seed=0) is whole
+
+
+@pytest.mark.parametrize("names", [["cat"], ["cat", "cat"], ["cat", "dog"]])
+def test_recall_of_few_captions(names):
+    """Of one caption everything is found; of two, what is nearer."""
+    ids = np.array(list(map(caption_id, names)))
+    similarity = np.eye(len(ids))[::-1]  # each is nearest to another
+    expected = 1.0 if len(set(names)) == 1 else 0.0
+    assert train_contrastive.recalls(similarity, ids, ids) == [expected, 1.0, 1.0]
+
+
 def test_problems_are_named_before_training(processor, tmp_path, caplog):
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")
@@ -141,6 +176,25 @@ def test_problems_are_named_before_training(processor, tmp_path, caplog):
         check_rows(dataset.select([2]), "train", arguments, processor.tokenizer)
     with pytest.raises(ValueError, match=r"expected columns \['txt'\] in split 'train', found \['image', 'captions'\]"):
         check_rows(dataset, "train", DataArguments(dataset="x", caption_column="txt"), processor.tokenizer)
+
+
+def test_bad_rows_of_a_stream_are_passed_over_and_named(processor, tmp_path, caplog):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    columns = {
+        "image": [str(PICTURES[0]), str(broken), str(PICTURES[1]), str(PICTURES[2]), None],
+        "captions": ["fine", "fine too", " ", "long " * 40, "nothing to see"],
+    }
+    dataset = Dataset.from_dict(columns, features=Features(image=Image(), captions=Value("string")))
+    arguments = DataArguments(dataset="x", sentence_share=0.0)
+    stream = dataset.to_iterable_dataset()
+    items = train_contrastive.training_stream(stream, arguments, processor.tokenizer, 32, seed=0)
+    with caplog.at_level(logging.WARNING):
+        found = list(items)
+    assert sorted(item["caption"] for item in found) == ["fine", "long " * 40]
+    assert {np.shape(item["rgba"]) for item in found} == {(4, 32, 32)}
+    for row, problem in ((1, "unreadable"), (2, "empty caption"), (3, "caption too long"), (4, "unreadable")):
+        assert f"stream: row {row} with {problem}" in caplog.text
 
 
 def test_options_of_the_loss_reach_the_config():
@@ -219,6 +273,14 @@ def test_drawings_of_one_colour_get_any_colour_and_stay_apart_from_their_ground(
             r"expected splits \['test'\] in .*, found \['train', 'val",
         ),
         (["--model_name_or_path", str(REPO), "--do_train", "--tag_column", "words"], r"expected columns \['words'\]"),
+        (
+            ["--model_name_or_path", str(REPO), "--do_train", "--image_column", "group"],
+            "expected pictures in .*'group'",
+        ),
+        (
+            ["--model_name_or_path", str(REPO), "--do_train", "--streaming", "--group_column", "group"],
+            "--group_column picks from rows that are all known",
+        ),
     ],
 )
 def test_refusals(arguments, message, tmp_path, monkeypatch):
@@ -300,6 +362,32 @@ def test_one_split_may_be_both_validation_and_test(small, monkeypatch, tmp_path)
     assert drawn == ["eval", "test"]
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     assert results["eval_text_to_image_recall@1"] == results["test_text_to_image_recall@1"]
+
+
+def test_a_split_that_is_trained_on_may_be_judged(small, monkeypatch, tmp_path):
+    one = ["--validation_split", "train", "--test_split", "train", "--do_eval", "--do_predict"]
+    for name, more in (("rows", []), ("stream", ["--streaming"])):
+        train_small(monkeypatch, small, tmp_path / name, "--max_steps", 1, *one, *more)
+        results = json.loads((tmp_path / name / "all_results.json").read_text())
+        assert results["eval_text_to_image_recall@1"] == results["test_text_to_image_recall@1"]
+
+
+def test_two_processes_share_a_stream(small, monkeypatch, tmp_path):
+    """Texts of the two batches of a step differ in length; each process reads the shards that the other does not."""
+    data, config = small
+    DatasetDict(train=rows().select(range(4))).save_to_disk(tmp_path / "data", num_shards={"train": 2})
+    asked = ["--max_steps", 4, "--streaming", "--caption_column", "captions", "--save_strategy", "no", *per_device(2)]
+    command = small_command((tmp_path / "data", config), tmp_path / "run", *asked)
+    training_runs.finish(training_runs.start_two_processes("train_contrastive", "ddp", command, tmp_path))
+    assert len(training_runs.losses(tmp_path / "run")) == 4
+
+
+@pytest.mark.parametrize("strategy", ["eval_strategy", "save_strategy"])
+def test_processes_cannot_meet_at_the_end_of_a_stream(strategy):
+    """Each comes to the end of its part at a step of its own."""
+    training = SimpleNamespace(**{"world_size": 2, "eval_strategy": "no", "save_strategy": "steps", strategy: "epoch"})
+    with pytest.raises(ValueError, match=f"got --{strategy} epoch; set it to steps"):
+        train_contrastive.check_streaming(DataArguments(dataset="x"), training)
 
 
 def test_another_image_size_resamples_positions_and_is_saved_with_the_processor(monkeypatch, small, tmp_path):

@@ -75,7 +75,7 @@ def trained(scenes, config, tmp_path_factory) -> tuple[Path, str]:
         *("--eval_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--bf16", "--gradient_checkpointing"),
         *("--depth_gradient_weight", 0.5, "--layer_decay", 0.8, "--freeze", "vision_model.embeddings"),
         *("--deconv_kernel_size", 4, "--hue", 0.5, "--channels_last", "True"),
-        *("--load_best_model_at_end", "True", "--metric_for_best_model", "abs_rel", "--greater_is_better", "False"),
+        *("--load_best_model_at_end", "True", "--metric_for_best_model", "abs_rel"),
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return folder, ran.stderr
@@ -89,6 +89,8 @@ def test_training_evaluates_with_metrics_and_pictures(trained):
         for name in ("abs_rel", "rmse", "log10", "delta1", "delta2", "delta3"):
             assert np.isfinite(metrics[f"{split}_{name}"]) and f"{split}_median_scaled_{name}" in metrics
         assert metrics[f"{split}_delta1"] <= metrics[f"{split}_delta2"] <= metrics[f"{split}_delta3"] <= 1
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(entry["eval_abs_rel"] for entry in state["log_history"] if "eval_loss" in entry)
     pictures = sorted(path.name for path in (folder / "pictures").iterdir())
     assert pictures == ["eval-000002.png", "eval-000004.png", "test-000004.png"]
     sheet = Image.open(folder / "pictures" / "test-000004.png").convert("RGB")
