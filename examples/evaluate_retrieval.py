@@ -25,7 +25,7 @@ from build_icon_dataset import is_held_out
 from datasets import Dataset, load_from_disk
 from matplotlib.figure import Figure
 from npm_packages import written_aside
-from recipe import as_rgb
+from picture_files import as_rgb
 from tqdm import tqdm
 from train_contrastive import RECALL_AT, caption_id, recalls, token_ids
 from transformers import AutoModel, AutoProcessor

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from kornia import augmentation
+from picture_files import UNREADABLE, as_rgb
 from PIL import ImageOps
-from recipe import UNREADABLE, Problems, as_rgb, load_splits
+from recipe import Problems, load_splits
 from show_tokens import draw_reconstructions
 from tqdm import tqdm
 from transformers import (

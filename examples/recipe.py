@@ -24,7 +24,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from PIL import Image
-from show_tokens import on_white
 from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import get_parameter_names
@@ -143,19 +142,6 @@ def load_splits(path: str, streaming: bool = False) -> DatasetDict | IterableDat
         if location.exists() or path.startswith((".", "/", "~")):
             raise ValueError(f"expected a folder, a .parquet or .tar file, or a name on the Hub, got {path}")
         return load_dataset(path, streaming=streaming)
-
-
-def as_rgb(picture: Image.Image) -> Image.Image:
-    """Any picture in RGB: upright, transparency on white, 16 bits of grey scaled to 8 rather than cut."""
-    if picture.mode.startswith("I"):  # Pillow would cut values above 255
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif picture.mode == "F":
-        raise ValueError("expected a picture of 8 or 16 bits, got floating point values of unknown range")
-    return on_white(picture)
-
-
-# What opening a picture of a dataset can raise; AttributeError where the cell is empty.
-UNREADABLE = (OSError, ValueError, SyntaxError, AttributeError)
 
 
 class Problems:

@@ -15,10 +15,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from picture_files import UNREADABLE, as_rgb
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
-from transformers.image_utils import load_image
 
 matplotlib.use("Agg")  # a picture file is wanted, so no screen is
 from matplotlib import pyplot  # noqa: E402
@@ -32,6 +32,7 @@ QUERIES = (
     *("no wifi connection", "arrow pointing up and right", "unlocked padlock", "red fruit", "add a file"),
 )
 COLUMNS = 6
+QUERY_COLUMNS = 16  # characters in a line of a query
 ATTENTION_SCALE = 3
 
 
@@ -48,12 +49,12 @@ def find_pictures(folder: Path) -> list[Path]:
 
 
 def read_pictures(paths: list[Path]) -> list[tuple[Path, Image.Image]]:
-    """The pictures that can be read, upright and in RGB; the others are named in the log."""
+    """The pictures that can be read, in RGB; the others are named in the log."""
     pictures = []
     for path in paths:
         try:
-            pictures.append((path, load_image(str(path))))
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+            pictures.append((path, as_rgb(Image.open(path))))
+        except UNREADABLE as error:
             logger.warning("%s is left out: %s", path, error)
     return pictures
 
@@ -111,11 +112,13 @@ def draw_sheet(
         axis.axis("off")
     for row, (query, found) in zip(axes, matches.items()):
         row[0].text(
-            0.95, 0.5, f"“{query}”", ha="right", va="center", fontsize=11, wrap=True, transform=row[0].transAxes
+            *(0.95, 0.5, textwrap.fill(f"“{query}”", QUERY_COLUMNS)),
+            **{"ha": "right", "va": "center", "fontsize": 11, "parse_math": False},
+            transform=row[0].transAxes,
         )
         for axis, (path, cosine) in zip(row[1:], found):
-            axis.imshow(load_image(str(path)))
-            axis.set_title(f"{textwrap.fill(path.stem, 18)}\n{cosine:.2f}", fontsize=8)
+            axis.imshow(as_rgb(Image.open(path)))
+            axis.set_title(f"{textwrap.fill(path.stem, 18)}\n{cosine:.2f}", fontsize=8, parse_math=False)
     last = axes[-1]
     last[0].text(0.95, 0.5, "class attention,\nlast layer", ha="right", va="center", transform=last[0].transAxes)
     last[1].imshow(picture)
@@ -173,7 +176,7 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for query, found in matches.items():
         logger.info("%-36s %s", query, ", ".join(f"{path.stem} {cosine:.2f}" for path, cosine in found[:3]))
-    attended = load_image(str(options.attention_of or matches[options.queries[0]][0][0]))
+    attended = as_rgb(Image.open(options.attention_of or matches[options.queries[0]][0][0]))
     height, width = (ATTENTION_SCALE * side for side in model.config.image_shape)
     attended = attended.resize((width, height), Image.Resampling.BICUBIC)
     draw_sheet(matches, attended, class_attention(model, processor, attended), options.output)

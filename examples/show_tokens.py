@@ -27,6 +27,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from picture_files import as_rgb
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
@@ -44,15 +45,9 @@ COARSE_COLOUR, FINE_COLOUR = "#E69F00", "#0072B2"
 COLUMN_INCHES, DOTS_PER_INCH, PICTURE_PIXELS = 2.4, 105, 512
 
 
-def on_white(picture: Image.Image) -> Image.Image:
-    """A picture in RGB, upright, with white where it is transparent."""
-    rgba = ImageOps.exif_transpose(picture).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-
-
 def read_pixels(paths: list[Path], processor, shape: tuple[int, int]) -> torch.Tensor:
     """Pictures as a model takes them, their middles at `shape` (height, width): (B, C, H, W)."""
-    fitted = [ImageOps.fit(on_white(Image.open(path)), shape[::-1], Image.Resampling.BICUBIC) for path in paths]
+    fitted = [ImageOps.fit(as_rgb(Image.open(path)), shape[::-1], Image.Resampling.BICUBIC) for path in paths]
     return processor(fitted, do_resize=False, do_center_crop=False, return_tensors="pt").pixel_values
 
 
@@ -287,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     shape = (PICTURE_PIXELS, round(PICTURE_PIXELS * height / width))
     rows = []
     for path, *panels in zip(options.pictures, *columns):
-        picture = ImageOps.fit(on_white(Image.open(path)), shape)
+        picture = ImageOps.fit(as_rgb(Image.open(path)), shape)
         rows.append([partial(draw_picture, picture=picture, title="picture"), *chain(*panels)])
     figure, axes = new_sheet(len(rows), len(rows[0]), shape=(height, width))
     for panels, axes_of_row in zip(rows, axes):

@@ -37,13 +37,12 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from datasets import Image as ImageFeature
 from kornia import augmentation
 from matplotlib import pyplot
+from picture_files import UNREADABLE, as_rgb
 from recipe import (
-    UNREADABLE,
     Problems,
     RecipeArguments,
     RecipeTrainer,
     SeededRows,
-    as_rgb,
     load_splits,
     parse,
     prepare,

@@ -29,8 +29,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from datasets import Image as ImageFeature
 from kornia import augmentation
 from matplotlib.figure import Figure
+from picture_files import UNREADABLE, as_rgb
 from PIL import ImageOps
-from recipe import UNREADABLE, Problems, RecipeTrainer, SeededRows, as_rgb, load_splits, parse, prepare, run, seeded
+from recipe import Problems, RecipeTrainer, SeededRows, load_splits, parse, prepare, run, seeded
 from sklearn.metrics import top_k_accuracy_score
 from tqdm import tqdm
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, EvalPrediction, TrainingArguments

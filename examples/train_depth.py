@@ -35,8 +35,9 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from kornia import augmentation
+from picture_files import as_rgb
 from PIL import Image
-from recipe import Problems, RecipeTrainer, SeededRows, as_rgb, load_splits, parse, prepare, run
+from recipe import Problems, RecipeTrainer, SeededRows, load_splits, parse, prepare, run
 from show_tokens import as_colours
 from sklearn.metrics import mean_absolute_error, mean_absolute_percentage_error, root_mean_squared_error
 from tqdm import tqdm

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -32,7 +33,9 @@ def some_pictures(tmp_path) -> Path:
 def test_the_demo_writes_a_sheet_and_names_what_it_cannot_read(some_pictures, tmp_path):
     output = tmp_path / "new" / "sheet.png"
     ran = run(
-        "search_pictures.py", "--pictures", some_pictures, "--queries", "animal", "--output", output, cwd=tmp_path
+        *("search_pictures.py", "--pictures", some_pictures, "--queries", "animal", "costs $_$ a lot"),
+        *("--output", output),
+        cwd=tmp_path,
     )
     assert ran.returncode == 0, ran.stderr
     assert "broken.png is left out" in ran.stderr and "12 pictures searched" in ran.stderr
@@ -40,6 +43,28 @@ def test_the_demo_writes_a_sheet_and_names_what_it_cannot_read(some_pictures, tm
     assert sheet.width > 600 and sheet.height > 200
     assert len(sheet.getcolors(2**24)) > 500, "it shows pictures and attention, not blank axes"
     assert [path.name for path in output.parent.iterdir()] == ["sheet.png"]
+
+
+def test_pictures_are_searched_as_they_look(tmp_path, monkeypatch, caplog):
+    """Ink on nothing is ink on white, 16 bits keep their range; what is damaged or too large is left out."""
+    monkeypatch.syspath_prepend(REPO / "examples")
+    import search_pictures
+
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(tmp_path / "nothing.png")
+    Image.fromarray(np.full((9, 9), 32768, np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)).save(tmp_path / "damaged.png")
+    content = bytearray((tmp_path / "damaged.png").read_bytes())
+    second = content.index(b"IDAT", content.index(b"IDAT") + 1)
+    content[second : second + 4] = bytes(4)
+    (tmp_path / "damaged.png").write_bytes(content)
+    Image.new("1", (900, 900)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300_000)
+    read = {path.stem: picture for path, picture in search_pictures.read_pictures(sorted(tmp_path.iterdir()))}
+    assert {name: picture.getpixel((4, 4)) for name, picture in read.items()} == {
+        "nothing": (255, 255, 255),
+        "grey": (128, 128, 128),
+    }
+    assert "damaged.png is left out" in caplog.text and "huge.png is left out" in caplog.text
 
 
 def test_the_demo_says_what_is_wrong_with_an_empty_folder(tmp_path):

@@ -24,12 +24,12 @@ from vit_embed import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
+from picture_files import as_rgb  # noqa: E402
 from recipe import (  # noqa: E402
     Problems,
     RecipeArguments,
     RecipeTrainer,
     SeededRows,
-    as_rgb,
     frozen_modules,
     last_complete_checkpoint,
     load_splits,
