@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 IMAGE_PROCESSOR_FILE = "preprocessor_config.json"
 # transformers 5 saves a CLIPProcessor's image processor inside this one.
 PROCESSOR_FILE = "processor_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "vocab.json",
     "merges.txt",
     "special_tokens_map.json",
@@ -95,7 +96,10 @@ def carried_image_processor(source: dict[str, Any], own: dict[str, Any], same_im
     size = source.get(size_field)
     size = {"height": size, "width": size} if isinstance(size, int) else size
     if same_kind and (same_image_size or size == own[size_field]):
-        carried = dict(source)
+        # OpenAI's repos name neither: transformers 4.25 had another field, and their model type says the rest.
+        named = {name: own[name] for name in ("image_processor_type", "processor_class") if name in own}
+        carried = {**named, **source}
+        carried.pop("feature_extractor_type", None)
         if "processor_class" not in own:
             carried.pop("processor_class", None)
         return carried
@@ -122,6 +126,14 @@ def _stored_image_size(config: dict[str, Any]) -> Any:
 def _read_json(path: str) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def _with_tokenizer_class(content: bytes | None) -> bytes:
+    """A `tokenizer_config.json` that names its class, which CLIP's own (of OpenAI's repos) leaves to the model type."""
+    said = {} if content is None else json.loads(content)
+    if "tokenizer_class" in said:
+        return content
+    return (json.dumps({**said, "tokenizer_class": "CLIPTokenizer"}, indent=2) + "\n").encode()
 
 
 def write_processor_files(
@@ -153,6 +165,13 @@ def write_processor_files(
         if with_tokenizer:
             found.update({name: _find(source, name, hub_options) for name in TOKENIZER_FILES})
         found = {name: path for name, path in found.items() if path is not None}
+        if not os.path.isabs(source) and not found.keys() & {IMAGE_PROCESSOR_FILE, PROCESSOR_FILE}:
+            logger.warning(
+                "found no image processor in %s, or could not ask: %s gets one with CLIP's mean and standard "
+                "deviation; where others belong to the weights, save the processor there yourself",
+                source,
+                folder,
+            )
     image_processor = image_processor_dict(config, image_processor_type)
     source_processor, source_config = None, {}
     if CONFIG_NAME in found:
@@ -168,6 +187,8 @@ def write_processor_files(
     for name, path in found.items():
         with open(path, "rb") as file:
             contents[name] = file.read()
+    if with_tokenizer and source_config.get("model_type") == "clip":
+        contents[TOKENIZER_CONFIG_FILE] = _with_tokenizer_class(contents.get(TOKENIZER_CONFIG_FILE))
     for name, content in contents.items():
         path = os.path.join(folder, name)
         if not os.path.exists(path):

@@ -33,6 +33,7 @@ from vit_embed import (
 )
 from vit_embed.configuration_vit_embed import AUTO_MAP
 from vit_embed.embeddings_vit_embed import interpolate_positions
+from vit_embed.processor_files_vit_embed import write_processor_files
 
 REPO = Path(vit_embed.__file__).parent
 MODEL_CODE = {path.name for path in REPO.glob("*_vit_embed.py")}
@@ -832,6 +833,54 @@ def test_a_dual_encoder_and_its_heads_keep_processor_and_tokenizer(saved, tmp_pa
     assert result["missing"] == ["classifier.bias", "classifier.weight"]
     assert result["classifier_trunk"] == digests(VitEmbedModel.from_pretrained(dual, image_size=48))
     assert result["bfloat16"] == "torch.bfloat16"
+
+
+def read_processor(folder: str) -> dict:
+    """What AutoProcessor makes of a folder, in a process that knows it by its files alone."""
+    import numpy as np
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    batch = processor(text=["a cat"], images=[np.full((40, 50, 3), 200, dtype=np.uint8)], return_tensors="pt")
+    return {
+        "class": type(processor).__name__,
+        "input_ids": batch["input_ids"].tolist(),
+        "pixels": list(batch["pixel_values"].shape) + batch["pixel_values"].mean(dim=(0, 2, 3)).tolist(),
+    }
+
+
+def test_what_openais_repos_leave_to_the_model_type_is_said(tmp_path):
+    """Their processor files name no class and have sizes as one number; the type of ours says nothing of CLIP."""
+    source = tmp_path / "clip"
+    tiny.clip_model().save_pretrained(source)
+    write_tokenizer(source)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    del settings["tokenizer_class"]
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    old = {
+        **{"crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 32},
+        **{"feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3},
+    }
+    (source / "preprocessor_config.json").write_text(json.dumps(old))
+    VitEmbedForContrastive.from_pretrained(source).save_pretrained(tmp_path / "ours")
+    theirs, ours = (
+        run_fresh(read_processor, tmp_path / "home", folder=str(each)) for each in (source, tmp_path / "ours")
+    )
+    assert theirs["class"] == "CLIPProcessor" and theirs["pixels"][:4] == [1, 3, 32, 32]
+    assert ours == theirs
+
+
+def test_a_hub_that_gives_no_image_processor_is_named(tmp_path, monkeypatch, caplog):
+    """Weights may be in the cache where the processor is not, and the network away."""
+
+    def unreachable(*arguments, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("vit_embed.processor_files_vit_embed.cached_file", unreachable)
+    with caplog.at_level(logging.WARNING):
+        write_processor_files(tmp_path, tiny.vision_config(), "CLIPImageProcessor", False, "alice/photos", {})
+    assert f"found no image processor in alice/photos, or could not ask: {tmp_path} gets one with CLIP's" in caplog.text
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"][0] == 0.48145466
 
 
 def test_tokenizer_of_a_subfolder_is_carried(saved, tmp_path):
