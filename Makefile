@@ -1,7 +1,9 @@
-# `make demo` and `make test` set up all they need in .venv; they need Python >= 3.10, make and the package registry.
+# `make demo` and `make test` set up all they need in .venv; they need Python >= 3.11, make and the package registry.
 PYTHON ?= python3
 VENV := .venv
 OLD_VENV := .venv-4.57
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("expected Python 3.11 or newer, as the pinned " \
+	"versions need, got " + sys.version.split()[0] + "; name another: make PYTHON=python3.12")
 BIN := $(VENV)/bin
 # Tests are many small models: two processes of one thread each.
 PYTEST := -m pytest -n 2 --dist loadfile
@@ -33,6 +35,7 @@ bench: $(VENV)/ready
 	$(BIN)/python benchmarks/bench_clip.py
 
 $(VENV)/ready: requirements.txt requirements-references.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c '$(NEW_ENOUGH)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt
 	$(BIN)/pip install --quiet --no-deps -r requirements-references.txt
@@ -40,6 +43,7 @@ $(VENV)/ready: requirements.txt requirements-references.txt setup.cfg pyproject.
 	touch $@
 
 $(OLD_VENV)/ready: requirements-4.57.txt requirements-references.txt setup.cfg pyproject.toml
+	@$(PYTHON) -c '$(NEW_ENOUGH)'
 	$(PYTHON) -m venv $(OLD_VENV)
 	$(OLD_VENV)/bin/pip install --quiet -r requirements-4.57.txt
 	$(OLD_VENV)/bin/pip install --quiet --no-deps -r requirements-references.txt

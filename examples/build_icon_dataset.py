@@ -62,7 +62,7 @@ THUMBNAIL = 16  # pixels on a side
 DROPPED_CATEGORIES = {"Logos", "Emoji", "Programming"}
 DROPPED_SETS = {
     **dict.fromkeys(("flag", "circle-flags", "flagpack", "cif"), "flags"),
-    "meteor-icons": "many brands",
+    **dict.fromkeys(("fa-brands", "fa6-brands", "meteor-icons"), "brands"),
     "nrk": "names are Norwegian",
     "iwwa": "names are Japanese in part",
 }
@@ -95,19 +95,18 @@ def words_of(name: str) -> list[str]:
 
 
 def spellings(word: str) -> set[str]:
-    """A held-out word with its plural."""
-    return {word, word + "s", word + "es", word.removesuffix("y") + "ies"}
+    """A held-out word with its plural, or its singular."""
+    return {word, word + "s", word + "es", word.removesuffix("y") + "ies", word.removesuffix("s")}
 
 
 HELD_OUT = set().union(*map(spellings, HELD_OUT_WORDS))
 
 
 def is_held_out(text: str) -> bool:
-    """Whether one of the words of a text is held out, alone or written together with another: "guitarist"."""
+    """Whether one of the words of a text is held out, alone, in two ("sail boat") or within another ("guitarist")."""
     words = words_of(text)
-    return any(word in HELD_OUT for word in words) or any(
-        held in word for word in words for held in HELD_OUT_WORDS if len(held) > 4
-    )
+    written = {*words, *(first + second for first, second in zip(words, words[1:]))}
+    return bool(written & HELD_OUT) or any(held in word for word in words for held in HELD_OUT_WORDS if len(held) > 4)
 
 
 def split_style(name: str, icons: dict) -> tuple[str, str]:
@@ -294,6 +293,13 @@ def emoji_as_icon(row: dict) -> dict:
     }
 
 
+def copies(row: dict) -> list[dict]:
+    """A row of an icon set, or EMOJI_SHARE copies of an emoji, each a group."""
+    if not row["set"].startswith("emoji-"):
+        return [row]
+    return [{**row, "group": f"{row['group']}/{number}"} for number in range(EMOJI_SHARE)]
+
+
 def order(text: str) -> str:
     """A fixed random order that depends on the text alone."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -343,9 +349,7 @@ def build(output_dir: Path, cache_dir: Path, size: int, processes: int) -> None:
     }
     held_out = {*TEST_SETS, *VALIDATION_SETS}
     train = [row for prefix, rows in by_set.items() if prefix not in held_out for row in rows]
-    for row in map(emoji_as_icon, emojis["train"]):
-        row["tags"] = clean(row["tags"], LARGEST_TAGS)
-        train += [{**row, "group": f"{row['group']}/{number}"} for number in range(EMOJI_SHARE)]
+    train += [{**row, "tags": clean(row["tags"], LARGEST_TAGS)} for row in map(emoji_as_icon, emojis["train"])]
     counts = {"rendered": len(train)}
     train = [row for row in train if not is_held_out(row["name"])]
     counts["without held-out words"] = len(train)
@@ -353,6 +357,7 @@ def build(output_dir: Path, cache_dir: Path, size: int, processes: int) -> None:
     counts["without near-duplicates"] = len(train)
     counts |= {f"distinct {column}s": len({row[column] for row in train}) for column in ("group", "name")}
     logger.info("training rows: %s", counts)
+    train = [copy for row in train for copy in copies(row)]
     splits = {"train": train, **splits}
     features = Features(
         image=ImageFeature(),

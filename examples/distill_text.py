@@ -134,6 +134,11 @@ def main() -> None:
     """Parse the command line and distill."""
     model_arguments, arguments, recipe, training = parse(ModelArguments, TextArguments, description=__doc__)
     training.label_names = ["targets"]
+    if training.world_size > 1 or training.n_gpu > 1:
+        raise ValueError(
+            f"expected one process and at most one GPU, got {training.world_size} and {training.n_gpu}: the text tower "
+            "is called by itself, where what shares batches is called whole; start one process, CUDA_VISIBLE_DEVICES=0"
+        )
     folder = find_teacher(arguments)
     model, processor = load_model(model_arguments)
     prepare(model, recipe)

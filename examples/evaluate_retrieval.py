@@ -4,9 +4,9 @@
 
 Text to image, on the splits that `build_icon_dataset.py` writes: the share of names that have their own picture among
 the first 1, 5 and 10 (pictures of equal names count as one), with its standard error, a binomial's. Beside all names of
-a split: those whose drawing has no near-duplicate in what training rendered, those with a word that was never trained
-on, those never trained on whose words were, those trained on, and synonyms instead of names. The queries are the bare
-names.
+a split: those whose drawing has no near-duplicate in what training rendered, those with a held-out word, the others
+that are no training picture's name (they may be another name or a tag of one), those that are, and synonyms instead of
+names. The queries are the bare names.
 
 Needs: `pip install datasets matplotlib pillow scikit-learn tqdm`.
 """
@@ -76,9 +76,9 @@ def choose_queries(rows: Dataset, trained: set[str]) -> dict[str, np.ndarray]:
     return {
         "all names": np.ones(len(names), dtype=bool),
         "without near-duplicates": ~np.array(rows["near_duplicate"][:]),
-        "names with unseen words": held_out,
-        "unseen phrases of other words": ~held_out & ~seen,
-        "seen phrases": seen,
+        "names with a held-out word": held_out,
+        "other names of no training picture": ~held_out & ~seen,
+        "names of training pictures": seen,
     }
 
 

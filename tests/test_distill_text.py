@@ -9,7 +9,7 @@ import tiny
 import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizerFast, TrainingArguments
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
 
@@ -46,6 +46,13 @@ def command(folder: Path, output_dir: Path, *arguments: object) -> list[str]:
     given = ["--dataset", folder / "data", "--tag_column", "tags", "--config_name", folder / "config"]
     given += ["--tokenizer_name", REPO, "--output_dir", output_dir, "--use_cpu", "--report_to", "none", *arguments]
     return ["distill", *map(str, given)]
+
+
+def test_several_gpus_are_refused_at_once(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    monkeypatch.setattr("sys.argv", command(folder, tmp_path / "run", "--do_train", "--teacher", folder / "none"))
+    with pytest.raises(ValueError, match="expected one process and at most one GPU, got 1 and 2"):
+        distill_text.main()
 
 
 def test_the_students_texts_come_near_the_teachers(folder, monkeypatch, tmp_path):

@@ -60,6 +60,7 @@ SETS = {
     "unfree": a_set("unfree", {"disc": DISC}),
     "unsigned": a_set("unsigned", {"disc": DISC}),
     "makers": a_set("makers", {"disc": DISC}),
+    "fa-brands": a_set("fa-brands", {"disc": DISC}),
 }
 COLLECTIONS = {
     prefix: {"name": prefix.title(), "author": {"name": "A. Hand"}, "license": MIT, "category": "UI 24px", **more}
@@ -70,6 +71,7 @@ COLLECTIONS = {
         "unfree": {"license": {"spdx": "CC-BY-NC-4.0", "url": "https://example.org"}},
         "unsigned": {"license": {"spdx": "MIT"}},
         "makers": {"category": "Logos"},
+        "fa-brands": {"category": "Archive / Unmaintained"},
     }.items()
 }
 
@@ -140,8 +142,10 @@ def dataset(tmp_path_factory):
 def test_only_free_sets_without_brands_are_read(dataset):
     folder, splits = dataset
     assert set(splits["train"]["set"][:]) == {"kept", "emoji-noto"}
-    told = json.loads((folder / "sets.json").read_text())["sets"]
-    assert told == {
+    told = json.loads((folder / "sets.json").read_text())
+    counts = [told["training"][name] for name in ("rendered", "without held-out words", "without near-duplicates")]
+    assert counts == [7, 5, 4], "of two emoji one has a held-out word; the other counts once, whatever its share"
+    assert told["sets"] == {
         "kept": {"name": "Kept", "author": "A. Hand", "license": "MIT", "url": MIT["url"], "drawings": 3},
     }, "what NOTICE lists: sets that are trained on"
 
@@ -183,6 +187,9 @@ def test_one_colour_is_stored_as_grey_and_alpha(dataset):
         ("umbrella", True),
         ("beach Umbrellas", True),
         ("guitarist", True),
+        ("sail-boat-sink", True),
+        ("scissor", True),
+        ("be excited", False),
         ("bees", True),
         ("beer", False),
         ("crabby", False),
@@ -233,8 +240,8 @@ def test_the_evaluation_reports_each_kind_of_name_and_shows_failures(dataset, tm
     assert {kind: figures["queries"] for kind, figures in report.items()} == {
         "all names": 3,
         "without near-duplicates": 2,
-        "names with unseen words": 1,
-        "unseen phrases of other words": 2,
+        "names with a held-out word": 1,
+        "other names of no training picture": 2,
     }
     assert all(figures["pictures"] == 3 and figures["recall@5"] == 1 for figures in report.values())
     with pytest.raises(SystemExit):
