@@ -28,7 +28,9 @@ from npm_packages import written_aside
 from picture_files import as_rgb
 from tqdm import tqdm
 from train_contrastive import RECALL_AT, caption_id, recalls, token_ids
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
+
+from vit_embed import VitEmbedForContrastive
 
 logger = logging.getLogger("evaluate_retrieval")
 
@@ -127,7 +129,7 @@ def main() -> None:
     """Parse the command line, write report.json and a sheet of failures for each split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder written by build_icon_dataset.py")
-    parser.add_argument("--model", required=True, help="folder or Hub id of a two-tower model")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a two-tower model, ours or CLIP")
     parser.add_argument("--splits", nargs="+", default=list(SPLITS), help="splits to evaluate")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write; must not exist")
     arguments = parser.parse_args()
@@ -140,7 +142,7 @@ def main() -> None:
             if missing
             else f"{arguments.output_dir} exists"
         )
-    model = AutoModel.from_pretrained(arguments.model, trust_remote_code=True).eval()
+    model = VitEmbedForContrastive.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     trained = set(splits["train"]["name"][:])
     report = {}

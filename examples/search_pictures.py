@@ -18,7 +18,9 @@ import torch
 from picture_files import UNREADABLE, as_rgb
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoProcessor
+
+from vit_embed import VitEmbedForContrastive
 
 matplotlib.use("Agg")  # a picture file is wanted, so no screen is
 from matplotlib import pyplot  # noqa: E402
@@ -149,7 +151,7 @@ def draw_sheet(
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", default=str(REPO), help="folder or Hub id of a dual encoder; default: this repo's own"
+        "--model", default=str(REPO), help="folder or Hub id of a dual encoder, ours or CLIP; default: this repo's own"
     )
     parser.add_argument("--pictures", type=Path, default=REPO / "examples" / "pictures", help="folder to search")
     parser.add_argument("--queries", nargs="+", default=list(QUERIES), help="texts to search for")
@@ -165,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     paths = find_pictures(options.pictures)
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True).eval()
+    model = VitEmbedForContrastive.from_pretrained(options.model).eval()
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     paths, image_embeds = embed_pictures(model, processor, paths, options.batch_size)
     similarities = embed_queries(model, processor, options.queries) @ image_embeds.t()  # (queries, pictures)

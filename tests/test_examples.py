@@ -2,13 +2,17 @@
 
 import gzip
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
+from tiny_tokenizer import write_tokenizer
+from transformers import CLIPImageProcessor
 
 REPO = Path(__file__).parent.parent
 PICTURES = REPO / "examples" / "pictures"
@@ -65,6 +69,29 @@ def test_pictures_are_searched_as_they_look(tmp_path, monkeypatch, caplog):
         "grey": (128, 128, 128),
     }
     assert "damaged.png is left out" in caplog.text and "huge.png is left out" in caplog.text
+
+
+def test_a_stock_clip_searches_too(some_pictures, tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(REPO / "examples")
+    import search_pictures
+
+    tiny.clip_model().save_pretrained(tmp_path / "clip")
+    write_tokenizer(tmp_path / "clip")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**size).save_pretrained(tmp_path / "clip")
+    asked = [
+        "--model",
+        tmp_path / "clip",
+        "--pictures",
+        some_pictures,
+        "--queries",
+        "cat",
+        "--output",
+        tmp_path / "s.png",
+    ]
+    with caplog.at_level(logging.INFO):
+        search_pictures.main(list(map(str, asked)))
+    assert "12 pictures searched" in caplog.text and (tmp_path / "sheet.png").stat().st_size > 10_000
 
 
 def test_the_demo_says_what_is_wrong_with_an_empty_folder(tmp_path):
