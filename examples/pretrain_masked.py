@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict
 from kornia import augmentation
 from picture_files import UNREADABLE, as_rgb
 from PIL import ImageOps
-from recipe import Problems, load_splits
+from recipe import Problems, check_output_dir, load_splits
 from show_tokens import draw_reconstructions
 from tqdm import tqdm
 from transformers import (
@@ -188,13 +188,8 @@ def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments), description=__doc__)
     model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    output_dir = Path(training_arguments.output_dir)
+    check_output_dir(training_arguments)
     resume = training_arguments.resume_from_checkpoint
-    if training_arguments.do_train and not resume and output_dir.is_dir() and any(output_dir.iterdir()):
-        raise ValueError(
-            f"expected --output_dir {output_dir} to be empty, it is not; name another folder, or continue "
-            "with --resume_from_checkpoint True"
-        )
     set_seed(training_arguments.seed)
     # Rows carry pictures, which no forward takes by name; the collator turns them into what it takes.
     training_arguments.remove_unused_columns = False

@@ -83,6 +83,17 @@ class RecipeArguments:
             raise ValueError(f"expected --early_stopping_patience of at least 1, got {self.early_stopping_patience}")
 
 
+def check_output_dir(training: TrainingArguments) -> None:
+    """Raises ValueError where training would write over a run."""
+    output_dir = Path(training.output_dir)
+    used = output_dir.is_dir() and any(output_dir.iterdir())
+    if training.do_train and not training.resume_from_checkpoint and used:
+        raise ValueError(
+            f"expected --output_dir {output_dir} to be empty, it is not; name another folder, or continue "
+            "with --resume_from_checkpoint True"
+        )
+
+
 def parse(*dataclasses: type, description: str | None = None) -> tuple:
     """Read the command line into `dataclasses`, RecipeArguments and TrainingArguments, start the log, set the seed."""
     parser = HfArgumentParser((*dataclasses, RecipeArguments, TrainingArguments), description=description)
@@ -91,13 +102,8 @@ def parse(*dataclasses: type, description: str | None = None) -> tuple:
     level = logging.INFO if training.process_index == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
     with training.main_process_first(local=False):
-        output_dir = Path(training.output_dir)
-        used = output_dir.is_dir() and any(output_dir.iterdir())
-        if training.process_index == 0 and training.do_train and not training.resume_from_checkpoint and used:
-            raise ValueError(
-                f"expected --output_dir {output_dir} to be empty, it is not; name another folder, or continue "
-                "with --resume_from_checkpoint True"
-            )
+        if training.process_index == 0:
+            check_output_dir(training)
     if recipe.early_stopping_patience is not None:
         strategies = {"--eval_strategy": training.eval_strategy, "--save_strategy": training.save_strategy}
         unset = [f"{name} epoch or steps" for name, strategy in strategies.items() if strategy == "no"]

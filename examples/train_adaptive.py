@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from pretrain_masked import Collator, DataArguments, TrainingPictures, readable_rows
-from train_contrastive import load_splits
+from recipe import check_output_dir, load_splits
 from transformers import CLIPImageProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
@@ -45,6 +45,9 @@ def main() -> None:
         (DataArguments, TrainingArguments), description=__doc__
     ).parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    if not arguments.do_train or arguments.do_eval or arguments.do_predict:
+        raise ValueError("expected --do_train and neither --do_eval nor --do_predict: this script trains, no more")
+    check_output_dir(arguments)
     set_seed(arguments.seed)
     arguments.remove_unused_columns = False  # rows carry pictures, which no forward takes by name
     config = VitEmbedConfig(

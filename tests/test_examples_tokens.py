@@ -123,6 +123,12 @@ def test_training_an_adaptive_stem_end_to_end(photos, tmp_path):
     arguments += ["--per_device_train_batch_size", 4, "--logging_steps", 1, "--report_to", "none"]
     ran = run("train_adaptive.py", *arguments, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
+    for given, message in (
+        (arguments, "expected --output_dir run to be empty"),
+        (["--dataset", photos[0].parent, "--output_dir", "other", "--do_eval"], "expected --do_train and neither"),
+    ):
+        refused = run("train_adaptive.py", *given, cwd=tmp_path)
+        assert refused.returncode != 0 and message in refused.stderr
     model = VitEmbedForDepthEstimation.from_pretrained(tmp_path / "run")
     assert model.config.stem_type == "adaptive" and model.config.adaptive_budget_weight == 0.5
     history = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
