@@ -157,14 +157,19 @@ def test_recall_of_few_captions(names):
     assert train_contrastive.recalls(similarity, ids, ids) == [expected, 1.0, 1.0]
 
 
-def test_problems_are_named_before_training(processor, tmp_path, caplog):
-    broken = tmp_path / "broken.png"
+def rows_with_problems(folder: Path) -> Dataset:
+    """A good row, one that is no picture, one without a word, one with too many, one without a picture."""
+    broken = folder / "broken.png"
     broken.write_text("no picture")
     columns = {
         "image": [str(PICTURES[0]), str(broken), str(PICTURES[1]), str(PICTURES[2]), None],
         "captions": ["fine", "fine too", " ", "long " * 40, "nothing to see"],
     }
-    dataset = Dataset.from_dict(columns, features=Features(image=Image(), captions=Value("string")))
+    return Dataset.from_dict(columns, features=Features(image=Image(), captions=Value("string")))
+
+
+def test_problems_are_named_before_training(processor, tmp_path, caplog):
+    dataset = rows_with_problems(tmp_path)
     arguments = DataArguments(dataset="x")
     with caplog.at_level(logging.WARNING):
         kept = check_rows(dataset, "train", arguments, processor.tokenizer)
@@ -179,13 +184,7 @@ def test_problems_are_named_before_training(processor, tmp_path, caplog):
 
 
 def test_bad_rows_of_a_stream_are_passed_over_and_named(processor, tmp_path, caplog):
-    broken = tmp_path / "broken.png"
-    broken.write_text("no picture")
-    columns = {
-        "image": [str(PICTURES[0]), str(broken), str(PICTURES[1]), str(PICTURES[2]), None],
-        "captions": ["fine", "fine too", " ", "long " * 40, "nothing to see"],
-    }
-    dataset = Dataset.from_dict(columns, features=Features(image=Image(), captions=Value("string")))
+    dataset = rows_with_problems(tmp_path)
     arguments = DataArguments(dataset="x", sentence_share=0.0)
     stream = dataset.to_iterable_dataset()
     items = train_contrastive.training_stream(stream, arguments, processor.tokenizer, 32, seed=0)
