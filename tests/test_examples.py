@@ -79,16 +79,8 @@ def test_a_stock_clip_searches_too(some_pictures, tmp_path, monkeypatch, caplog)
     write_tokenizer(tmp_path / "clip")
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     CLIPImageProcessor(**size).save_pretrained(tmp_path / "clip")
-    asked = [
-        "--model",
-        tmp_path / "clip",
-        "--pictures",
-        some_pictures,
-        "--queries",
-        "cat",
-        "--output",
-        tmp_path / "s.png",
-    ]
+    asked = ["--model", tmp_path / "clip", "--pictures", some_pictures, "--queries", "cat"]
+    asked += ["--output", tmp_path / "sheet.png"]
     with caplog.at_level(logging.INFO):
         search_pictures.main(list(map(str, asked)))
     assert "12 pictures searched" in caplog.text and (tmp_path / "sheet.png").stat().st_size > 10_000
