@@ -187,7 +187,7 @@ def write_processor_files(
     for name, path in found.items():
         with open(path, "rb") as file:
             contents[name] = file.read()
-    if with_tokenizer and source_config.get("model_type") == "clip":
+    if source_config.get("model_type") == "clip" and contents.keys() & set(TOKENIZER_FILES):
         contents[TOKENIZER_CONFIG_FILE] = _with_tokenizer_class(contents.get(TOKENIZER_CONFIG_FILE))
     for name, content in contents.items():
         path = os.path.join(folder, name)

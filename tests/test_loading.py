@@ -869,6 +869,11 @@ def test_what_openais_repos_leave_to_the_model_type_is_said(tmp_path):
     assert theirs["class"] == "CLIPProcessor" and theirs["pixels"][:4] == [1, 3, 32, 32]
     assert ours == theirs
 
+    for file in TOKENIZER_FILES:
+        (source / file).unlink()
+    VitEmbedForContrastive.from_pretrained(source).save_pretrained(tmp_path / "weights alone")
+    assert not {path.name for path in (tmp_path / "weights alone").iterdir()} & TOKENIZER_FILES, "none came, none named"
+
 
 def test_a_hub_that_gives_no_image_processor_is_named(tmp_path, monkeypatch, caplog):
     """Weights may be in the cache where the processor is not, and the network away."""
