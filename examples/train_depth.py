@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from kornia import augmentation
-from picture_files import as_rgb
+from picture_files import UNREADABLE, as_rgb
 from PIL import Image
 from recipe import Problems, RecipeTrainer, SeededRows, load_splits, parse, prepare, run
 from show_tokens import as_colours
@@ -199,11 +199,11 @@ def check_row(row: dict, arguments: DataArguments) -> tuple[np.ndarray | None, s
         return None, "a picture without a depth" if depth is None else "a depth without a picture", False
     try:
         width, height = read_picture(image).size
-    except (OSError, ValueError, SyntaxError):  # SyntaxError: Pillow's for a broken PNG
+    except UNREADABLE:
         return None, "unreadable picture", False
     try:
         depth = read_depth(depth, arguments.depth_scale, None)
-    except (OSError, ValueError, SyntaxError):
+    except UNREADABLE:
         return None, "unreadable depth", False
     if not depth.any():
         return None, "a depth without a valid pixel", False
@@ -240,7 +240,7 @@ def check_rows(
             row = dataset[index]
             label = row["name"] if isinstance(row.get("name"), str) else index
             depth, reason, is_of_use = check_row(row, arguments)
-        except (OSError, ValueError, SyntaxError):  # `datasets` opens the pictures of a row
+        except UNREADABLE:  # `datasets` opens the pictures of a row
             label, depth, reason, is_of_use = index, None, "unreadable row", False
         if is_of_use and max_depth is not None and not (near := (depth > 0) & (depth <= max_depth)).any():
             depth, reason, is_of_use = None, f"no valid pixel within --max_depth {max_depth:g}", False

@@ -305,6 +305,14 @@ def test_a_saved_dataset_reads_as_its_files_do(scenes, tmp_path):
         assert expected.max() > 1
 
 
+def test_a_picture_too_large_to_be_meant_is_named(tmp_path, monkeypatch):
+    """Pillow's guard against decompression bombs is no OSError."""
+    Image.new("1", (900, 900)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300_000)
+    row = {"image": str(tmp_path / "huge.png"), "depth": np.ones((900, 900), np.float32)}
+    assert train_depth.check_row(row, arguments_for("x")) == (None, "unreadable picture", False)
+
+
 # --- augmentation ---
 
 
