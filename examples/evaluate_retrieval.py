@@ -5,8 +5,8 @@
 Text to image, on the splits that `build_icon_dataset.py` writes: the share of names that have their own picture among
 the first 1, 5 and 10 (pictures of equal names count as one), with its standard error, a binomial's. Beside all names of
 a split: those whose drawing has no near-duplicate in what training rendered, those with a held-out word, the others
-that are no training picture's name (they may be another name or a tag of one), those that are, and synonyms instead of
-names. The queries are the bare names.
+that no training picture has as a name, other name or tag, those that one has, and synonyms instead of names. The
+queries are the bare names.
 
 Needs: `pip install datasets matplotlib pillow scikit-learn tqdm`.
 """
@@ -70,8 +70,13 @@ def with_error(similarity: np.ndarray, own: np.ndarray, ids: np.ndarray) -> dict
     return figures
 
 
+def training_texts(rows: Dataset) -> set[str]:
+    """Every name, other name and tag of the training pictures."""
+    return {text for column in ("captions", "tags") for texts in rows[column][:] for text in texts}
+
+
 def choose_queries(rows: Dataset, trained: set[str]) -> dict[str, np.ndarray]:
-    """Which rows of a split each figure asks for by name."""
+    """Which rows of a split each figure asks for by name, given `training_texts`."""
     names = rows["name"][:]
     held_out = np.array([is_held_out(name) for name in names])
     seen = np.array([name in trained for name in names])
@@ -79,8 +84,8 @@ def choose_queries(rows: Dataset, trained: set[str]) -> dict[str, np.ndarray]:
         "all names": np.ones(len(names), dtype=bool),
         "without near-duplicates": ~np.array(rows["near_duplicate"][:]),
         "names with a held-out word": held_out,
-        "other names of no training picture": ~held_out & ~seen,
-        "names of training pictures": seen,
+        "other names that no training picture has": ~held_out & ~seen,
+        "names that a training picture has": seen,
     }
 
 
@@ -144,7 +149,7 @@ def main() -> None:
         )
     model = VitEmbedForContrastive.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
-    trained = set(splits["train"]["name"][:])
+    trained = training_texts(splits["train"])
     report = {}
     with written_aside(arguments.output_dir) as aside:
         aside.mkdir()
