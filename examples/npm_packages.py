@@ -5,12 +5,14 @@ Shared by the scripts that build data sets. Needs `pip install resvg-py` and the
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,11 +21,20 @@ import resvg_py
 
 
 class Package:
-    """The files of one npm tarball, read without unpacking it to disk."""
+    """The files of one npm tarball, decompressed once to a nameless file, as gzip is read from its start for each."""
 
     def __init__(self, spec: str, path: Path) -> None:
         self.spec = spec
-        self.archive = tarfile.open(path)  # noqa: SIM115, read until the script ends
+        plain = tempfile.TemporaryFile()  # noqa: SIM115, read until the script ends
+        try:
+            with gzip.open(path) as packed:
+                shutil.copyfileobj(packed, plain)
+            plain.seek(0)
+            self.archive = tarfile.open(fileobj=plain, mode="r:")  # noqa: SIM115
+        except (gzip.BadGzipFile, EOFError, zlib.error, tarfile.TarError) as error:
+            raise ValueError(
+                f"expected an npm tarball at {path}, got: {error}; remove it, it is fetched again"
+            ) from None
         self.names = [name.removeprefix("package/") for name in self.archive.getnames()]
 
     def read(self, name: str) -> bytes:

@@ -1,9 +1,11 @@
 """The icon data set: what it keeps and what it keeps out, of packages made here; look-up and evaluation on it."""
 
+import gzip
 import io
 import json
 import logging
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ sys.path.insert(0, str(REPO / "examples"))
 import build_icon_dataset as icons  # noqa: E402
 import evaluate_retrieval  # noqa: E402
 import lookup_baseline  # noqa: E402
+import npm_packages  # noqa: E402
 import train_contrastive  # noqa: E402
 
 SQUARE = '<path d="M4 4h16v16H4z"/>'
@@ -192,6 +195,9 @@ def test_one_colour_is_stored_as_grey_and_alpha(dataset):
         ("be excited", False),
         ("bees", True),
         ("beer", False),
+        ("bee hives", True),
+        ("honeybee", True),
+        ("frisbee", False),
         ("crabby", False),
     ],
 )
@@ -211,6 +217,36 @@ def test_held_out_words(text, held_out):
 )
 def test_styles_of_sets_without_a_table(name, expected):
     assert icons.split_style(name, {}) == expected
+
+
+def a_tarball(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"package/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_a_package_gives_its_files_in_any_order_and_names_what_it_lacks(tmp_path):
+    path = tmp_path / "icons-1.tgz"
+    path.write_bytes(a_tarball({"a.json": b'{"b": [1]}', "c": b"last"}))
+    package = npm_packages.fetch("@icons@1", tmp_path)
+    assert package.read("c") == b"last" and package.json("a.json") == {"b": [1]} and package.read("c") == b"last"
+    with pytest.raises(ValueError, match=r"expected a file 'd' in @icons@1, found \['a.json', 'c'\]"):
+        package.read("d")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [a_tarball({"a": b"b" * 999})[:-9], b"<html>", gzip.compress(b"no archive")],
+    ids=["cut", "page", "no tar"],
+)
+def test_a_damaged_package_is_named(tmp_path, content):
+    (tmp_path / "icons-1.tgz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"expected an npm tarball at .*icons-1.tgz, got: .*; remove it"):
+        npm_packages.fetch("@icons@1", tmp_path)
 
 
 def test_the_look_up_finds_what_a_dictionary_and_a_thumbnail_know(dataset):
