@@ -105,8 +105,8 @@ HELD_OUT = set().union(*map(spellings, (*HELD_OUT_WORDS, *HELD_OUT_FORMS)))
 
 
 def is_held_out(text: str) -> bool:
-    """Whether one of the words of a text is held out, alone, in two ("sail boat") or within another ("guitarist")."""
-    words = words_of(text)
+    """Whether a word is held out, alone, numbered ("bee2"), in two ("sail boat") or in another ("guitarist")."""
+    words = [word.rstrip("0123456789") for word in words_of(text)]
     written = {*words, *(first + second for first, second in zip(words, words[1:]))}
     return bool(written & HELD_OUT) or any(held in word for word in words for held in HELD_OUT_WORDS if len(held) > 4)
 

@@ -192,6 +192,7 @@ def test_one_colour_is_stored_as_grey_and_alpha(dataset):
         ("guitarist", True),
         ("sail-boat-sink", True),
         ("scissor", True),
+        ("cut-scissor2", True),
         ("be excited", False),
         ("bees", True),
         ("beer", False),
