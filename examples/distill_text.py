@@ -9,7 +9,7 @@ is seen. The teacher's embeddings, centred and turned onto their `projection_dim
 of `text_embeds`; the loss is one minus the cosine. The image tower is left as it starts: train it with
 `train_contrastive.py --model_name_or_path runs/text`.
 
-Needs: `pip install accelerate datasets tqdm`.
+Needs: what train_contrastive.py needs.
 """
 
 from __future__ import annotations

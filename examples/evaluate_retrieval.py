@@ -8,7 +8,7 @@ a split: those whose drawing has no near-duplicate in what training rendered, th
 that no training picture has as a name, other name or tag, those that one has, and synonyms instead of names. The
 queries are the bare names.
 
-Needs: `pip install datasets matplotlib pillow scikit-learn tqdm`.
+Needs: what train_contrastive.py needs.
 """
 
 from __future__ import annotations

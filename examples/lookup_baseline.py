@@ -6,7 +6,7 @@ For each query the training names with the largest TF-IDF cosine of words are lo
 pictures of the split are ranked by their largest cosine of 16 x 16 pixels of ink to any drawing of those names. A model
 that does not beat this has learned nothing that a dictionary and a thumbnail do not know.
 
-Needs: `pip install datasets pillow scikit-learn tqdm`.
+Needs: what train_contrastive.py needs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Packages of the npm registry as pinned files, icons of iconify sets as pictures, folders written aside.
 
-Shared by the scripts that build data sets. Needs `pip install resvg-py` and the `npm` command.
+Shared by the scripts that build data sets. Needs the `npm` command to fetch, `pip install resvg-py` to render.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import resvg_py
 
 
 class Package:
@@ -96,6 +94,8 @@ def fetch(spec: str, cache_dir: Path) -> Package:
 
 def render_svg(icon: dict, icons: dict, size: int) -> bytes:
     """Return a PNG of `size` x `size` pixels with alpha of one icon of a parsed iconify set."""
+    import resvg_py  # what does not render does without
+
     left, top = icon.get("left", icons.get("left", 0)), icon.get("top", icons.get("top", 0))
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))

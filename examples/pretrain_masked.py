@@ -25,7 +25,7 @@ from datasets import Dataset, DatasetDict
 from kornia import augmentation
 from picture_files import UNREADABLE, as_rgb
 from PIL import ImageOps
-from recipe import Problems, check_output_dir, load_splits
+from recipe import Problems, check_output_dir, checkpoint_to_resume, load_splits
 from show_tokens import draw_reconstructions
 from tqdm import tqdm
 from transformers import (
@@ -189,7 +189,6 @@ def main() -> None:
     model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     check_output_dir(training_arguments)
-    resume = training_arguments.resume_from_checkpoint
     set_seed(training_arguments.seed)
     # Rows carry pictures, which no forward takes by name; the collator turns them into what it takes.
     training_arguments.remove_unused_columns = False
@@ -221,7 +220,7 @@ def main() -> None:
         callbacks=callbacks,
     )
     if training_arguments.do_train:
-        result = trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_arguments))
         trainer.save_model()
         trainer.save_metrics("train", result.metrics)
     if training_arguments.do_eval:

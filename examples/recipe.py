@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -374,7 +375,8 @@ class RecipeTrainer(Trainer):
             path = Path(self.args.output_dir) / "pictures" / f"{metric_key_prefix}-{self.state.global_step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_suffix(".unfinished.png")
-            self.draw(output, unfinished)
+            with matplotlib.rc_context({"text.parse_math": False}):  # names and captions may have dollars in them
+                self.draw(output, unfinished)
             os.replace(unfinished, path)
             logger.info("wrote %s", path)
             for callback in self.callback_handler.callbacks:
@@ -396,15 +398,20 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return max(found, default=(0, None))[1]
 
 
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
+    """What `--resume_from_checkpoint` names; for "True" the newest that was written to its end, if there is one."""
+    if arguments.resume_from_checkpoint != "True":
+        return arguments.resume_from_checkpoint
+    checkpoint = last_complete_checkpoint(arguments.output_dir)
+    logger.info("resume from %s", checkpoint or "the start: no checkpoint was written yet")
+    return checkpoint
+
+
 def run(trainer: RecipeTrainer, *, test_dataset=None, test_metrics: Callable | None = None) -> None:
     """Do what --do_train, --do_eval and --do_predict ask, and leave the model and its metrics in --output_dir."""
     arguments = trainer.args
     if arguments.do_train:
-        checkpoint = arguments.resume_from_checkpoint
-        if checkpoint == "True":
-            checkpoint = last_complete_checkpoint(arguments.output_dir)
-            logger.info("resume from %s", checkpoint or "the start: no checkpoint was written yet")
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
         trainer.save_model()
         trainer.save_state()
         trainer.save_metrics("train", result.metrics)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from pretrain_masked import Collator, DataArguments, TrainingPictures, readable_rows
-from recipe import check_output_dir, load_splits
+from recipe import check_output_dir, checkpoint_to_resume, load_splits
 from transformers import CLIPImageProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
@@ -78,8 +78,7 @@ def main() -> None:
         train_dataset=TrainingPictures(rows, data_arguments.image_column, tuple(side * 5 // 4 for side in shape)),
         processing_class=processor,
     )
-    resume = arguments.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
     trainer.save_model()
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 from datasets import Image as ImageFeature
 from kornia import augmentation
 from matplotlib.figure import Figure
@@ -42,6 +42,8 @@ from vit_embed import VitEmbedConfig, VitEmbedForContrastive
 logger = logging.getLogger("train_contrastive")
 
 RECALL_AT = (1, 5, 10)
+# Kinds of columns that hold texts, or lists of texts; the last is that of a column of empty lists.
+TEXT = (Value("string"), Value("large_string"), Value("string_view"), Value("null"))
 SENTENCES = ("a picture of {}", "a photo of {}", "an icon of {}", "This is a photo of {}.")
 # A mirrored picture keeps its caption unless the caption names a side.
 SIDED = {
@@ -143,6 +145,12 @@ def check_columns(dataset: Dataset | IterableDataset, split: str, arguments: Dat
             f"expected pictures in column {arguments.image_column!r} of split {split!r}, it has {feature}; set "
             "--image_column, or cast it to datasets.Image()"
         )
+    for flag, column in (("--caption_column", arguments.caption_column), ("--tag_column", arguments.tag_column)):
+        feature = dataset.features[column] if column else Value("string")
+        if getattr(feature, "feature", feature) not in TEXT:
+            raise ValueError(
+                f"expected texts or lists of texts in column {column!r} of split {split!r}, it is {feature}; set {flag}"
+            )
 
 
 def check_rows(dataset: Dataset, split: str, arguments: DataArguments, tokenizer: CLIPTokenizer) -> Dataset:
@@ -183,16 +191,23 @@ def draw_caption(captions: list[str], tags: list[str], arguments: DataArguments)
     return random.choice(SENTENCES).format(text) if random.random() < arguments.sentence_share else text
 
 
+def draw_fitting(captions: list[str], tags: list[str], arguments: DataArguments, tokenizer: CLIPTokenizer) -> str:
+    """`draw_caption`, or the name where what was made of it is longer than the tokenizer's limit."""
+    text = draw_caption(captions, tags, arguments)
+    fits = len(tokenizer(text, verbose=False).input_ids) <= tokenizer.model_max_length
+    return text if fits else captions[0]
+
+
 PLACE = "__place__"  # column that says where in its stream a row was
 # What a training item has.
 ITEM = ("rgba", "is_mono", "caption", "group_id", "key")
 
 
-def training_item(row: dict, arguments: DataArguments, canvas: int) -> dict[str, object]:
+def training_item(row: dict, arguments: DataArguments, tokenizer: CLIPTokenizer, canvas: int) -> dict[str, object]:
     """A row -> rgba uint8 (4, canvas, canvas), whether it has one colour, a random caption, ids of caption and draw."""
     picture = row[arguments.image_column]
     captions = as_list(row[arguments.caption_column])
-    tags = as_list(row[arguments.tag_column]) if arguments.tag_column else []
+    tags = list(filter(None, as_list(row[arguments.tag_column]))) if arguments.tag_column else []
     is_mono = picture.mode == "LA"
     picture = picture.convert("RGBA") if "A" in picture.mode else as_rgb(picture).convert("RGBA")
     if picture.size != (canvas, canvas):
@@ -202,7 +217,7 @@ def training_item(row: dict, arguments: DataArguments, canvas: int) -> dict[str,
     return {
         "rgba": torch.from_numpy(np.array(picture)).permute(2, 0, 1),
         "is_mono": is_mono,
-        "caption": draw_caption(captions, tags, arguments),
+        "caption": draw_fitting(captions, tags, arguments, tokenizer),
         "group_id": caption_id(captions[0]),
         "key": random.getrandbits(32),
     }
@@ -261,7 +276,7 @@ def training_stream(dataset: IterableDataset, arguments: DataArguments, tokenize
             if problem != "empty caption":
                 picture = ImageFeature().decode_example(row[column])
                 with seeded(seed, places[0]):
-                    item = training_item({**row, column: picture}, arguments, canvas)
+                    item = training_item({**row, column: picture}, arguments, tokenizer, canvas)
         except UNREADABLE as error:
             problem = f"unreadable picture ({error})"
         if problem is not None:
@@ -391,6 +406,13 @@ def image_processor_of(config: VitEmbedConfig, **kwargs) -> CLIPImageProcessor:
     return CLIPImageProcessor(**{**kwargs, **size})
 
 
+def read_tokenizer(folder: str, config: VitEmbedConfig) -> CLIPTokenizer:
+    """A CLIP tokenizer whose limit is at most the model's."""
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, config.text_config.max_position_embeddings)
+    return tokenizer
+
+
 def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPProcessor]:
     """Return the model and its processor, both from a checkpoint or both new."""
     if (arguments.model_name_or_path is None) == (arguments.config_name is None):
@@ -404,7 +426,7 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPP
             dtype=torch.float32,  # of the weights that are trained, whatever is stored; --bf16 is for the arithmetic
             **overrides,
         )
-        tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer_name or arguments.model_name_or_path)
+        tokenizer = read_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path, model.config)
         image_processor = CLIPImageProcessor.from_pretrained(arguments.model_name_or_path)
         if arguments.image_size is not None:
             image_processor = image_processor_of(model.config, **image_processor.to_dict())
@@ -412,7 +434,7 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPP
     if arguments.tokenizer_name is None:
         raise ValueError("expected --tokenizer_name beside --config_name, got none; name a folder of a CLIP tokenizer")
     config = VitEmbedConfig.from_pretrained(arguments.config_name, **overrides)
-    tokenizer = CLIPTokenizer.from_pretrained(arguments.tokenizer_name)
+    tokenizer = read_tokenizer(arguments.tokenizer_name, config)
     if len(tokenizer) != config.text_config.vocab_size:
         raise ValueError(
             f"expected a tokenizer of text_config.vocab_size = {config.text_config.vocab_size} tokens, "
@@ -427,12 +449,20 @@ def check_streaming(data: DataArguments, training: TrainingArguments) -> None:
     """Set how processes share a stream, each reading its own part; ValueError for what a stream cannot do."""
     if data.group_column is not None:
         raise ValueError("--group_column picks from rows that are all known, which those of a stream are not; drop one")
-    by_epoch = [name for name in ("eval_strategy", "save_strategy") if getattr(training, name) == "epoch"]
+    strategies = ("eval_strategy", "save_strategy", "logging_strategy")
+    by_epoch = [name for name in strategies if getattr(training, name) == "epoch"]
     if training.world_size > 1 and by_epoch:
         raise ValueError(
             f"the processes come to the end of their parts of a stream at different steps, got --{by_epoch[0]} epoch; "
             "set it to steps"
         )
+    if training.world_size > 1 and training.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "the processes come to the end of their parts of a stream at different steps, got "
+            f"--gradient_accumulation_steps {training.gradient_accumulation_steps}; set it to 1"
+        )
+    if training.resume_from_checkpoint:
+        logger.warning("a stream goes on where it was stopped if that was in its first pass; later, in its second")
     training.accelerator_config.dispatch_batches = False  # texts of a batch are as long as the longest of it
 
 
@@ -470,7 +500,9 @@ def main() -> None:
         train_dataset = training_stream(splits[data.train_split], data, processor.tokenizer, canvas, training.seed)
     elif training.do_train:
         groups = Groups(checked[data.train_split], data.group_column)
-        train_dataset = SeededRows(groups, partial(training_item, arguments=data, canvas=canvas), training.seed)
+        train_dataset = SeededRows(
+            groups, partial(training_item, arguments=data, tokenizer=processor.tokenizer, canvas=canvas), training.seed
+        )
     validation = {split: pictures[split] for split in data.validation_split * training.do_eval}
     is_one = len(validation) == 1
     sheets = {"eval" if is_one else f"eval_{split}": checked[split] for split in validation}

@@ -234,18 +234,18 @@ def check_rows(
             f"expected columns {sorted(missing)} in split {split!r}, found {dataset.column_names}; "
             "set --image_column and --depth_column"
         )
+    names = dataset["name"][:] if "name" in dataset.column_names else range(len(dataset))
+    labels = names if len(set(map(str, names))) == len(dataset) else range(len(dataset))
     problems, kept, sizes, medians = Problems(), [], Counter(), []
     for index in tqdm(range(len(dataset)), desc=f"check {split}"):
         try:
-            row = dataset[index]
-            label = row["name"] if isinstance(row.get("name"), str) else index
-            depth, reason, is_of_use = check_row(row, arguments)
+            depth, reason, is_of_use = check_row(dataset[index], arguments)
         except UNREADABLE:  # `datasets` opens the pictures of a row
-            label, depth, reason, is_of_use = index, None, "unreadable row", False
+            depth, reason, is_of_use = None, "unreadable row", False
         if is_of_use and max_depth is not None and not (near := (depth > 0) & (depth <= max_depth)).any():
             depth, reason, is_of_use = None, f"no valid pixel within --max_depth {max_depth:g}", False
         if reason is not None:
-            problems.add(reason, label, drop=not is_of_use)
+            problems.add(reason, labels[index], drop=not is_of_use)
         if is_of_use:
             kept.append(index)
             sizes[depth.shape] += 1

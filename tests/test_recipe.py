@@ -11,8 +11,11 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict
+from fresh_process import run_fresh
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from test_hub import TOKEN, hub  # noqa: F401, a fixture
 from transformers import ResNetConfig, TrainerCallback, TrainingArguments
 
 from vit_embed import (
@@ -30,6 +33,7 @@ from recipe import (  # noqa: E402
     RecipeArguments,
     RecipeTrainer,
     SeededRows,
+    checkpoint_to_resume,
     frozen_modules,
     last_complete_checkpoint,
     load_splits,
@@ -301,6 +305,34 @@ def test_every_kind_of_dataset_opens(write, streaming, picture_files, tmp_path, 
     assert "png" in row or write is not write_shards
 
 
+def read_from_the_hub(file: str, token: str, examples: str) -> list:
+    import sys
+
+    from huggingface_hub import HfApi
+
+    sys.path.insert(0, examples)
+    from recipe import load_splits
+
+    api = HfApi(token=token)
+    api.create_repo("alice/pictures", repo_type="dataset")
+    path = "data/train-00000-of-00001.parquet"
+    api.upload_file(path_or_fileobj=file, path_in_repo=path, repo_id="alice/pictures", repo_type="dataset")
+    found = []
+    for streaming in (False, True):
+        rows = load_splits("alice/pictures", streaming)["train"]
+        found.append([[row["image"].size, row["text"]] for row in rows])
+    return found
+
+
+def test_a_dataset_is_read_by_its_name_on_the_hub(hub, tmp_path):  # noqa: F811
+    rows = [{"image": Image.new("RGB", (width, 4)), "text": "x" * width} for width in (3, 5)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    environment = {**hub, "HF_HUB_OFFLINE": "0"}
+    arguments = {"file": str(tmp_path / "train.parquet"), "token": TOKEN, "examples": str(PICTURES.parent)}
+    found = run_fresh(read_from_the_hub, tmp_path / "home", environment=environment, **arguments)
+    assert found == [[[[3, 4], "xxx"], [[5, 4], "xxxxx"]]] * 2, "whole, and as a stream"
+
+
 def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
     with pytest.raises(ValueError, match="expected a folder, a .parquet or .tar file, or a name on the Hub"):
         load_splits(str(tmp_path / "absent"))
@@ -430,6 +462,9 @@ def test_an_unfinished_checkpoint_is_left_out(tmp_path, caplog):
             (folder / "trainer_state.json").write_text(text)
     assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
     assert "checkpoint-15 is unfinished" in caplog.text and "checkpoint-20 is unfinished" in caplog.text
+    for asked, given in ((None, None), ("somewhere", "somewhere"), ("True", str(tmp_path / "checkpoint-10"))):
+        arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint=asked, report_to=[])
+        assert checkpoint_to_resume(arguments) == given
 
 
 class Board(TrainerCallback):
@@ -448,7 +483,9 @@ def test_every_evaluation_leaves_a_picture_and_run_its_metrics(tmp_path):
     def draw(output, path):
         drawn.append(path.name.split("-")[0])
         assert output.predictions.shape == (4, 3)
-        Image.new("RGB", (6, 5)).save(path)
+        figure = Figure(figsize=(1, 1))
+        figure.suptitle("$5 a shirt #$1")  # no formula, whatever matplotlib takes it for
+        figure.savefig(path, dpi=50)
 
     trainer = trainer_of(
         MODELS["rms norm"](),
@@ -461,7 +498,7 @@ def test_every_evaluation_leaves_a_picture_and_run_its_metrics(tmp_path):
     assert drawn == ["eval", "eval", "eval", "test"]
     names = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
     assert names == ["eval-000001.png", "eval-000002.png", "test-000002.png"]
-    assert board.images[0] == ("pictures/eval", (5, 6, 3), 1, "HWC") and len(board.images) == 4
+    assert board.images[0] == ("pictures/eval", (50, 50, 3), 1, "HWC") and len(board.images) == 4
     results = {name: json.loads((tmp_path / "run" / f"{name}_results.json").read_text()) for name in ("eval", "test")}
     assert results["eval"]["eval_kind"] == 1.0 and results["test"]["test_kind"] == 2.0
     assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "train_results.json").exists()

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import random
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -220,13 +221,30 @@ def test_shares_of_the_texts_drawn():
     assert only == {"cat"}
 
 
-def items(dataset: Dataset) -> list[dict]:
+def test_what_is_made_of_a_caption_fits_the_model(tmp_path):
+    """Or is left at the name: nothing is cut. The limit is the model's, also of a tokenizer that names none."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(REPO / name, tmp_path)
+    names = {"model_name_or_path": str(REPO), "tokenizer_name": str(tmp_path)}
+    _, processor = train_contrastive.load_model(train_contrastive.ModelArguments(**names))
+    assert processor.tokenizer.model_max_length == 32
+    name, other, tags = (" ".join([word] * count) for word, count in (("red", 25), ("green", 31), ("blue", 5)))
+    arguments = DataArguments(dataset="x", tag_column="tags", name_share=0.3, sentence_share=0.5)
+    row = {"image": PictureImage.new("RGB", (8, 8)), "captions": [name, other], "tags": [tags, None]}
+    random.seed(0)
+    texts = [train_contrastive.training_item(row, arguments, processor.tokenizer, 8)["caption"] for _ in range(60)]
+    short = [sentence for sentence in train_contrastive.SENTENCES if len(sentence.split()) == 4]
+    assert {*texts} == {name, *(sentence.format(name) for sentence in short)}, "32 tokens hold three words more"
+    assert max(map(len, processor.tokenizer(texts).input_ids)) <= 32
+
+
+def items(dataset: Dataset, processor) -> list[dict]:
     arguments = DataArguments(dataset="x", tag_column="tags")
-    return [train_contrastive.training_item(row, arguments, 64) for row in dataset]
+    return [train_contrastive.training_item(row, arguments, processor.tokenizer, 64) for row in dataset]
 
 
 def test_equal_names_share_an_id_and_the_loss_leaves_them_out(processor):
-    batch = items(rows())
+    batch = items(rows(), processor)
     masked = Collator(processor, DataArguments(dataset="x"), (64, 64))(batch)
     assert masked["group_ids"][0] == masked["group_ids"][-1] == caption_id(name_of(PICTURES[0]))
     assert len(set(masked["group_ids"].tolist())) == len(PICTURES)
@@ -251,7 +269,7 @@ def test_drawings_of_one_colour_get_any_colour_and_stay_apart_from_their_ground(
     )
     random.seed(1)
     batch = [
-        train_contrastive.training_item({"image": picture, "captions": "square"}, arguments, 64)
+        train_contrastive.training_item({"image": picture, "captions": "square"}, arguments, processor.tokenizer, 64)
         for picture in [grey] * 40 + [red] * 40
     ]
     pixels = collator(batch)["pixel_values"] * std + mean  # (80, 3, 64, 64) in [0, 1]
@@ -279,6 +297,10 @@ def test_drawings_of_one_colour_get_any_colour_and_stay_apart_from_their_ground(
         (
             ["--model_name_or_path", str(REPO), "--do_train", "--streaming", "--group_column", "group"],
             "--group_column picks from rows that are all known",
+        ),
+        (
+            ["--model_name_or_path", str(REPO), "--do_train", "--caption_column", "image"],
+            "expected texts or lists of texts in column 'image' of split 'train', it is Image.*; set --caption_column",
         ),
     ],
 )
@@ -342,9 +364,17 @@ def weights(output_dir: Path) -> dict[str, torch.Tensor]:
     return load_file(output_dir / "model.safetensors")
 
 
-def test_a_killed_run_resumed_equals_an_unbroken_one(small, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--per_device_train_batch_size", 4, "--patch_drop_rate", 0.25],
+        ["--per_device_train_batch_size", 1, "--streaming"],
+    ],
+    ids=["four passes", "within one pass of a stream"],
+)
+def test_a_killed_run_resumed_equals_an_unbroken_one(more, small, monkeypatch, tmp_path):
     """In weights bit for bit, with pictures and captions drawn at random, and hidden patches."""
-    asked = ["--max_steps", 8, "--save_steps", 3, "--per_device_train_batch_size", 4, "--patch_drop_rate", 0.25]
+    asked = ["--max_steps", 8, "--save_steps", 3, *more]
     train_small(monkeypatch, small, tmp_path / "unbroken", *asked)
     training_runs.killed_runs("train_contrastive", [small_command(small, tmp_path / "killed", *asked)], killed_in=6)
     assert not (tmp_path / "killed" / "model.safetensors").exists()
@@ -381,12 +411,21 @@ def test_two_processes_share_a_stream(small, monkeypatch, tmp_path):
     assert len(training_runs.losses(tmp_path / "run")) == 4
 
 
-@pytest.mark.parametrize("strategy", ["eval_strategy", "save_strategy"])
-def test_processes_cannot_meet_at_the_end_of_a_stream(strategy):
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("eval_strategy", "epoch", "got --eval_strategy epoch; set it to steps"),
+        ("save_strategy", "epoch", "got --save_strategy epoch; set it to steps"),
+        ("logging_strategy", "epoch", "got --logging_strategy epoch; set it to steps"),
+        ("gradient_accumulation_steps", 2, "got --gradient_accumulation_steps 2; set it to 1"),
+    ],
+)
+def test_processes_cannot_meet_at_the_end_of_a_stream(flag, value, message):
     """Each comes to the end of its part at a step of its own."""
-    training = SimpleNamespace(**{"world_size": 2, "eval_strategy": "no", "save_strategy": "steps", strategy: "epoch"})
-    with pytest.raises(ValueError, match=f"got --{strategy} epoch; set it to steps"):
-        train_contrastive.check_streaming(DataArguments(dataset="x"), training)
+    strategies = {"eval_strategy": "no", "save_strategy": "steps", "logging_strategy": "steps"}
+    training = {"world_size": 2, **strategies, "gradient_accumulation_steps": 1, flag: value}
+    with pytest.raises(ValueError, match=message):
+        train_contrastive.check_streaming(DataArguments(dataset="x"), SimpleNamespace(**training))
 
 
 def test_another_image_size_resamples_positions_and_is_saved_with_the_processor(monkeypatch, small, tmp_path):
