@@ -28,7 +28,7 @@ from PIL import Image
 from transformers import EarlyStoppingCallback, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import get_parameter_names
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from vit_embed import VitEmbedModel, VitEmbedTextModel
 
@@ -314,6 +314,7 @@ class RecipeTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.recipe, self.draw = recipe, draw
+        self.drawn: Path | None = None  # the last picture, until it is logged
         self._keep_scalars_whole()
         self.frozen = frozen_modules(self.model)
         if hasattr(self.train_dataset, "set_epoch"):
@@ -379,12 +380,28 @@ class RecipeTrainer(Trainer):
                 self.draw(output, unfinished)
             os.replace(unfinished, path)
             logger.info("wrote %s", path)
-            for callback in self.callback_handler.callbacks:
-                if getattr(callback, "tb_writer", None) is not None:
-                    pixels = np.asarray(Image.open(path).convert("RGB"))
-                    name = f"pictures/{metric_key_prefix}"
-                    callback.tb_writer.add_image(name, pixels, self.state.global_step, dataformats="HWC")
+            self.drawn = path
         return output
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        self._show_on_tensorboard()
+        return metrics
+
+    def predict(self, *args, **kwargs) -> PredictionOutput:
+        output = super().predict(*args, **kwargs)
+        self._show_on_tensorboard()
+        return output
+
+    def _show_on_tensorboard(self) -> None:
+        """Log what was drawn last. Behind the metrics, as the callback opens its file for those."""
+        path, self.drawn = self.drawn, None
+        for callback in self.callback_handler.callbacks:
+            if path is not None and getattr(callback, "tb_writer", None) is not None:
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                name, step = path.stem.rsplit("-", 1)
+                callback.tb_writer.add_image(f"pictures/{name}", pixels, int(step), dataformats="HWC")
+                callback.tb_writer.flush()
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

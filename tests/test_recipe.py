@@ -468,10 +468,19 @@ def test_an_unfinished_checkpoint_is_left_out(tmp_path, caplog):
 
 
 class Board(TrainerCallback):
-    """Stands where TensorBoardCallback stands, which has `tb_writer`."""
+    """Stands where TensorBoardCallback stands: there is a `tb_writer` from the first metrics to the end of training."""
 
     def __init__(self):
-        self.tb_writer, self.images = self, []
+        self.tb_writer, self.images = None, []
+
+    def on_log(self, *args, **kwargs):
+        self.tb_writer = self
+
+    def on_train_end(self, *args, **kwargs):
+        self.tb_writer = None
+
+    def flush(self):
+        pass
 
     def add_image(self, name, pixels, step, dataformats):
         self.images.append((name, pixels.shape, step, dataformats))
