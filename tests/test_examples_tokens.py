@@ -81,6 +81,7 @@ def test_pretraining_end_to_end(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(ValueError, match="--resume_from_checkpoint"):
         pretrain_masked.main()
+    (tmp_path / "run" / "checkpoint-9").mkdir()  # a kill while it was saved
     monkeypatch.setattr(sys, "argv", [*arguments, "--resume_from_checkpoint", "True"])
     pretrain_masked.main()
     state = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
@@ -129,6 +130,9 @@ def test_training_an_adaptive_stem_end_to_end(photos, tmp_path):
     ):
         refused = run("train_adaptive.py", *given, cwd=tmp_path)
         assert refused.returncode != 0 and message in refused.stderr
+    (tmp_path / "run" / "checkpoint-9").mkdir()  # a kill while it was saved
+    ran = run("train_adaptive.py", *arguments, "--max_steps", 4, "--resume_from_checkpoint", True, cwd=tmp_path)
+    assert ran.returncode == 0 and (tmp_path / "run" / "checkpoint-4").exists(), ran.stderr[-3000:]
     model = VitEmbedForDepthEstimation.from_pretrained(tmp_path / "run")
     assert model.config.stem_type == "adaptive" and model.config.adaptive_budget_weight == 0.5
     history = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
