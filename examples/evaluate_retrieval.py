@@ -4,9 +4,9 @@
 
 Text to image, on the splits that `build_icon_dataset.py` writes: the share of names that have their own picture among
 the first 1, 5 and 10 (pictures of equal names count as one), with its standard error, a binomial's. Beside all names of
-a split: those whose drawing has no near-duplicate in what training rendered, those with a held-out word, the others
-that no training picture has as a name, other name or tag, those that one has, and synonyms instead of names. The
-queries are the bare names.
+a split: those whose drawing has no near-duplicate in what training rendered; those that a training picture has as a
+name, other name or tag; the others in three parts, with a held-out word, with another word that no such text has, and
+of words that all are in one, never put together so; and synonyms instead of names. The queries are the bare names.
 
 Needs: what train_contrastive.py needs.
 """
@@ -80,11 +80,14 @@ def choose_queries(rows: Dataset, trained: set[str]) -> dict[str, np.ndarray]:
     names = rows["name"][:]
     held_out = np.array([is_held_out(name) for name in names])
     seen = np.array([name in trained for name in names])
+    words = {word for text in trained for word in text.split()}
+    known = np.array([words.issuperset(name.split()) for name in names])
     return {
         "all names": np.ones(len(names), dtype=bool),
         "without near-duplicates": ~np.array(rows["near_duplicate"][:]),
         "names with a held-out word": held_out,
-        "other names that no training picture has": ~held_out & ~seen,
+        "names with another word that no training picture has": ~held_out & ~known,
+        "new names of words that training pictures have": ~held_out & known & ~seen,
         "names that a training picture has": seen,
     }
 

@@ -396,12 +396,12 @@ class RecipeTrainer(Trainer):
     def _show_on_tensorboard(self) -> None:
         """Log what was drawn last. Behind the metrics, as the callback opens its file for those."""
         path, self.drawn = self.drawn, None
-        for callback in self.callback_handler.callbacks:
-            if path is not None and getattr(callback, "tb_writer", None) is not None:
-                pixels = np.asarray(Image.open(path).convert("RGB"))
-                name, step = path.stem.rsplit("-", 1)
-                callback.tb_writer.add_image(f"pictures/{name}", pixels, int(step), dataformats="HWC")
-                callback.tb_writer.flush()
+        writers = [getattr(callback, "tb_writer", None) for callback in self.callback_handler.callbacks]
+        for writer in filter(None, writers if path is not None else ()):
+            name, step = path.stem.rsplit("-", 1)
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            writer.add_image(f"pictures/{name}", pixels, int(step), dataformats="HWC")
+            writer.flush()
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:

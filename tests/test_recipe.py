@@ -327,9 +327,8 @@ def read_from_the_hub(file: str, token: str, examples: str) -> list:
 def test_a_dataset_is_read_by_its_name_on_the_hub(hub, tmp_path):  # noqa: F811
     rows = [{"image": Image.new("RGB", (width, 4)), "text": "x" * width} for width in (3, 5)]
     Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    environment = {**hub, "HF_HUB_OFFLINE": "0"}
     arguments = {"file": str(tmp_path / "train.parquet"), "token": TOKEN, "examples": str(PICTURES.parent)}
-    found = run_fresh(read_from_the_hub, tmp_path / "home", environment=environment, **arguments)
+    found = run_fresh(read_from_the_hub, tmp_path / "home", environment=hub, **arguments)
     assert found == [[[[3, 4], "xxx"], [[5, 4], "xxxxx"]]] * 2, "whole, and as a stream"
 
 
