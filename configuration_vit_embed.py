@@ -873,7 +873,7 @@ class VitEmbedConfig(PretrainedConfig):
 
     def padded_shape(self, image_shape: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels, each rounded up to its `image_multiple`."""
-        return tuple(math.ceil(size / unit) * unit for size, unit in zip(image_shape, self.image_multiple))
+        return tuple((size + unit - 1) // unit * unit for size, unit in zip(image_shape, self.image_multiple))
 
     @property
     def pyramid_widths(self) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 Symbols: B batch, L tokens, R or Q rows asked for, P prefix tokens, D hidden size, h heads.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from .configuration_vit_embed import (
 )
 from .tokens_vit_embed import (
     TokenLayout,
+    Tokens,
     key_bias,
     match_tokens,
     merge_tokens,
@@ -103,15 +105,16 @@ class VitEmbedAttention(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        rows: torch.Tensor | None = None,
+        queries: torch.Tensor | None = None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """(B, L, D) -> (B, Q, D) with Q = L, or the number of `rows`; the weights (B, h, Q, L) if asked for; and the
-        keys (B, h, L, D / h), by which tokens are compared."""
+        output_keys: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(B, L, D), or other states (B, Q, D) as queries -> (B, Q, D); and if asked for the weights (B, h, Q, L), and
+        the keys (B, h, L, D / h), by which tokens are compared."""
         query, key, value = (
             states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h, Q or L, D / h)
             for states in (
-                self.q_proj(select_rows(hidden_states, rows)),
+                self.q_proj(hidden_states if queries is None else queries),
                 self.k_proj(hidden_states),
                 self.v_proj(hidden_states),
             )
@@ -132,7 +135,8 @@ class VitEmbedAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             is_causal=is_causal,
         )
-        return self.out_proj(mixed.flatten(2)), weights if output_attentions else None, key
+        mixed = self.out_proj(mixed.flatten(2))
+        return mixed, weights if output_attentions else None, key if output_keys else None
 
 
 class VitEmbedMLP(nn.Module):
@@ -174,35 +178,57 @@ class VitEmbedLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        rows: torch.Tensor | None = None,
-        output_attentions: bool = False,
         layout: TokenLayout | None = None,
+        rows: torch.Tensor | slice | None = None,
         merge_size: int = 0,
+        output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, TokenLayout | None]:
-        """(B, L, D) -> (B, L, D), or (B, R, D) for row numbers (B, R); the attention weights if asked for; and the
-        layout of the tokens afterwards, `merge_size` fewer than before."""
-        residual = select_rows(hidden_states, rows)
-        if self.norm_first:
-            hidden_states = self.layer_norm1(hidden_states)
-        mixed, weights, keys = self.self_attn(hidden_states, attention_mask, is_causal, rows, output_attentions)
-        hidden_states = residual + self._scaled(mixed, self.layer_scale1)
+        """
+        Args:
+            hidden_states: (B, L, D).
+            attention_mask: added to the scores, broadcast to (B, h, Q, L), or None.
+            is_causal: for implementations that are told by a flag.
+            layout: of the image tokens.
+            rows: which to compute, (B, Q) or a slice; None for all, Q = L.
+            merge_size: pairs of tokens to merge.
+
+        Returns:
+            (B, Q, D), less `merge_size` rows; the attention weights if asked for; the layout afterwards.
+        """
+        normed = self.layer_norm1(hidden_states) if self.norm_first else hidden_states
+        branch, weights, keys = self.self_attn(
+            normed,
+            attention_mask,
+            is_causal,
+            queries=None if rows is None else select_rows(normed, rows),
+            output_attentions=output_attentions,
+            output_keys=merge_size > 0,
+        )
+        del normed  # nothing is kept that is not used again
+        hidden_states = select_rows(hidden_states, rows) + self._scaled(branch, self.layer_scale1)
+        del branch
         if not self.norm_first:
             hidden_states = self.layer_norm1(hidden_states)
-        num_prefix = self.num_prefix_tokens
-        merge_size = min(merge_size, (keys.shape[2] - num_prefix) // 2)
-        if merge_size > 0:
-            prefix, patches = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
-            merge = match_tokens(keys[:, :, num_prefix:].mean(dim=1), merge_size)
-            patches, layout = merge_tokens(patches, layout, merge)
-            hidden_states = torch.cat([prefix, patches], dim=1)  # (B, L - merge_size, D)
-
-        residual = hidden_states
-        if self.norm_first:
-            hidden_states = self.layer_norm2(hidden_states)
-        hidden_states = residual + self._scaled(self.mlp(hidden_states), self.layer_scale2)
+        if keys is not None:
+            hidden_states, layout = self._merged(hidden_states, layout, keys, merge_size)
+        branch = self.mlp(self.layer_norm2(hidden_states) if self.norm_first else hidden_states)
+        hidden_states = hidden_states + self._scaled(branch, self.layer_scale2)
         if not self.norm_first:
             hidden_states = self.layer_norm2(hidden_states)
         return hidden_states, weights, layout
+
+    def _merged(
+        self, hidden_states: torch.Tensor, layout: TokenLayout, keys: torch.Tensor, merge_size: int
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        """(B, L, D) -> (B, L - merge_size, D): the tokens with the most similar keys (B, h, L, D / h) become one."""
+        num_prefix = self.num_prefix_tokens
+        merge_size = min(merge_size, (keys.shape[2] - num_prefix) // 2)
+        if merge_size < 1:
+            return hidden_states, layout
+        prefix, patches = hidden_states[:, :num_prefix], hidden_states[:, num_prefix:]
+        merge = match_tokens(keys[:, :, num_prefix:].mean(dim=1), merge_size)
+        patches, layout = merge_tokens(patches, layout, merge)
+        return torch.cat([prefix, patches], dim=1), layout
 
     def _scaled(self, branch: torch.Tensor, layer_scale: torch.Tensor | None) -> torch.Tensor:
         branch = self.dropout(branch)
@@ -212,15 +238,17 @@ class VitEmbedLayer(GradientCheckpointingLayer):
 
 
 class EncoderOutput(NamedTuple):
-    """What the layers give: last_hidden_state (B, L, D), or (B, R, D) where rows were asked for; one entry a layer in
-    attentions (B, h, L, L), and the input besides in hidden_states (B, L, D), each None unless asked for; and the
-    layout of the tokens in each hidden state, the input's first, where one was given. Merging makes L differ by
-    layer."""
+    """What the layers give.
 
-    last_hidden_state: torch.Tensor
-    hidden_states: tuple[torch.Tensor, ...] | None
+    last: the output of the last layer, (B, L, D), or (B, Q, D) where rows were asked for.
+    stages: {number: hidden state}, of those asked for; 0 is the input of the first layer, i the output of layer i.
+        Merging makes L differ by layer.
+    attentions: (B, h, L, L) a layer if asked for, else None.
+    """
+
+    last: Tokens
+    stages: dict[int, Tokens]
     attentions: tuple[torch.Tensor, ...] | None
-    layouts: tuple[TokenLayout | None, ...]
 
 
 class VitEmbedEncoder(nn.Module):
@@ -239,42 +267,39 @@ class VitEmbedEncoder(nn.Module):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         is_causal: bool = False,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        last_rows: torch.Tensor | None = None,
-        last_mask: torch.Tensor | None = None,
         layout: TokenLayout | None = None,
+        stages: Collection[int] = (),
+        output_attentions: bool = False,
+        last_rows: torch.Tensor | slice | None = None,
+        last_mask: torch.Tensor | None = None,
     ) -> EncoderOutput:
         """
         Args:
             hidden_states: (B, L, D).
             attention_mask: added to the scores of every layer, broadcast to (B, h, L, L), or None.
             is_causal: whether a token sees only itself and those before it (for implementations without a mask).
-            last_rows: row numbers (B, R). The last layer then computes these rows alone: the same numbers for
-                1 / num_hidden_layers less work, as no later layer reads the others.
-            last_mask: as attention_mask, for `last_rows`: broadcast to (B, h, R, L).
             layout: of image tokens, in place of the masks: each counts by its size, and in evaluation every layer
                 merges `token_merge_size` of them.
+            stages: numbers of the hidden states to keep.
+            last_rows: row numbers (B, Q), or a slice. The last layer then computes these rows alone: the same numbers
+                for 1 / num_hidden_layers less work, as no later layer reads the others.
+            last_mask: as attention_mask, for `last_rows`: broadcast to (B, h, Q, L).
         """
         num_prefix = self.config.num_prefix_tokens
         merge_size = 0 if layout is None or self.training else self.config.token_merge_size
-        all_hidden_states, all_attentions, layouts = [hidden_states], [], [layout]
-        for layer in self.layers:
+        kept = {0: Tokens(hidden_states, layout)} if 0 in stages else {}
+        attentions, last = [], len(self.layers)
+        for number, layer in enumerate(self.layers, start=1):
             rows = None
             if layout is not None:
                 attention_mask = key_bias(layout, num_prefix, hidden_states.dtype)
-            if layer is self.layers[-1] and last_rows is not None:
+            if number == last and last_rows is not None:
                 rows, is_causal, merge_size = last_rows, False, 0
                 attention_mask = last_mask if layout is None else attention_mask
             hidden_states, weights, layout = layer(
-                hidden_states, attention_mask, is_causal, rows, output_attentions, layout, merge_size
+                hidden_states, attention_mask, is_causal, layout, rows, merge_size, output_attentions
             )
-            all_hidden_states.append(hidden_states)
-            all_attentions.append(weights)
-            layouts.append(layout)
-        return EncoderOutput(
-            hidden_states,
-            tuple(all_hidden_states) if output_hidden_states else None,
-            tuple(all_attentions) if output_attentions else None,
-            tuple(layouts),
-        )
+            attentions.append(weights)
+            if number in stages:
+                kept[number] = Tokens(hidden_states, layout)
+        return EncoderOutput(Tokens(hidden_states, layout), kept, tuple(attentions) if output_attentions else None)

@@ -1,25 +1,38 @@
-"""CLIP and ViT in one trunk: attention, layer, encoder, the two towers, and the classes that the Auto classes load.
+"""CLIP and ViT in one trunk: the two towers, and the classes that the Auto classes load.
 
 Symbols, used in every shape comment: B batch, C channels, H W image pixels, gh gw patch rows and columns,
 N = gh * gw patches, P prefix tokens (class token and registers), L = P + N, T text tokens, D hidden size, h heads.
 Height comes before width everywhere.
 
 The state dict of `VitEmbedForContrastive` is that of `transformers.CLIPModel`, key for key.
+
+The rules of a forward pass, which tests/test_forward_rules.py holds every class to:
+
+1. Submodules are called. Nobody reads another module's weights, so hooks, compilation, sharding, offload and adapters
+   work on any of them.
+2. Dtype and device come from the inputs or a named weight of the same module: a replica of `nn.DataParallel` has no
+   `parameters()`.
+3. Shapes come from `.shape`, and no branch of a recorded graph depends on values.
+4. Collectives belong to training steps: evaluation and passes without gradients are local.
+5. No parameter is written to.
+6. Losses take `num_items_in_batch`, so a step cut into batches and processes is the step in one.
+7. Parts may lie on different devices.
+8. A layer that is a layer of torch behaves as one.
+9. On an accelerator a training step does not make the host wait, but for what `ChecksValues` and docstrings say.
+10. What was not asked for is not kept.
+11. What is frozen does not move, running statistics included.
 """
 
-import contextlib
 import copy
-import math
+import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import (
     BackboneOutput,
@@ -30,21 +43,39 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import ModelOutput
 
+from .classification_vit_embed import (
+    CLASSIFICATION_LOSSES,
+    problem_type,
+)
 from .configuration_vit_embed import (
     GRIDLESS_STEMS,
     LEGACY_EOS_TOKEN_ID,
-    NUM_DPT_TAPS,
     TOKEN_CHOOSING_STEMS,
     VitEmbedConfig,
     VitEmbedTextConfig,
     as_size,
 )
+from .contrastive_vit_embed import (
+    CONTRASTIVE_LOSSES,
+    SIGMOID_LOGIT_BIAS_INIT,
+    Embedded,
+    PairRows,
+    contrastive_logits,
+    embed_in_chunks,
+    has_other_processes,
+    joined_loss,
+    same_group,
+)
+from .depth_vit_embed import (
+    DEPTH_HEADS,
+    depth_loss,
+    evenly_spaced_layers,
+    predict_depth,
+    predict_depth_of_sizes,
+)
 from .embeddings_vit_embed import (
-    LearnedPositions,
     VitEmbedEmbeddings,
     VitEmbedTextEmbeddings,
-    image_sizes,
-    sinusoidal_positions,
 )
 from .encoder_vit_embed import (
     NORMS,
@@ -53,33 +84,47 @@ from .encoder_vit_embed import (
     VitEmbedLayer,
     linear,
 )
-from .heads_vit_embed import (
-    DEPTH_ACTIVATIONS,
-    DEPTH_HEADS,
-    AttentionPooling,
+from .inputs_vit_embed import (
+    ChecksValues,
+    check_depth_labels,
+    check_group_ids,
+    check_images,
+    check_normalize,
+    check_pyramid_inputs,
+    check_text_values,
+    check_texts,
+    image_sizes,
+    is_traced,
 )
 from .losses_vit_embed import (
-    CONTRASTIVE_LOSSES,
-    DEPTH_LOSSES,
-    MAX_LOGIT_SCALE,
-    contrastive_logits,
-    gather_batch,
-    gradient_matching_loss,
-    same_group,
+    total_items,
+    with_stem_loss,
+)
+from .masked_vit_embed import (
+    VitEmbedPatchDecoder,
+    masked_error,
+    patch_statistics,
+    seen_patches,
+)
+from .pooling_vit_embed import (
+    POOLED_TOKEN,
+    POOLINGS,
+    AttentionPooling,
 )
 from .processor_files_vit_embed import (
     write_processor_files,
 )
 from .stems_vit_embed import (
+    STEMS,
     HybridStem,
     patchify,
     unpatchify,
 )
 from .tokens_vit_embed import (
-    TokenLayout,
-    key_bias,
-    mean_of_patches,
-    random_kept,
+    KeptPatches,
+    Tokens,
+    feature_map,
+    patch_grid,
     select_rows,
     spread,
 )
@@ -93,12 +138,6 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 # What `save_pretrained(push_to_hub=True)` passes on to `push_to_hub`.
 PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision", "tags", "token")
 
-# Cross-entropy's mark for a row to leave out.
-IGNORED_LABEL = -100
-
-# SigLIP's start: almost every pair of a batch is a negative (arXiv:2303.15343 section 3.2).
-SIGMOID_LOGIT_BIAS_INIT = -10.0
-
 
 def _fill(parameter: torch.Tensor | None, initialise, **options) -> None:
     """Initialises a parameter, or a norm's statistic, where there is one.
@@ -109,10 +148,33 @@ def _fill(parameter: torch.Tensor | None, initialise, **options) -> None:
         initialise(parameter, **options)
 
 
-class VitEmbedTower(PreTrainedModel):
+def with_output_options(forward: Callable[..., ModelOutput]) -> Callable[..., ModelOutput | tuple]:
+    """Gives a `forward` the options of transformers: `output_attentions` and `output_hidden_states` reach it as bools,
+    from the call or else from the config, and with `return_dict=False` its output becomes a tuple."""
+
+    @functools.wraps(forward)
+    def with_options(self, *args, output_attentions=None, output_hidden_states=None, return_dict=None, **kwargs):
+        config = self.config
+        output = forward(
+            self,
+            *args,
+            output_attentions=bool(config.output_attentions if output_attentions is None else output_attentions),
+            output_hidden_states=bool(
+                config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
+            **kwargs,
+        )
+        return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    return with_options
+
+
+class VitEmbedTower(ChecksValues, PreTrainedModel):
     """What the image and the text side share: how weights start, and what transformers may do with the layers."""
 
     supports_gradient_checkpointing = True
+    # What Trainer asks: whether the loss takes `num_items_in_batch`.
+    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -193,7 +255,7 @@ class VitEmbedTower(PreTrainedModel):
     def enable_input_require_grads(self) -> None:
         """Makes the towers' input require a gradient, which reentrant checkpointing of a frozen trunk needs.
 
-        transformers hooks the input embedding's output and takes it for a tensor; a stem's is a StemOutput.
+        transformers hooks the input embedding's output and takes it for a tensor; that of some stems is a Tokens.
         """
 
         def require_grad(module, inputs, output):
@@ -208,18 +270,6 @@ class VitEmbedTower(PreTrainedModel):
         for hook in self._require_grads_hooks:
             hook.remove()
         self._require_grads_hooks = []
-
-    def _wants(self, output_attentions: bool | None, output_hidden_states: bool | None) -> tuple[bool, bool]:
-        """What to return besides the result, from the call or else from the config."""
-        config = self.config
-        return (
-            bool(config.output_attentions if output_attentions is None else output_attentions),
-            bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states),
-        )
-
-    def _returned(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
 
 def causal_mask(hidden_states: torch.Tensor, implementation: str) -> torch.Tensor | BlockMask | None:
@@ -236,15 +286,6 @@ def causal_mask(hidden_states: torch.Tensor, implementation: str) -> torch.Tenso
         return create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device=device)
     lowest = torch.finfo(hidden_states.dtype).min
     return hidden_states.new_full((1, 1, length, length), lowest).triu(diagonal=1)
-
-
-# Which place of a row (B, T) its text is read at, (B,), from the place of the first end-of-text token and T. The names
-# are `configuration_vit_embed.TEXT_POOLING_TYPES`.
-TEXT_PLACES = {
-    "eos": lambda ends, length: ends,
-    "first": lambda ends, length: torch.zeros_like(ends),
-    "last": lambda ends, length: torch.full_like(ends, length - 1),
-}
 
 
 class VitEmbedTextModel(VitEmbedTower):
@@ -281,14 +322,17 @@ class VitEmbedTextModel(VitEmbedTower):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.token_embedding = value
 
+    @with_output_options
     def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple:
+        position_ids: torch.Tensor | None = None,
+        *,
+        pooled_only: bool = False,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BaseModelOutputWithPooling:
         """
         Args:
             input_ids: (B, T) token ids, padded behind the text; with pooling_type="eos" each row with its end-of-text
@@ -296,65 +340,74 @@ class VitEmbedTextModel(VitEmbedTower):
             attention_mask: (B, T) of the tokenizer. What lies behind the end token cannot be seen before it under a
                 causal mask, so there it changes nothing; it is checked, as padding in front would. Where
                 `config.reads_padding`, what it hides is padding, whatever ids stand there.
+            position_ids: (1, T) or (B, T), which position each token has; None counts from 0.
+            pooled_only: gives pooler_output alone, for less work: of the last layer the pooled rows, and on a CPU no
+                token after the batch's last end of text where nothing reads the padding. Exact, as nothing else can
+                reach them.
             output_attentions, output_hidden_states, return_dict: as in transformers.
 
         Returns:
-            last_hidden_state (B, T, D) after the final norm, pooler_output (B, D) at the place that `pooling_type`
-            reads; hidden_states, one more than layers, before the final norm; attentions (B, h, T, T) a layer. Where
+            last_hidden_state (B, T, D) after the final norm, pooler_output (B, D) of the token that `pooling_type`
+            names; hidden_states, one more than layers, before the final norm; attentions (B, h, T, T) a layer. Where
             `config.reads_padding`, T is `max_position_embeddings`.
 
         Raises:
-            ValueError: more tokens than `max_position_embeddings`, an id outside the vocabulary, a row without an end
-                token that is to be read there, padding on the left.
+            TypeError: an input that is no tensor.
+            ValueError: more tokens than `max_position_embeddings`, another shape or dtype; and, as far as
+                `input_checks` says, an id outside the vocabulary, a row without an end token that is to be pooled
+                there, padding on the left.
         """
-        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        input_ids, places = self.read_text(input_ids, attention_mask)
-        hidden_states = self.embeddings(input_ids)
+        config = self.config
+        check_texts(config, input_ids, attention_mask, position_ids)
+        pooled_only = pooled_only and not (output_attentions or output_hidden_states)
+        input_ids, pooled = self._read(input_ids, attention_mask)  # (B, T), (B,)
+        if pooled_only and not config.reads_padding and input_ids.device.type == "cpu" and not is_traced():
+            input_ids = input_ids[:, : int(pooled.max()) + 1]
+        position_ids = None if position_ids is None else position_ids[:, : input_ids.shape[1]]
+        hidden_states = self.embeddings(input_ids, position_ids)  # (B, T, D)
+        rows = pooled[:, None] if pooled_only and config._attn_implementation in QUERY_SUBSET else None  # (B, 1)
         encoded = self.encoder(
             hidden_states,
-            attention_mask=self._mask(hidden_states, "eager" if output_attentions else None),
-            is_causal=self.config.use_causal_mask,
+            attention_mask=self._mask(hidden_states, "eager" if output_attentions else config._attn_implementation),
+            is_causal=config.use_causal_mask,
+            stages=range(config.num_hidden_layers + 1) if output_hidden_states else (),
             output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            last_rows=rows,
+            last_mask=None if rows is None else self._mask_of_rows(hidden_states, rows),
         )
-        last_hidden_state = self.final_layer_norm(encoded.last_hidden_state)  # (B, T, D)
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=last_hidden_state,
-            pooler_output=select_rows(last_hidden_state, places[:, None])[:, 0],  # (B, D)
-            hidden_states=encoded.hidden_states,
+        last_hidden_state = encoded.last.states  # (B, T, D), or (B, 1, D) of the rows
+        if pooled_only and rows is None:
+            last_hidden_state = select_rows(last_hidden_state, pooled[:, None])
+        last_hidden_state = self.final_layer_norm(last_hidden_state)
+        if not pooled_only:
+            pooler_output = select_rows(last_hidden_state, pooled.to(last_hidden_state.device)[:, None])[:, 0]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=None if pooled_only else last_hidden_state,
+            pooler_output=last_hidden_state[:, 0] if pooled_only else pooler_output,  # (B, D)
+            hidden_states=tuple(each.states for each in encoded.stages.values()) if output_hidden_states else None,
             attentions=encoded.attentions,
         )
-        return self._returned(output, return_dict)
 
-    def pool(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`pooler_output` (B, D) of `forward` for less work: of the last layer the rows that are read alone, and no
-        token behind the batch's last end-of-text token where nothing reads the padding. Exact, as nothing else can
-        reach them."""
-        input_ids, places = self.read_text(input_ids, attention_mask)
-        if not self.config.reads_padding and not torch.compiler.is_compiling():
-            # A length read from the data would break the graph.
-            input_ids = input_ids[:, : int(places.max()) + 1]
-        hidden_states = self.embeddings(input_ids)
-        rows = last_mask = None
-        if self.config._attn_implementation in QUERY_SUBSET:
-            rows = places[:, None]  # (B, 1)
-            last_mask = self._mask_of_rows(hidden_states, rows)
-        encoded = self.encoder(
-            hidden_states,
-            self._mask(hidden_states),
-            is_causal=self.config.use_causal_mask,
-            last_rows=rows,
-            last_mask=last_mask,
-        )
-        states = encoded.last_hidden_state  # (B, T, D), or (B, 1, D) of the rows
-        pooled = states if rows is not None else select_rows(states, places[:, None])
-        return self.final_layer_norm(pooled)[:, 0]
+    def _read(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) token ids, as they came or, where `config.reads_padding`, padded to `max_position_embeddings`; and the
+        index of each text's pooled token, (B,)."""
+        config = self.config
+        # Configs of other vocabularies than OpenAI's that still carry CLIP's legacy value pool as CLIP does.
+        legacy = config.eos_token_id == LEGACY_EOS_TOKEN_ID
+        is_end = input_ids == (input_ids.amax(dim=1, keepdim=True) if legacy else config.eos_token_id)
+        ends = is_end.int().argmax(dim=1)  # (B,), 0 for a row that may go without an end
+        if self.checks_values(input_ids):
+            check_text_values(config, input_ids, attention_mask, is_end, ends)
+        if config.reads_padding:
+            if attention_mask is not None:
+                input_ids = input_ids.masked_fill(~attention_mask.bool(), config.pad_token_id)
+            missing = config.max_position_embeddings - input_ids.shape[1]
+            input_ids = F.pad(input_ids, (0, missing), value=config.pad_token_id)
+        return input_ids, POOLED_TOKEN[config.pooling_type](ends, input_ids.shape[1])
 
-    def _mask(self, hidden_states: torch.Tensor, implementation: str | None = None) -> torch.Tensor | BlockMask | None:
-        """`causal_mask` for an implementation, by default the one that is set; None for a bidirectional tower."""
-        if not self.config.use_causal_mask:
-            return None
-        return causal_mask(hidden_states, implementation or self.config._attn_implementation)
+    def _mask(self, hidden_states: torch.Tensor, implementation: str) -> torch.Tensor | BlockMask | None:
+        """`causal_mask` for an implementation; None for a bidirectional tower."""
+        return causal_mask(hidden_states, implementation) if self.config.use_causal_mask else None
 
     def _mask_of_rows(self, hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
         """The lines of the mask for row numbers (B, 1), as (B, 1, 1, T); None for a bidirectional tower."""
@@ -363,83 +416,6 @@ class VitEmbedTextModel(VitEmbedTower):
         seen = torch.arange(hidden_states.shape[1], device=rows.device) <= rows  # (B, T)
         lowest = torch.finfo(hidden_states.dtype).min
         return torch.zeros_like(seen, dtype=hidden_states.dtype).masked_fill(~seen, lowest)[:, None, None]
-
-    def read_text(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the encoder is given for a batch, and where its texts are read. Raises as `forward` does.
-
-        Returns:
-            (B, T) token ids, as they came or, where `config.reads_padding`, padded to `max_position_embeddings`; and
-            (B,) places in them.
-        """
-        config = self.config
-        ends = self.end_of_text(input_ids, attention_mask)
-        if config.reads_padding:
-            if attention_mask is not None:
-                input_ids = input_ids.masked_fill(~attention_mask.bool(), config.pad_token_id)
-            missing = config.max_position_embeddings - input_ids.shape[1]
-            input_ids = F.pad(input_ids, (0, missing), value=config.pad_token_id)
-        return input_ids, TEXT_PLACES[config.pooling_type](ends, input_ids.shape[1])
-
-    def end_of_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, T) token ids -> (B,) place of the first end-of-text token, 0 for a row that may go without one. Raises as
-        `forward` does."""
-        config = self.config
-        if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.is_floating_point():
-            raise ValueError(
-                f"input_ids must be (batch, tokens) of integers, got {tuple(input_ids.shape)} of {input_ids.dtype}"
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have the shape of input_ids {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}"
-            )
-        if input_ids.shape[1] > config.max_position_embeddings:
-            raise ValueError(
-                f"input_ids must have at most max_position_embeddings={config.max_position_embeddings} tokens, got "
-                f"{input_ids.shape[1]}; call the tokenizer with truncation=True, or split the text"
-            )
-        # Configs of other vocabularies than OpenAI's that still carry CLIP's legacy value pool as CLIP does.
-        legacy = config.eos_token_id == LEGACY_EOS_TOKEN_ID
-        is_end = input_ids == (input_ids.amax(dim=1, keepdim=True) if legacy else config.eos_token_id)
-        ends = is_end.int().argmax(dim=1)
-        if not torch.compiler.is_compiling():
-            self._check_ids(input_ids)
-            if config.pooling_type == "eos":
-                self._check_ends(is_end, ends, attention_mask)
-            if config.reads_padding and attention_mask is not None:
-                self._check_padding(attention_mask)
-        return ends
-
-    def _check_ids(self, input_ids: torch.Tensor) -> None:
-        vocab_size = self.config.vocab_size
-        outside = (input_ids < 0) | (input_ids >= vocab_size)
-        if outside.any():
-            raise ValueError(
-                f"input_ids must be in [0, vocab_size={vocab_size}), got {int(input_ids[outside][0])}; use the "
-                "tokenizer of this checkpoint"
-            )
-
-    def _check_ends(self, is_end: torch.Tensor, ends: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        endless = ~is_end.any(dim=1)
-        if endless.any():
-            raise ValueError(
-                f"every row of input_ids needs its end-of-text token {self.config.eos_token_id}, row "
-                f"{int(endless.int().argmax())} has none; tokenize with add_special_tokens=True and keep the last token"
-            )
-        if attention_mask is not None and not attention_mask.cumprod(dim=1).gather(1, ends[:, None]).all():
-            raise ValueError(
-                "attention_mask hides a token before a row's end-of-text token; pad on the right (padding_side='right')"
-            )
-
-    @staticmethod
-    def _check_padding(attention_mask: torch.Tensor) -> None:
-        seen = attention_mask.bool()
-        if (seen[:, 1:] & ~seen[:, :-1]).any():
-            raise ValueError(
-                "attention_mask hides a token before one that it shows; pad on the right (padding_side='right')"
-            )
 
 
 class VitEmbedPreTrainedModel(VitEmbedTower):
@@ -530,9 +506,8 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
         changed = copy.deepcopy(self.config)
         changed.image_size = as_size(image_size)
         changed.validate_architecture()
-        positions = self.trunk.embeddings.position_embedding
-        if isinstance(positions, LearnedPositions) and changed.grid_size != self.config.grid_size:
-            positions.resize(changed.grid_size)
+        if changed.grid_size != self.config.grid_size:
+            self.trunk.embeddings.resize_positions(changed.grid_size)
         self.config.image_size = changed.image_size
 
     def __getstate__(self) -> dict:
@@ -567,32 +542,15 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
             self.push_to_hub(repo_id, **push_options)
 
 
-class VisionFeatures(NamedTuple):
-    """What the trunk gives before pooling.
-
-    last_hidden_state: (B, L, D), or (B, 1, D) where only the pooled row was asked for.
-    layout: which patches the tokens of last_hidden_state stand for.
-    hidden_states, attentions, layouts: as in EncoderOutput.
-    feature_pyramid: maps of the stem, from fine to coarse, or None.
-    loss: scalar of the stem that training adds to the head's, or None.
-    """
-
-    last_hidden_state: torch.Tensor
-    layout: TokenLayout
-    hidden_states: tuple[torch.Tensor, ...] | None
-    attentions: tuple[torch.Tensor, ...] | None
-    layouts: tuple[TokenLayout, ...]
-    feature_pyramid: tuple[torch.Tensor, ...] | None
-    loss: torch.Tensor | None
-
-
 @dataclass
 class VitEmbedModelOutput(BaseModelOutputWithPooling):
     """BaseModelOutputWithPooling, and feature_pyramid: maps of the stem (B, C_i, H_i, W_i), fine to coarse;
-    stem_loss: scalar to add to the loss when training, of an adaptive stem (the classes with a loss have added it)."""
+    stem_loss: scalar to add to the loss when training, of an adaptive stem (the classes with a loss have added it);
+    stages: the hidden states asked for, normalised, with what their tokens stand for."""
 
     feature_pyramid: tuple[torch.Tensor, ...] | None = None
     stem_loss: torch.Tensor | None = None
+    stages: tuple[Tokens, ...] | None = None
 
 
 class VitEmbedModel(VitEmbedPreTrainedModel):
@@ -609,21 +567,33 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
         self.pooler = AttentionPooling(config) if config.pooling_type == "map" else None
         self.post_init()
 
+    @with_output_options
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> VitEmbedModelOutput | tuple:
+        *,
+        interpolate_pos_encoding: bool | None = None,
+        pooled_only: bool = False,
+        stages: Collection[int] | None = None,
+        kept: KeptPatches | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> VitEmbedModelOutput:
         """
         Args:
             pixel_values: (B, C, H, W), normalised; H and W any multiples of the patch, or any with `pad_to_patch`.
             patch_embeds: (B, D, gh, gw) of another encoder, in place of pixel_values.
             pixel_mask: (B, H, W) for images of different sizes: 1 in the image, which lies in the top left corner, 0 in
-                the padding. Each image then gives what it gives alone; its tokens come first in its row.
+                the padding. Each image then gives what it gives alone; its tokens come first in its row. The sizes are
+                read from the device.
+            interpolate_pos_encoding: as in transformers; here positions are resampled to any grid unless this is False,
+                which refuses other sizes than `image_size`.
+            pooled_only: gives pooler_output alone, for less work: the last layer computes the class token only.
+            stages: numbers of hidden states to give normalised, with their layouts, as `stages` in the order of their
+                numbers, in place of the pooled vector: 0 is the input of layer 1, i the output of layer i.
+            kept: the patches to go on with; None for all.
             output_attentions, output_hidden_states, return_dict: as in transformers.
 
         Returns:
@@ -632,96 +602,39 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
             stem that has one. L is the prefix and one token a patch, fewer where the config reduces tokens.
 
         Raises:
-            ValueError: not exactly one input, or one of the wrong shape.
+            TypeError: an input that is no tensor.
+            ValueError: not exactly one input, or one of the wrong shape or dtype.
         """
-        wants = self._wants(output_attentions, output_hidden_states)
-        features = self.forward_features(pixel_values, patch_embeds, pixel_mask, *wants)
-        output = VitEmbedModelOutput(
-            last_hidden_state=features.last_hidden_state,
-            pooler_output=self.pool(features),
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
-            feature_pyramid=features.feature_pyramid,
-            stem_loss=features.loss if self.training else None,
-        )
-        return self._returned(output, return_dict)
-
-    def forward_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        patch_embeds: torch.Tensor | None = None,
-        pixel_mask: torch.Tensor | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-        pooled_only: bool = False,
-        kept: torch.Tensor | None = None,
-        num_kept: int | None = None,
-    ) -> VisionFeatures:
-        """Everything before pooling. With `pooled_only` the last layer computes no row that `pool` does not read;
-        `kept` and `num_kept` choose patches, as in VitEmbedEmbeddings."""
-        if pixel_mask is not None and self.config.token_merge_size and not self.training:
-            raise ValueError(
-                f"token_merge_size={self.config.token_merge_size} merges equally many tokens of every image, but "
-                "pixel_mask pads images of different sizes; set token_merge_size=0, or batch images of one size"
-            )
-        embedded = self.embeddings(pixel_values, patch_embeds, pixel_mask, kept, num_kept)  # tokens: (B, L, D)
-        hidden_states = self.pre_layrnorm(embedded.tokens)
-        last_rows = None
-        skips = pooled_only and not (output_attentions or output_hidden_states)
-        if skips and self.config.pooling_type == "cls" and self.config._attn_implementation in QUERY_SUBSET:
-            # the class token
-            last_rows = torch.zeros(len(hidden_states), 1, dtype=torch.long, device=hidden_states.device)
+        config = self.config
+        check_images(config, pixel_values, patch_embeds, pixel_mask, interpolate_pos_encoding, self.training)
+        pooled_only = pooled_only and not (output_attentions or output_hidden_states)
+        states, layout, feature_pyramid, stem_loss = self.embeddings(pixel_values, patch_embeds, pixel_mask, kept)
+        states = self.pre_layrnorm(states)  # (B, L, D)
+        one_row = pooled_only and config.pooling_type == "cls" and config._attn_implementation in QUERY_SUBSET
         encoded = self.encoder(
-            hidden_states,
+            states,
+            layout=layout,
+            stages=range(config.num_hidden_layers + 1) if output_hidden_states else stages or (),
             output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            last_rows=last_rows,
-            layout=embedded.layout,
+            last_rows=slice(0, 1) if one_row else None,  # the class token
         )
-        return VisionFeatures(
-            encoded.last_hidden_state,
-            encoded.layouts[-1],
-            encoded.hidden_states,
-            encoded.attentions,
-            encoded.layouts,
-            embedded.feature_pyramid,
-            embedded.loss,
+        pooler_output = None
+        if stages is None:
+            pooler_output = POOLINGS[config.pooling_type](encoded.last, config, self.post_layernorm, self.pooler)
+        else:
+            stages = tuple(self._normalised(encoded.stages[number]) for number in sorted(set(stages)))
+        return VitEmbedModelOutput(
+            last_hidden_state=None if pooled_only else encoded.last.states,
+            pooler_output=pooler_output,  # (B, D)
+            hidden_states=tuple(each.states for each in encoded.stages.values()) if output_hidden_states else None,
+            attentions=encoded.attentions,
+            feature_pyramid=feature_pyramid,
+            stem_loss=stem_loss if self.training else None,
+            stages=stages,
         )
 
-    def pool(self, features: VisionFeatures) -> torch.Tensor:
-        """(B, D), normalised: after picking ("cls") or averaging the patches ("mean"), before attending ("map"), and
-        before averaging with `norm_before_pooling`."""
-        hidden_states, num_prefix = features.last_hidden_state, self.config.num_prefix_tokens
-        if self.config.pooling_type == "map":
-            bias = key_bias(features.layout, num_prefix, hidden_states.dtype)
-            return self.pooler(self.post_layernorm(hidden_states), bias)
-        if self.config.pooling_type == "mean":
-            patches = hidden_states[:, num_prefix:]
-            if self.config.norm_before_pooling:
-                return mean_of_patches(self.post_layernorm(patches), features.layout)
-            return self.post_layernorm(mean_of_patches(patches, features.layout))
-        return self.post_layernorm(hidden_states[:, 0])
-
-    def patch_grid(self, hidden_states: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-        """(B, L, D) and what its tokens stand for -> one token a patch, normalised, as (B, gh, gw, D); zeros in
-        padding.
-
-        Raises:
-            ValueError: a stem without a grid, or patches that training has dropped.
-        """
-        require_grid(self.config, "a grid of patches")
-        if self.training and self.config.patch_drop_rate:
-            raise ValueError(
-                f"patch_drop_rate={self.config.patch_drop_rate} leaves holes in the grid in training; set "
-                "patch_drop_rate=0 for dense outputs"
-            )
-        patches = spread(self.post_layernorm(hidden_states[:, self.config.num_prefix_tokens :]), layout)
-        return patches.unflatten(1, layout.grid_size)
-
-    def feature_map(self, features: VisionFeatures, stage: int) -> torch.Tensor:
-        """Hidden state number `stage`, which `features` must have, as a map (B, D, gh, gw). Raises as `patch_grid`
-        does."""
-        return self.patch_grid(features.hidden_states[stage], features.layouts[stage]).permute(0, 3, 1, 2)
+    def _normalised(self, tokens: Tokens) -> Tokens:
+        return tokens._replace(states=self.post_layernorm(tokens.states))
 
     def get_class_attentions(
         self,
@@ -739,14 +652,15 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
         if not self.config.use_cls_token:
             raise ValueError("class attention needs a class token: use_cls_token is False in this config")
         require_grid(self.config, "attention over a grid of patches")
-        features = self.forward_features(pixel_values, patch_embeds, pixel_mask, output_attentions=True)
+        inputs = range(self.config.num_hidden_layers)  # of the layers: what their keys stand for
+        read = self(pixel_values, patch_embeds, pixel_mask, stages=inputs, output_attentions=True, return_dict=True)
         layers = []
-        for weights, layout in zip(features.attentions, features.layouts):
+        for weights, (_, layout, *_) in zip(read.attentions, read.stages):
             weights = weights[:, :, 0, self.config.num_prefix_tokens :].transpose(1, 2)  # (B, n, h)
             if layout.sizes is not None:
                 weights = weights / layout.sizes[..., None].clamp(min=1)
             layers.append(spread(weights, layout).transpose(1, 2))  # (B, h, N)
-        return torch.stack(layers, dim=1).unflatten(-1, features.layout.grid_size)
+        return torch.stack(layers, dim=1).unflatten(-1, layout.grid_size)
 
     @torch.no_grad()
     def get_token_map(
@@ -755,28 +669,37 @@ class VitEmbedModel(VitEmbedPreTrainedModel):
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Which token stands for each patch behind the last layer: (B, gh, gw) counted from 0 behind the prefix, -1 for
+        """Which token stands for each patch after the last layer: (B, gh, gw) counted from 0 after the prefix, -1 for
         padding. Patches of equal number were given one token by an adaptive stem, or merged into one.
 
         Raises:
             ValueError: a stem without a grid, or a bad input.
         """
         require_grid(self.config, "a map of tokens")
-        layout = self.forward_features(pixel_values, patch_embeds, pixel_mask).layout
-        of_patch = layout.token_of_patch
+        last = self.config.num_hidden_layers
+        (tokens,) = self(pixel_values, patch_embeds, pixel_mask, stages=[last], return_dict=True).stages
+        of_patch = tokens.layout.token_of_patch
+        rows, columns = tokens.layout.grid_size
         if of_patch is None:
-            rows, columns = layout.grid_size
-            batch = len(patch_embeds if pixel_values is None else pixel_values)
-            of_patch = torch.arange(rows * columns, device=self.device).expand(batch, -1)
-        return of_patch.unflatten(1, layout.grid_size)
+            of_patch = torch.arange(rows * columns, device=tokens.states.device).expand(tokens.states.shape[0], -1)
+        return of_patch.unflatten(1, (rows, columns))
 
 
 def require_grid(config: VitEmbedConfig, purpose: str) -> None:
     """Raises ValueError for a stem whose tokens belong to no place in the image."""
     if config.stem_type in GRIDLESS_STEMS:
         raise ValueError(
-            f"{purpose} cannot be had with stem_type={config.stem_type!r}: its tokens belong to no place in the "
+            f"{purpose} is not available with stem_type={config.stem_type!r}: its tokens belong to no place in the "
             "image; use another stem_type"
+        )
+
+
+def require_every_patch(config: VitEmbedConfig, training: bool) -> None:
+    """Raises ValueError where training drops patches that a dense output needs."""
+    if training and config.patch_drop_rate:
+        raise ValueError(
+            f"patch_drop_rate={config.patch_drop_rate} leaves holes in the grid in training; set "
+            "patch_drop_rate=0 for dense outputs"
         )
 
 
@@ -787,13 +710,10 @@ def freeze_pooler(trunk: VitEmbedModel) -> None:
         trunk.pooler.requires_grad_(False)
 
 
-def with_stem_loss(loss: torch.Tensor, stem_loss: torch.Tensor | None, training: bool) -> torch.Tensor:
-    """A head's loss with what the stem adds to it in training."""
-    return loss + stem_loss if training and stem_loss is not None else loss
-
-
 class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
     """A linear classifier on the pooled vector."""
+
+    accepts_loss_kwargs = True
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__(config)
@@ -801,81 +721,73 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @with_output_options
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> ImageClassifierOutput | tuple:
+        *,
+        interpolate_pos_encoding: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> ImageClassifierOutput:
         """
         Args:
-            pixel_values, patch_embeds, pixel_mask: as in VitEmbedModel.
+            pixel_values, patch_embeds, pixel_mask, interpolate_pos_encoding: as in VitEmbedModel.
             labels: (B,) class numbers, for cross-entropy, -100 for a row to leave out. With `problem_type=
-                "multi_label_classification"` (B, num_labels) of 0 and 1, for binary cross-entropy; with "regression"
-                numbers (B, num_labels), or (B,) for one label, for the mean squared error.
+                "multi_label_classification"` (B, num_labels) in [0, 1], -100 or NaN for an entry to leave out, for
+                binary cross-entropy; with "regression" numbers (B, num_labels), or (B,) for one label, for the mean
+                squared error.
+            num_items_in_batch: label entries of all the batches of this training step that are not -100, as Trainer
+                counts them; None for those of this batch.
 
         Returns:
             loss if labels were given, logits (B, num_labels).
 
         Raises:
-            ValueError: labels of the wrong shape, or class numbers outside [0, num_labels).
+            TypeError: an input that is no tensor.
+            ValueError: labels of the wrong shape; and, as far as `input_checks` says, class numbers outside
+                [0, num_labels) or multi-label targets outside [0, 1].
         """
-        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
-        features = self.vision_model.forward_features(
-            pixel_values, patch_embeds, pixel_mask, output_attentions, output_hidden_states, pooled_only=True
+        images = self.vision_model(
+            pixel_values,
+            patch_embeds,
+            pixel_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            pooled_only=True,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
-        logits = self.classifier(self.vision_model.pool(features))
-        output = ImageClassifierOutput(
-            loss=None if labels is None else with_stem_loss(self._loss(logits, labels), features.loss, self.training),
+        logits = self.classifier(images.pooler_output)
+        return ImageClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels, num_items_in_batch, images.stem_loss),
             logits=logits,
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
+            hidden_states=images.hidden_states,
+            attentions=images.attentions,
         )
-        return self._returned(output, return_dict)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        problem = self.config.problem_type or "single_label_classification"
-        if problem == "single_label_classification":
-            self._check_class_numbers(labels, logits)
-            total = F.cross_entropy(logits.float(), labels.long(), ignore_index=IGNORED_LABEL, reduction="sum")
-            return total / (labels != IGNORED_LABEL).sum().clamp(min=1)  # nothing to learn from is loss 0
-        if labels.dim() == 1 and logits.shape[1] == 1:
-            labels = labels[:, None]
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"labels for problem_type={problem!r} must be {tuple(logits.shape)}, got {tuple(labels.shape)}"
-            )
-        if problem == "regression":
-            return F.mse_loss(logits.float(), labels.float())
-        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-
-    @staticmethod
-    def _check_class_numbers(labels: torch.Tensor, logits: torch.Tensor) -> None:
-        batch, num_labels = logits.shape
-        if labels.shape != (batch,) or labels.is_floating_point() or labels.dtype == torch.bool:
-            raise ValueError(
-                f"labels must be ({batch},) class numbers, got {tuple(labels.shape)} of {labels.dtype}; set "
-                "config.problem_type for multi-label or regression targets"
-            )
-        if torch.compiler.is_compiling():
-            return
-        outside = (labels < 0) | (labels >= num_labels)
-        outside &= labels != IGNORED_LABEL
-        if outside.any():
-            raise ValueError(
-                f"labels must be in [0, num_labels={num_labels}), got {int(labels[outside][0])}; load the model with "
-                "num_labels=... of your data set"
-            )
+    def _loss(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None,
+        stem_loss: torch.Tensor | None,
+    ) -> torch.Tensor:
+        kind = problem_type(self.config.problem_type, labels, self.config.num_labels)
+        total, count = CLASSIFICATION_LOSSES[kind](logits, labels, self)
+        items = total_items(count, num_items_in_batch)  # nothing to learn from is loss 0
+        return with_stem_loss(total / items, stem_loss, 1.0 if num_items_in_batch is None else count / items)
 
 
 class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
     """A dense head that predicts a depth for every pixel from the patch grid of one or four layers."""
 
     image_processor_type = "DPTImageProcessor"
+    accepts_loss_kwargs = True
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__(config)
@@ -888,136 +800,93 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
         self.vision_model = VitEmbedModel(config)
         freeze_pooler(self.vision_model)
         self.depth_head = DEPTH_HEADS[config.depth_head_type](config)
-        self.taps = self._evenly_spaced_layers(config.num_hidden_layers, self.depth_head.num_taps)
+        self.taps = evenly_spaced_layers(config.num_hidden_layers, self.depth_head.num_taps)
+        if config.use_feature_pyramid:  # the stem's maps of strides p / 4 and p / 2 take the place of the shallow ones
+            self.taps = self.taps[2:]
         self.post_init()
 
-    @staticmethod
-    def _evenly_spaced_layers(num_layers: int, num_taps: int) -> list[int]:
-        """Which hidden states the head reads; the last one always is among them. 12 layers, 4 taps: 3, 6, 9, 12."""
-        if num_layers < num_taps:
-            raise ValueError(
-                f"depth_head_type='dpt' reads {NUM_DPT_TAPS} layers, but num_hidden_layers={num_layers}; use "
-                "depth_head_type='deconv' or a deeper trunk"
-            )
-        return [round(num_layers * i / num_taps) for i in range(1, num_taps + 1)]
-
+    @with_output_options
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> DepthEstimatorOutput | tuple:
+        *,
+        interpolate_pos_encoding: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> DepthEstimatorOutput:
         """
         Args:
-            pixel_values, patch_embeds, pixel_mask: as in VitEmbedModel.
-            labels: (B, H', W') depths in the unit to be predicted; entries <= 0, NaN or infinite are left out. The
-                prediction is resized to them for the loss.
+            pixel_values, patch_embeds, pixel_mask, interpolate_pos_encoding: as in VitEmbedModel.
+            labels: (B, H', W') depths of any real type in the unit to be predicted; entries <= 0, beyond `max_depth`,
+                NaN or infinite are left out. The prediction is resized to them for the loss, which is the mean over
+                images of each image's loss.
+            num_items_in_batch: label entries of all the batches of this training step that are not -100, as Trainer
+                counts them; None for those of this batch.
 
         Returns:
             loss if labels were given; predicted_depth (B, H, W) > 0, in metres up to `max_depth`, unitless without one;
             any number with depth_activation="identity".
 
         Raises:
+            TypeError: an input that is no tensor.
             ValueError: labels that are not one map of depths an image, or that depth_loss="silog" is to compare with
                 depths that may be negative.
         """
-        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
         if self.config.use_feature_pyramid:
-            require_pyramid(patch_embeds, pixel_mask, "use_feature_pyramid=True")
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, output_attentions, True)
-        maps = self._maps(features)
-        if pixel_mask is None:
-            depth = self._depth(maps, self._image_shape(pixel_values, features.layout))  # (B, H, W)
-        else:
-            depth = self._depth_of_sizes(maps, image_sizes(pixel_mask, pixel_values), tuple(pixel_values.shape[2:]))
-        output = DepthEstimatorOutput(
-            loss=None if labels is None else self._loss(depth, labels, features, pixel_mask),
-            predicted_depth=depth,
-            hidden_states=features.hidden_states if output_hidden_states else None,
-            attentions=features.attentions,
+            check_pyramid_inputs(patch_embeds, pixel_mask, "use_feature_pyramid=True")
+        images = self.vision_model(
+            pixel_values,
+            patch_embeds,
+            pixel_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            stages=self.taps,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
-        return self._returned(output, return_dict)
+        depth = self._depth(images, pixel_values, pixel_mask)  # (B, H, W)
+        return DepthEstimatorOutput(
+            loss=None
+            if labels is None
+            else self._loss(depth, labels, pixel_mask, num_items_in_batch, images.stem_loss),
+            predicted_depth=depth,
+            hidden_states=images.hidden_states,
+            attentions=images.attentions,
+        )
 
-    def _maps(self, features: VisionFeatures) -> tuple[torch.Tensor, ...]:
-        """What the head reads, fine and shallow first: maps of layers, or a pyramid's two finest and those of
-        layers."""
-        pyramid = features.feature_pyramid[-3:-1] if self.config.use_feature_pyramid else ()  # strides p / 4 and p / 2
-        return (*pyramid, *(self.vision_model.feature_map(features, tap) for tap in self.taps[len(pyramid) :]))
-
-    def _image_shape(self, pixel_values: torch.Tensor | None, layout: TokenLayout) -> tuple[int, int]:
-        """(height, width) in pixels of the image, or of what another encoder's patch features cover."""
-        if pixel_values is not None:
-            return tuple(pixel_values.shape[2:])
-        return tuple(count * side for count, side in zip(layout.grid_size, self.config.patch_shape))
-
-    def _depth(self, maps: tuple[torch.Tensor, ...], image_shape: tuple[int, int]) -> torch.Tensor:
-        """Maps of whole images -> (B, H, W): as the padded image, of which the padding is cut off."""
-        activation = DEPTH_ACTIVATIONS[self.config.depth_activation]
-        depth = activation(self.depth_head(maps), self.config.max_depth)  # (B, any, any)
-        height, width = image_shape
-        return resize_depth(depth, self.config.padded_shape(image_shape))[:, :height, :width]
-
-    def _depth_of_sizes(
-        self, maps: tuple[torch.Tensor, ...], sizes: list[tuple[int, int]], padded: tuple[int, int]
+    def _depth(
+        self, images: VitEmbedModelOutput, pixel_values: torch.Tensor | None, pixel_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Depth of each image of a padded batch as if it were alone, (B, H, W), zeros in the padding."""
-        depth = torch.zeros(len(sizes), *padded, device=maps[0].device)
-        for height, width in sorted(set(sizes)):
-            members = [i for i, size in enumerate(sizes) if size == (height, width)]
-            rows, columns = self.config.grid_of((height, width))
-            part = self._depth(tuple(each[members, :, :rows, :columns] for each in maps), (height, width))
-            depth[members, :height, :width] = part
-        return depth
+        """What the trunk gives -> depth of the image, or of what another encoder's patch features cover."""
+        config = self.config
+        pyramid = images.feature_pyramid[-3:-1] if config.use_feature_pyramid else ()
+        maps = (*pyramid, *(feature_map(tokens, config.num_prefix_tokens) for tokens in images.stages))
+        if pixel_mask is not None:
+            sizes, padded = image_sizes(pixel_mask, pixel_values), tuple(pixel_values.shape[2:])
+            return predict_depth_of_sizes(self.depth_head, config, maps, sizes, padded)
+        if pixel_values is None:
+            grid_size = images.stages[-1].layout.grid_size
+            image_shape = tuple(count * side for count, side in zip(grid_size, config.patch_shape))
+        else:
+            image_shape = tuple(pixel_values.shape[2:])
+        return predict_depth(self.depth_head, config, maps, image_shape)
 
     def _loss(
-        self, depth: torch.Tensor, labels: torch.Tensor, features: VisionFeatures, pixel_mask: torch.Tensor | None
+        self,
+        depth: torch.Tensor,
+        labels: torch.Tensor,
+        pixel_mask: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        stem_loss: torch.Tensor | None,
     ) -> torch.Tensor:
-        if self.config.depth_activation == "identity" and self.config.depth_loss == "silog":
-            raise ValueError(
-                "depth_loss='silog' takes the logarithm of a depth, which may be negative with "
-                "depth_activation='identity'; set depth_loss='l1' or 'l2'"
-            )
-        if labels.dim() != 3 or labels.shape[0] != depth.shape[0]:
-            raise ValueError(
-                f"labels must be (batch={depth.shape[0]}, height, width), one depth a pixel; got {tuple(labels.shape)}"
-            )
-        if pixel_mask is not None:
-            if labels.shape != depth.shape:
-                raise ValueError(
-                    f"labels of a batch with pixel_mask must have its height and width {tuple(depth.shape[1:])}, as "
-                    f"they are padded alike; got {tuple(labels.shape[1:])}"
-                )
-            labels = labels.masked_fill(~pixel_mask.bool(), 0)  # left out of the loss, whatever they say of the padding
-        depth = depth if labels.shape == depth.shape else resize_depth(depth, tuple(labels.shape[1:]))
-        loss = DEPTH_LOSSES[self.config.depth_loss](depth, labels)
-        if self.config.depth_gradient_weight:
-            loss = loss + self.config.depth_gradient_weight * gradient_matching_loss(depth, labels)
-        return with_stem_loss(loss, features.loss, self.training)
-
-
-def require_pyramid(patch_embeds: torch.Tensor | None, pixel_mask: torch.Tensor | None, reader: str) -> None:
-    """Raises ValueError for inputs that have no feature pyramid."""
-    for name, value in (("patch_embeds", patch_embeds), ("pixel_mask", pixel_mask)):
-        if value is not None:
-            raise ValueError(
-                f"{reader} reads the stem's feature pyramid, which there is for pixel_values of one size only, got "
-                f"{name}; leave {name} out or do not read the pyramid"
-            )
-
-
-def resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """(B, h, w) -> (B, *size), bilinear: no new extremes, so the range of the depths holds."""
-    return F.interpolate(depth[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def _check_flag(normalize: bool) -> None:
-    """CLIP's second argument is the attention mask: given by place it must not pass for `normalize`."""
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be True or False, got {type(normalize).__name__}; pass other inputs by name")
+        check_depth_labels(labels, depth, pixel_mask)
+        total, count = depth_loss(self.config, depth, labels, pixel_mask)
+        items = total_items(count, num_items_in_batch)
+        return with_stem_loss(total / items, stem_loss, 1.0 if num_items_in_batch is None else count / items)
 
 
 def visual_projection(config: VitEmbedConfig) -> nn.Module:
@@ -1037,14 +906,24 @@ class VitEmbedProjectedModel(VitEmbedPreTrainedModel):
         normalize: bool = False,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> torch.Tensor:
         """Images in the joint space: (B, projection_dim), of unit length with `normalize`.
 
         Inputs as in VitEmbedModel.
         """
-        _check_flag(normalize)
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, pooled_only=True)
-        projected = self.visual_projection(self.vision_model.pool(features))
+        check_normalize(normalize)
+        images = self.vision_model(
+            pixel_values,
+            patch_embeds,
+            pixel_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            pooled_only=True,
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+        )
+        projected = self.visual_projection(images.pooler_output)
         return F.normalize(projected, dim=-1) if normalize else projected
 
     def get_patch_features(
@@ -1056,9 +935,15 @@ class VitEmbedProjectedModel(VitEmbedPreTrainedModel):
         """Every patch in the joint space, unit length: (B, gh, gw, projection_dim); zeros in padding.
 
         `patches @ text_features.T` is then a similarity map of (B, gh, gw, texts), cosines in [-1, 1].
+
+        Raises:
+            ValueError: a stem without a grid, patches that training has dropped, or a bad input.
         """
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask)
-        patches = self.vision_model.patch_grid(features.last_hidden_state, features.layout)
+        require_grid(self.config, "a grid of patches")
+        require_every_patch(self.config, self.training)
+        last = self.config.num_hidden_layers
+        (tokens,) = self.vision_model(pixel_values, patch_embeds, pixel_mask, stages=[last], return_dict=True).stages
+        patches = patch_grid(tokens, self.config.num_prefix_tokens)
         return F.normalize(self.visual_projection(patches), dim=-1)
 
 
@@ -1094,27 +979,35 @@ class VitEmbedModelWithProjection(VitEmbedProjectedModel):
         self.visual_projection = visual_projection(config)
         self.post_init()
 
+    @with_output_options
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> VitEmbedProjectionOutput | tuple:
+        *,
+        interpolate_pos_encoding: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> VitEmbedProjectionOutput:
         """Inputs as in VitEmbedModel. Returns as VitEmbedProjectionOutput says; `get_image_features` gives the same
         image_embeds for less work."""
-        wants = self._wants(output_attentions, output_hidden_states)
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, *wants)
-        output = VitEmbedProjectionOutput(
-            image_embeds=self.visual_projection(self.vision_model.pool(features)),  # (B, projection_dim)
-            last_hidden_state=features.last_hidden_state,
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
-            stem_loss=features.loss if self.training else None,
+        images = self.vision_model(
+            pixel_values,
+            patch_embeds,
+            pixel_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
-        return self._returned(output, return_dict)
+        return VitEmbedProjectionOutput(
+            image_embeds=self.visual_projection(images.pooler_output),  # (B, projection_dim)
+            last_hidden_state=images.last_hidden_state,
+            hidden_states=images.hidden_states,
+            attentions=images.attentions,
+            stem_loss=images.stem_loss,
+        )
 
 
 @dataclass
@@ -1136,28 +1029,6 @@ class VitEmbedContrastiveOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     text_hidden_states: tuple[torch.Tensor, ...] | None = None
     text_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-class Embedded(NamedTuple):
-    """What a tower of a dual encoder gives: embeds (B, projection_dim) of unit length, stem_loss as in VisionFeatures,
-    hidden_states and attentions where they were asked for. All None for a tower with no input."""
-
-    embeds: torch.Tensor | None = None
-    stem_loss: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@contextlib.contextmanager
-def unchanged(buffers: list[torch.Tensor]) -> Iterator[None]:
-    """Gives the buffers their values back at the end: what is computed again counts once in running statistics."""
-    values = [buffer.clone() for buffer in buffers]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in zip(buffers, values):
-                buffer.copy_(value)
 
 
 class VitEmbedForContrastive(VitEmbedProjectedModel):
@@ -1189,6 +1060,7 @@ class VitEmbedForContrastive(VitEmbedProjectedModel):
         )
         self.post_init()
 
+    @with_output_options
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -1197,209 +1069,143 @@ class VitEmbedForContrastive(VitEmbedProjectedModel):
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
         return_loss: bool = True,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+        *,
+        position_ids: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
         group_ids: torch.Tensor | None = None,
-    ) -> VitEmbedContrastiveOutput | tuple:
+        gather_loss: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> VitEmbedContrastiveOutput:
         """
         Args:
-            pixel_values, patch_embeds, pixel_mask: images, as in VitEmbedModel. Without images only text_embeds are
-                returned.
-            input_ids, attention_mask: texts, as in VitEmbedTextModel. Without texts only image_embeds are returned.
+            pixel_values, patch_embeds, pixel_mask, interpolate_pos_encoding: images, as in VitEmbedModel. Without
+                images only text_embeds are returned.
+            input_ids, attention_mask, position_ids: texts, as in VitEmbedTextModel. Without texts only image_embeds
+                are returned.
             return_loss: whether to return the loss; there is one where image i and text i are a pair, so with
-                as many images as texts. Under torch.distributed it is the loss of the joined batch of all processes.
+                as many images as texts.
             group_ids: (B,) int64, for batches in which several pairs say the same, as equal captions do: image i and
                 text j of pairs with equal ids are not negatives of each other in the loss. Under torch.distributed
                 every process gives them, or none.
+            gather_loss: whether the loss is that of the joined batch of all processes of torch.distributed, for which
+                every process has to make this call. None: in a training step (training mode, gradients on), and in no
+                other pass. The processes tell each other the sizes of their batches, which the host waits for.
 
         Returns:
             as VitEmbedContrastiveOutput says.
 
         Raises:
+            TypeError: an input that is no tensor.
             ValueError: neither images nor texts, a bad input to a tower, or group_ids of another shape or type.
         """
         if pixel_values is None and patch_embeds is None and input_ids is None:
             raise ValueError("give images (pixel_values or patch_embeds), texts (input_ids), or both; got neither")
-        wants = self._wants(output_attentions, output_hidden_states)
-        images = texts = Embedded()
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        images = texts = None
         if pixel_values is not None or patch_embeds is not None:
-            images = self._in_chunks(self._embed_images, (pixel_values, patch_embeds, pixel_mask), *wants)
+            embed = functools.partial(self._embed_images, interpolate_pos_encoding=interpolate_pos_encoding, **asked)
+            images = self._embed(embed, (pixel_values, patch_embeds, pixel_mask), **asked)
         if input_ids is not None:
-            texts = self._in_chunks(self._embed_texts, (input_ids, attention_mask), *wants)
+            embed = functools.partial(self._embed_texts, **asked)
+            texts = self._embed(embed, (input_ids, attention_mask, position_ids), **asked)
         loss = logits = None
-        if images.embeds is not None and texts.embeds is not None:
-            self._bound_logit_scale()
-            logits = self._logits(images.embeds, texts.embeds)  # (images, texts)
+        if images is not None and texts is not None:
+            logits = contrastive_logits(images.embeds, texts.embeds, self.logit_scale, self.logit_bias)
             if return_loss and logits.shape[0] == logits.shape[1]:
-                loss = self._loss(logits, images.embeds, texts.embeds, group_ids)
-                loss = with_stem_loss(loss, images.stem_loss, self.training)
-        output = VitEmbedContrastiveOutput(
+                loss = self._loss(logits, images, texts, group_ids, gather_loss)
+        return VitEmbedContrastiveOutput(
             loss=loss,
-            logits_per_image=logits,
+            logits_per_image=logits,  # (images, texts)
             logits_per_text=None if logits is None else logits.t(),
-            image_embeds=images.embeds,
-            text_embeds=texts.embeds,
-            hidden_states=images.hidden_states,
-            attentions=images.attentions,
-            text_hidden_states=texts.hidden_states,
-            text_attentions=texts.attentions,
+            image_embeds=None if images is None else images.embeds,
+            text_embeds=None if texts is None else texts.embeds,
+            hidden_states=None if images is None else images.hidden_states,
+            attentions=None if images is None else images.attentions,
+            text_hidden_states=None if texts is None else texts.hidden_states,
+            text_attentions=None if texts is None else texts.attentions,
         )
-        return self._returned(output, return_dict)
 
     def get_text_features(
-        self, input_ids: torch.Tensor, normalize: bool = False, attention_mask: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor,
+        normalize: bool = False,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Texts in the joint space: (B, projection_dim), of unit length with `normalize`.
 
         Inputs as in VitEmbedTextModel.
         """
-        _check_flag(normalize)
-        projected = self.text_projection(self.text_model.pool(input_ids, attention_mask))
+        check_normalize(normalize)
+        texts = self.text_model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            pooled_only=True,
+            output_attentions=False,
+            output_hidden_states=False,
+            return_dict=True,
+        )
+        projected = self.text_projection(texts.pooler_output)
         return F.normalize(projected, dim=-1) if normalize else projected
 
-    def _embed_images(
-        self,
-        pixel_values: torch.Tensor | None,
-        patch_embeds: torch.Tensor | None,
-        pixel_mask: torch.Tensor | None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-    ) -> Embedded:
-        features = self.vision_model.forward_features(
-            pixel_values, patch_embeds, pixel_mask, output_attentions, output_hidden_states, pooled_only=True
+    def _embed_images(self, pixel_values, patch_embeds, pixel_mask, **options) -> Embedded:
+        images = self.vision_model(
+            pixel_values, patch_embeds, pixel_mask, pooled_only=True, return_dict=True, **options
         )
-        embeds = F.normalize(self.visual_projection(self.vision_model.pool(features)), dim=-1)
-        return Embedded(embeds, features.loss, features.hidden_states, features.attentions)
+        embeds = F.normalize(self.visual_projection(images.pooler_output), dim=-1)
+        return Embedded(embeds, images.stem_loss, images.hidden_states, images.attentions)
 
-    def _embed_texts(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
-    ) -> Embedded:
-        """By the short way, or the long way with what is asked for besides."""
-        hidden_states = attentions = None
-        if output_attentions or output_hidden_states:
-            read = self.text_model(input_ids, attention_mask, output_attentions, output_hidden_states, return_dict=True)
-            pooled, hidden_states, attentions = read.pooler_output, read.hidden_states, read.attentions
-        else:
-            pooled = self.text_model.pool(input_ids, attention_mask)
-        return Embedded(F.normalize(self.text_projection(pooled), dim=-1), None, hidden_states, attentions)
+    def _embed_texts(self, input_ids, attention_mask, position_ids, **options) -> Embedded:
+        texts = self.text_model(input_ids, attention_mask, position_ids, pooled_only=True, return_dict=True, **options)
+        embeds = F.normalize(self.text_projection(texts.pooler_output), dim=-1)
+        return Embedded(embeds, None, texts.hidden_states, texts.attentions)
 
-    def _in_chunks(
+    def _embed(
         self,
         embed: Callable[..., Embedded],
         inputs: tuple[torch.Tensor | None, ...],
         output_attentions: bool,
         output_hidden_states: bool,
     ) -> Embedded:
-        """`embed(*inputs)`, in training `contrastive_chunk_size` rows at a time: only the embeddings are kept, and the
-        backward pass of a chunk embeds it again, with the same random numbers.
-
-        The gradients are those of the whole batch. What a batch is measured by is measured by the chunk: batch norm's
-        statistics, whose running ones move once a chunk, and an adaptive stem's budget, of which the mean is taken.
-        """
+        """`embed(*inputs)`, in a training step `contrastive_chunk_size` rows at a time."""
         size = self.config.contrastive_chunk_size
         if size is None or not (self.training and torch.is_grad_enabled()):
-            return embed(*inputs, output_attentions, output_hidden_states)
+            return embed(*inputs)
         if output_attentions or output_hidden_states:
             raise ValueError(
                 f"contrastive_chunk_size={size} keeps nothing of a batch in training but its embeddings; leave "
                 "output_attentions and output_hidden_states out, or set contrastive_chunk_size=None"
             )
-        batch = next(len(rows) for rows in inputs if rows is not None)
-        count = math.ceil(batch / size)
-        if count <= 1:
-            return embed(*inputs)
-        # Even chunks: batch norm would see a remainder of one image.
-        columns = [[None] * count if rows is None else rows.tensor_split(count) for rows in inputs]
-        statistics = list(self.buffers())
-        parts = [
-            checkpoint(
-                embed,
-                *chunk,
-                use_reentrant=False,
-                context_fn=lambda: (contextlib.nullcontext(), unchanged(statistics)),
-            )
-            for chunk in zip(*columns)
-        ]
-        embeds = torch.cat([part.embeds for part in parts])
-        stem_losses = [part.stem_loss * (len(part.embeds) / batch) for part in parts if part.stem_loss is not None]
-        return Embedded(embeds, sum(stem_losses) if stem_losses else None)
-
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        """As in transformers, for the text tower."""
-        return self.text_model.resize_token_embeddings(*args, **kwargs)
-
-    def _bound_logit_scale(self) -> None:
-        """As OpenAI trains: the parameter itself stays in bounds, for beyond them it would get no gradient back. Once a
-        pass, before it is read: a backward pass refuses what was written to since."""
-        if self.training and self.logit_bias is None:
-            with torch.no_grad():
-                self.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-
-    def _logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        return contrastive_logits(image_embeds, text_embeds, self.logit_scale, self.logit_bias)
+        return embed_in_chunks(embed, inputs, size, list(self.buffers()))
 
     def _loss(
         self,
         logits: torch.Tensor,
-        image_embeds: torch.Tensor,
-        text_embeds: torch.Tensor,
+        images: Embedded,
+        texts: Embedded,
         group_ids: torch.Tensor | None,
+        gather: bool | None,
     ) -> torch.Tensor:
-        """Of the joined batch of all processes; `logits` are those of this process and serve where it is alone."""
-        ignored = None
+        batch = logits.shape[0]
         if group_ids is not None:
-            self._check_group_ids(group_ids, len(image_embeds))
-            ignored = same_group(gather_batch(group_ids[:, None])[:, 0])
-        all_image_embeds, all_text_embeds = gather_batch(image_embeds), gather_batch(text_embeds)
-        if all_image_embeds is not image_embeds:
-            logits = self._logits(all_image_embeds, all_text_embeds)
+            check_group_ids(group_ids, batch)
         beta = self.config.hard_negative_beta
         options = {"hard_negative_beta": beta} if beta else {}  # of the softmax loss alone, as the config sees to
-        return CONTRASTIVE_LOSSES[self.config.contrastive_loss](logits, ignored, **options)
+        row_loss = functools.partial(CONTRASTIVE_LOSSES[self.config.contrastive_loss], **options)
+        gather = self.training and torch.is_grad_enabled() if gather is None else gather
+        if gather and has_other_processes():
+            scale = (self.logit_scale, self.logit_bias)
+            loss = joined_loss(images.embeds, texts.embeds.to(logits.device), *scale, group_ids, row_loss)
+        else:
+            ignored = None if group_ids is None else same_group(group_ids).to(logits.device)
+            loss = row_loss(PairRows.whole(logits, ignored)) / batch
+        return with_stem_loss(loss, images.stem_loss)
 
-    @staticmethod
-    def _check_group_ids(group_ids: torch.Tensor, batch: int) -> None:
-        if group_ids.shape != (batch,) or group_ids.dtype != torch.int64:
-            raise ValueError(
-                f"group_ids must be (batch={batch},) of torch.int64, one number a pair; got {tuple(group_ids.shape)} "
-                f"of {group_ids.dtype}"
-            )
-
-
-class VitEmbedPatchDecoder(nn.Module):
-    """Masked autoencoding's light decoder: the encoder's tokens and a learned one for each hidden patch -> pixels."""
-
-    def __init__(self, config: VitEmbedConfig, width_in: int):
-        """
-        Args:
-            config: of the decoder's own layers, as `VitEmbedConfig.decoder_config` gives it.
-            width_in: D of the encoder.
-        """
-        super().__init__()
-        self.config = config
-        width, factor = config.hidden_size, config.initializer_factor
-        self.projection = linear(width_in, width, width_in**-0.5 * factor)
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.encoder = VitEmbedEncoder(config)
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.prediction = linear(width, config.num_channels * math.prod(config.patch_shape), width**-0.5 * factor)
-
-    def forward(self, tokens: torch.Tensor, layout: TokenLayout, num_prefix_tokens: int) -> torch.Tensor:
-        """The encoder's tokens (B, P + n, D) and what they stand for -> every patch's values (B, N, C * ph * pw)."""
-        # In the precision of the weights, whatever autocast makes of the projection.
-        hidden_states = self.projection(tokens).to(self.mask_token.dtype)
-        prefix, seen = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
-        is_seen = (layout.token_of_patch >= 0)[..., None]  # (B, N, 1)
-        patches = torch.where(is_seen, spread(seen, layout), self.mask_token)
-        positions = sinusoidal_positions(layout.grid_size, self.config.hidden_size, patches.device)
-        patches = patches + positions.to(patches.dtype)
-        decoded = self.encoder(torch.cat([prefix, patches], dim=1)).last_hidden_state[:, num_prefix_tokens:]
-        return self.prediction(self.layernorm(decoded))
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in transformers, for the text tower."""
+        return self.text_model.resize_token_embeddings(*args, **kwargs)
 
 
 @dataclass
@@ -1442,22 +1248,27 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         self.decoder.config._attn_implementation = self.config._attn_implementation
         self.post_init()
 
+    @with_output_options
     def forward(
         self,
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         return_loss: bool = True,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> VitEmbedMaskedImageModelingOutput | tuple:
+        *,
+        interpolate_pos_encoding: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> VitEmbedMaskedImageModelingOutput:
         """
         Args:
-            pixel_values: (B, C, H, W), as in VitEmbedModel.
+            pixel_values, interpolate_pos_encoding: as in VitEmbedModel.
             bool_masked_pos: (B, N) or (B, gh, gw) bool, True for patches to hide, at least one of each image left; None
-                hides `mask_ratio` of them at random.
+                hides `mask_ratio` of them at random. How many are left is read from the device.
             return_loss: whether to return the loss. It needs no labels; padding of `pad_to_patch` counts as pixels of
                 0.
+            num_items_in_batch: hidden patches of all the batches of this training step; None for the mean over the
+                images of this batch.
 
         Returns:
             loss: mean squared error over the values of the hidden patches, each patch less its mean and over its
@@ -1467,62 +1278,41 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
             mask: (B, gh, gw) bool, True for the hidden patches. hidden_states, attentions: of the trunk.
 
         Raises:
+            TypeError: an input that is no tensor.
             ValueError: a mask of the wrong shape, or one that hides a whole image.
         """
-        wants = self._wants(output_attentions, output_hidden_states)
-        trunk, patch = self.vision_model, self.config.patch_shape
-        trunk.embeddings.check_pixel_values(pixel_values)
-        image_shape = tuple(pixel_values.shape[2:])
-        grid_size = self.config.grid_of(image_shape)
-        height, width = self.config.padded_shape(image_shape)
+        config, patch = self.config, self.config.patch_shape
+        check_images(config, pixel_values)
+        batch, _, *image_shape = pixel_values.shape
+        grid_size, (height, width) = config.grid_of(tuple(image_shape)), config.padded_shape(tuple(image_shape))
         padded = F.pad(pixel_values, (0, width - image_shape[1], 0, height - image_shape[0]))
-        kept, num_kept = self._kept(bool_masked_pos, len(pixel_values), grid_size)  # (B, N)
+        seen = seen_patches(bool_masked_pos, batch, grid_size, config.mask_ratio, pixel_values.device)  # (B, N)
         visible = padded
-        if not trunk.embeddings.patch_embedding.is_local:
-            visible = unpatchify(patchify(padded, patch) * kept[..., None], grid_size, patch)
-        features = trunk.forward_features(visible, None, None, *wants, kept=kept, num_kept=num_kept)
-        tokens = trunk.post_layernorm(features.last_hidden_state)
-        predicted = self.decoder(tokens, features.layout, self.config.num_prefix_tokens).float()  # (B, N, C * ph * pw)
-        patches = patchify(padded.float(), patch)
-        mean, deviation = patch_statistics(patches) if self.config.norm_pix_loss else (0.0, 1.0)
-        reconstruction = unpatchify(predicted.detach() * deviation + mean, grid_size, patch)
-        output = VitEmbedMaskedImageModelingOutput(
-            loss=masked_error(predicted, (patches - mean) / deviation, ~kept) if return_loss else None,
-            reconstruction=reconstruction[..., : image_shape[0], : image_shape[1]],
-            mask=~kept.unflatten(1, grid_size),
-            hidden_states=features.hidden_states,
-            attentions=features.attentions,
+        if not STEMS[config.stem_type].is_local:
+            visible = unpatchify(patchify(padded, patch) * seen.mask[..., None], grid_size, patch)
+        images = self.vision_model(
+            visible,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            stages=[config.num_hidden_layers],
+            kept=seen,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
-        return self._returned(output, return_dict)
-
-    def _kept(
-        self, bool_masked_pos: torch.Tensor | None, batch: int, grid_size: tuple[int, int]
-    ) -> tuple[torch.Tensor, int | None]:
-        """(B, N) bool, True for the patches that the trunk sees, and how many of each image where that is known."""
-        num_patches = math.prod(grid_size)
-        if bool_masked_pos is None:
-            return random_kept(batch, num_patches, self.config.mask_ratio, self.device)
-        if bool_masked_pos.shape not in ((batch, num_patches), (batch, *grid_size)):
-            raise ValueError(
-                f"bool_masked_pos must be (batch={batch}, patches={num_patches}) or (batch, {grid_size[0]}, "
-                f"{grid_size[1]}), got {tuple(bool_masked_pos.shape)}"
-            )
-        kept = ~bool_masked_pos.bool().flatten(1)
-        if not kept.any(dim=1).all():
-            raise ValueError("bool_masked_pos must leave at least one patch of each image, got an image with none")
-        return kept, None
-
-
-def masked_error(predicted: torch.Tensor, patches: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the hidden patches' values: (B, N, values) twice and (B, N) bool -> scalar, 0 for none."""
-    errors = (predicted - patches).square().mean(dim=-1)  # (B, N)
-    return (errors * hidden).sum() / hidden.sum().clamp(min=1)
-
-
-def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each patch's values: (B, N, values) -> twice (B, N, 1)."""
-    # 1e-6 as in the paper's reference code: flat patches are common.
-    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+        predicted = self.decoder(images.stages[0], config.num_prefix_tokens).float()  # (B, N, C * ph * pw)
+        patches = patchify(padded.float(), patch).to(predicted.device)
+        mean, deviation = patch_statistics(patches) if config.norm_pix_loss else (0.0, 1.0)
+        loss, hidden = None, ~seen.mask.to(predicted.device)
+        if return_loss:
+            loss = masked_error(predicted, (patches - mean) / deviation, hidden, num_items_in_batch)
+        reconstruction = unpatchify(predicted.detach() * deviation + mean, grid_size, patch)
+        return VitEmbedMaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction[..., : image_shape[0], : image_shape[1]],
+            mask=hidden.unflatten(1, grid_size),
+            hidden_states=images.hidden_states,
+            attentions=images.attentions,
+        )
 
 
 class VitEmbedBackbone(VitEmbedPreTrainedModel):
@@ -1563,33 +1353,43 @@ class VitEmbedBackbone(VitEmbedPreTrainedModel):
         """Channels of each map returned."""
         return [self.out_feature_channels[name] for name in self.out_features]
 
+    @with_output_options
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-    ) -> BackboneOutput | tuple:
+        *,
+        interpolate_pos_encoding: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> BackboneOutput:
         """Inputs as in VitEmbedModel. Returns feature_maps, one for each of `out_features`: (B, D, gh, gw) after the
         final norm, or the stem's (B, C_i, H_i, W_i) as it is."""
-        output_attentions, output_hidden_states = self._wants(output_attentions, output_hidden_states)
+        require_every_patch(self.config, self.training)
         num_maps = len(self.config.pyramid_widths)
-        reads_pyramid = any(stage < num_maps for stage in self.out_indices)
-        if reads_pyramid:
-            require_pyramid(patch_embeds, pixel_mask, f"out_features={self.out_features}")
-        features = self.vision_model.forward_features(pixel_values, patch_embeds, pixel_mask, output_attentions, True)
-        maps = list(features.feature_pyramid) if reads_pyramid else [None] * num_maps
-        for stage in range(len(features.hidden_states)):
-            wanted = num_maps + stage in self.out_indices
-            maps.append(self.vision_model.feature_map(features, stage) if wanted else None)
-        output = BackboneOutput(
-            feature_maps=tuple(maps[stage] for stage in self.out_indices),
-            hidden_states=features.hidden_states if output_hidden_states else None,
-            attentions=features.attentions,
+        from_stem = [index for index in self.out_indices if index < num_maps]
+        stages = sorted({index - num_maps for index in self.out_indices if index >= num_maps})
+        if from_stem:
+            check_pyramid_inputs(patch_embeds, pixel_mask, f"out_features={self.out_features}")
+        images = self.vision_model(
+            pixel_values,
+            patch_embeds,
+            pixel_mask,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            stages=stages,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
-        return self._returned(output, return_dict)
+        maps = {index: images.feature_pyramid[index] for index in from_stem}
+        for stage, tokens in zip(stages, images.stages):
+            maps[num_maps + stage] = feature_map(tokens, self.config.num_prefix_tokens)
+        return BackboneOutput(
+            feature_maps=tuple(maps[index] for index in self.out_indices),
+            hidden_states=images.hidden_states,
+            attentions=images.attentions,
+        )
 
     def forward_with_filtered_kwargs(self, *args, **kwargs) -> BackboneOutput | tuple:
         """What transformers' dense models call; the same as calling the backbone."""

@@ -5,9 +5,9 @@ kept, D hidden size. Height comes before width everywhere.
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,8 +17,13 @@ from transformers import AutoBackbone
 from .configuration_vit_embed import (
     VitEmbedConfig,
 )
+from .inputs_vit_embed import (
+    is_traced,
+)
 from .tokens_vit_embed import (
+    KeptPatches,
     TokenLayout,
+    Tokens,
     keep_tokens,
 )
 
@@ -26,42 +31,53 @@ from .tokens_vit_embed import (
 TOKEN_LEARNER_WIDTH = 64
 
 
-class StemOutput(NamedTuple):
-    """What a stem makes of a batch of images.
-
-    tokens: (B, N, D), the patches row by row, without positions.
-    grid_size: (gh, gw).
-    feature_pyramid: maps (B, C_i, H_i, W_i) from fine to coarse, of a stem that has them.
-    is_coarse: (B, N), 1 where a patch shares one token with the rest of its 2 x 2 cell, else 0; None for all 0.
-    loss: scalar that training adds to the loss of the head, or None.
-    """
-
-    tokens: torch.Tensor
-    grid_size: tuple[int, int]
-    feature_pyramid: tuple[torch.Tensor, ...] | None = None
-    is_coarse: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
-
-
 class Stem:
-    """The contract: a module made from the config whose `forward` takes (B, C, H, W) and returns a StemOutput.
+    """The contract: what lies at `embeddings.patch_embedding`, and how tokens are read off it.
 
-    Its parameters live under `embeddings.patch_embedding`. Adding a stem means one such class, a row in STEMS and its
-    name in `configuration_vit_embed.STEM_TYPES`.
+    A stem that is one layer of torch has that very layer there and calls it as it is called anywhere, tensor in and
+    tensor out: adapters, quantisers and hooks find layers by their type. Any other stem is a module of its own, which
+    takes pixels and positions. Adding a stem means one such class, a row in STEMS and its name in
+    `configuration_vit_embed.STEM_TYPES`.
     """
 
     # Whether a token depends on the pixels of its own patch alone.
     is_local = True
 
-    def select(self, output: StemOutput, positions: torch.Tensor | None) -> tuple[torch.Tensor, TokenLayout]:
-        """What enters the trunk of its own output at these positions (N, D): (B, n, D), and what each stands for. All N
-        tokens, unless a stem says otherwise."""
-        return placed(output.tokens, positions), TokenLayout(output.grid_size)
+    @classmethod
+    def make(cls, config: VitEmbedConfig) -> nn.Module:
+        """The module at `embeddings.patch_embedding`."""
+        return cls(config)
+
+    @classmethod
+    def read(
+        cls, config: VitEmbedConfig, layer: nn.Module, pixel_values: torch.Tensor, positions: torch.Tensor | None
+    ) -> Tokens:
+        """What enters the trunk.
+
+        Args:
+            layer: what `make` made, or what has taken its place.
+            pixel_values: (B, C, H, W), H and W multiples of `config.image_multiple`.
+            positions: (N, D) of the patches, or None.
+
+        Returns:
+            (B, n, D) at their positions, of the layer's dtype.
+        """
+        return layer(pixel_values, positions)
+
+    @classmethod
+    def read_patch_embeds(cls, layer: nn.Module, patch_embeds: torch.Tensor, positions: torch.Tensor | None) -> Tokens:
+        """What enters the trunk of another encoder's features (B, D, gh, gw) in place of the stem's own patches."""
+        return read_map(patch_embeds, positions)
 
 
-def placed(tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+def place(tokens: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
     """Tokens (B, N, D) at their positions (N, D) or (B, N, D), if there are any."""
-    return tokens if positions is None else tokens + positions
+    return tokens if positions is None else tokens + positions.to(tokens)
+
+
+def read_map(feature_map: torch.Tensor, positions: torch.Tensor | None) -> Tokens:
+    """(B, D, gh, gw) -> its pixels as tokens, row by row, at their positions."""
+    return Tokens(place(feature_map.flatten(2).transpose(1, 2), positions), TokenLayout(tuple(feature_map.shape[2:])))
 
 
 def patchify(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> torch.Tensor:
@@ -88,19 +104,81 @@ def unpatchify(patches: torch.Tensor, grid_size: tuple[int, int], patch_shape: t
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def as_tokens(feature_map: torch.Tensor) -> StemOutput:
-    """(B, D, gh, gw) -> the same features as tokens, row by row."""
-    return StemOutput(feature_map.flatten(2).transpose(1, 2), tuple(feature_map.shape[2:]))
+class PatchConv2d(nn.Conv2d):
+    """A convolution that takes pixels of any float dtype and gives that of its weight, whatever autocast makes of the
+    product; patches that do not overlap are multiplied with the weight in one matrix product."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) -> (B, D, gh, gw)."""
+        pixel_values = pixel_values.to(self.weight.dtype)
+        is_patches = self.stride == self.kernel_size != (1, 1) and self.groups == 1 and self.dilation == (1, 1)
+        if not is_patches or self.padding not in ((0, 0), "valid"):
+            return super().forward(pixel_values).to(self.weight.dtype)
+        height, width = self.kernel_size
+        rows, columns = pixel_values.shape[2] // height, pixel_values.shape[3] // width
+        patches = patchify(pixel_values[:, :, : rows * height, : columns * width], self.kernel_size)
+        tokens = F.linear(patches, self.weight.flatten(1), self.bias).to(self.weight.dtype)  # (B, gh * gw, D)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
-def pointwise(width_in: int, width_out: int, config: VitEmbedConfig, bias: bool = True) -> nn.Conv2d:
+class PatchLinear(nn.Linear):
+    """A linear layer that takes any float dtype and gives that of its weight, whatever autocast makes of the
+    product."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, N, values) -> (B, N, D)."""
+        return super().forward(values.to(self.weight.dtype)).to(self.weight.dtype)
+
+
+class StemBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose running statistics stay as they are, and normalise, while its own weight is frozen.
+
+    So a frozen trunk, a linear probe and an adapter leave a stem's buffers alone: an adapter's file has no buffers, and
+    would come back on other statistics than it was trained on.
+    """
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        if self.training and self.affine and not self.weight.requires_grad:
+            statistics = (self.running_mean, self.running_var)
+            return F.batch_norm(feature_map, *statistics, self.weight, self.bias, training=False, eps=self.eps)
+        return super().forward(feature_map)
+
+
+def with_stem_norms(module: nn.Module) -> nn.Module:
+    """Puts a StemBatchNorm2d in the place of every BatchNorm2d in a module that is not trained yet."""
+    for name, child in module.named_children():
+        if type(child) is nn.BatchNorm2d:
+            options = (child.eps, child.momentum, child.affine, child.track_running_stats)
+            setattr(module, name, StemBatchNorm2d(child.num_features, *options))
+        else:
+            with_stem_norms(child)
+    return module
+
+
+def patch_conv(config: VitEmbedConfig, patch_shape: tuple[int, int], gain: float = 1.0) -> PatchConv2d:
+    """A convolution of patches of (ph, pw) pixels; `gain` multiplies the deviation that CLIP starts it with."""
+    layer = PatchConv2d(
+        config.num_channels, config.hidden_size, patch_shape, stride=patch_shape, bias=config.patch_bias
+    )
+    layer.init_std = gain * config.initializer_range * config.initializer_factor
+    return layer
+
+
+def patch_linear(config: VitEmbedConfig, num_values: int) -> PatchLinear:
+    """A linear layer of a patch's `num_values` values."""
+    layer = PatchLinear(num_values, config.hidden_size, bias=config.patch_bias)
+    layer.init_std = config.initializer_range * config.initializer_factor
+    return layer
+
+
+def pointwise(width_in: int, width_out: int, config: VitEmbedConfig, bias: bool = True) -> PatchConv2d:
     """A 1x1 convolution that keeps the size of what it is fed when it starts."""
-    layer = nn.Conv2d(width_in, width_out, kernel_size=1, bias=bias)
+    layer = PatchConv2d(width_in, width_out, kernel_size=1, bias=bias)
     layer.init_std = width_in**-0.5 * config.initializer_factor
     return layer
 
 
-class ConvStem(Stem, nn.Conv2d):
+class ConvStem(Stem):
     """CLIP's patch embedding: a convolution with kernel = stride = patch, computed as one matrix product.
 
     token[i] = weight.flatten(1) @ patch[i] (+ bias); N = (H / ph) * (W / pw) tokens.
@@ -108,42 +186,34 @@ class ConvStem(Stem, nn.Conv2d):
     Source: arXiv:2010.11929 equation 1. The parameters are those of the convolution, so CLIP's weight loads as it is.
     """
 
-    def __init__(self, config: VitEmbedConfig):
-        patch = config.patch_shape
-        super().__init__(config.num_channels, config.hidden_size, patch, stride=patch, bias=config.patch_bias)
-        self.init_std = config.initializer_range * config.initializer_factor
+    @classmethod
+    def make(cls, config: VitEmbedConfig) -> PatchConv2d:
+        return patch_conv(config, config.patch_shape)
 
-    def forward(self, pixel_values: torch.Tensor) -> StemOutput:
-        tokens = F.linear(patchify(pixel_values, self.kernel_size), self.weight.flatten(1), self.bias)
-        grid_size = tuple(size // step for size, step in zip(pixel_values.shape[2:], self.kernel_size))
-        return StemOutput(tokens, grid_size)
+    @classmethod
+    def read(cls, config, layer, pixel_values, positions) -> Tokens:
+        return read_map(layer(pixel_values), positions)
 
 
-class PatchLinear(Stem, nn.Linear):
-    """A linear map of each patch's values, which `patch_values` gives in some basis: (B, N, values) -> (B, N, D)."""
-
-    def __init__(self, config: VitEmbedConfig, num_values: int):
-        super().__init__(num_values, config.hidden_size, bias=config.patch_bias)
-        self.patch_shape = config.patch_shape
-        self.init_std = config.initializer_range * config.initializer_factor
-
-    def patch_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> (B, N, values)."""
-        return patchify(pixel_values, self.patch_shape)
-
-    def forward(self, pixel_values: torch.Tensor) -> StemOutput:
-        grid_size = tuple(size // step for size, step in zip(pixel_values.shape[2:], self.patch_shape))
-        return StemOutput(super().forward(self.patch_values(pixel_values)), grid_size)
-
-
-class LinearStem(PatchLinear):
+class LinearStem(Stem):
     """ConvStem with its weight stored flat, (D, C * ph * pw), as in the equation of the paper.
 
     Equal to ConvStem when `weight = conv.weight.flatten(1)`. Source: arXiv:2010.11929 equation 1.
     """
 
-    def __init__(self, config: VitEmbedConfig):
-        super().__init__(config, config.num_channels * math.prod(config.patch_shape))
+    @classmethod
+    def make(cls, config: VitEmbedConfig) -> PatchLinear:
+        return patch_linear(config, config.num_channels * math.prod(config.patch_shape))
+
+    @classmethod
+    def patch_values(cls, config: VitEmbedConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the layer is fed: (B, C, H, W) -> (B, N, values)."""
+        return patchify(pixel_values, config.patch_shape)
+
+    @classmethod
+    def read(cls, config, layer, pixel_values, positions) -> Tokens:
+        grid_size = config.grid_of(tuple(pixel_values.shape[2:]))
+        return Tokens(place(layer(cls.patch_values(config, pixel_values)), positions), TokenLayout(grid_size))
 
 
 class OverlapStem(Stem, nn.Module):
@@ -161,7 +231,7 @@ class OverlapStem(Stem, nn.Module):
     def __init__(self, config: VitEmbedConfig):
         super().__init__()
         width = config.hidden_size
-        self.projection = nn.Conv2d(
+        self.projection = PatchConv2d(
             config.num_channels,
             width,
             config.patch_kernel_shape,
@@ -172,9 +242,9 @@ class OverlapStem(Stem, nn.Module):
         self.projection.init_std = config.initializer_range * config.initializer_factor
         self.pointwise = pointwise(width, width, config) if config.patch_pointwise else None
 
-    def forward(self, pixel_values: torch.Tensor) -> StemOutput:
+    def forward(self, pixel_values: torch.Tensor, positions: torch.Tensor | None = None) -> Tokens:
         feature_map = self.projection(pixel_values)
-        return as_tokens(feature_map if self.pointwise is None else self.pointwise(feature_map))
+        return read_map(feature_map if self.pointwise is None else self.pointwise(feature_map), positions)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -185,7 +255,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 # The names are `configuration_vit_embed.STEM_NORM_TYPES`.
-STEM_NORMS = {"layer_norm": ChannelNorm, "batch_norm": nn.BatchNorm2d}
+STEM_NORMS = {"layer_norm": ChannelNorm, "batch_norm": StemBatchNorm2d}
 
 
 class HierarchicalStem(Stem, nn.Module):
@@ -205,17 +275,17 @@ class HierarchicalStem(Stem, nn.Module):
         widths = (config.num_channels, *config.pyramid_widths)
         norm = STEM_NORMS[config.stem_norm_type]
         self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width_in, width, 3, stride=2, padding=1, bias=False), norm(width), nn.GELU())
+            nn.Sequential(PatchConv2d(width_in, width, 3, stride=2, padding=1, bias=False), norm(width), nn.GELU())
             for width_in, width in zip(widths, widths[1:])
         )
         self.projection = pointwise(widths[-1], config.hidden_size, config, bias=config.patch_bias)
 
-    def forward(self, pixel_values: torch.Tensor) -> StemOutput:
+    def forward(self, pixel_values: torch.Tensor, positions: torch.Tensor | None = None) -> Tokens:
         feature_map, pyramid = pixel_values, []
         for stage in self.stages:
             feature_map = stage(feature_map)  # (B, C_i, H / 2^i, W / 2^i)
             pyramid.append(feature_map)
-        return as_tokens(self.projection(feature_map))._replace(feature_pyramid=tuple(pyramid))
+        return read_map(self.projection(feature_map), positions)._replace(feature_pyramid=tuple(pyramid))
 
 
 class HybridStem(Stem, nn.Module):
@@ -238,7 +308,7 @@ class HybridStem(Stem, nn.Module):
                 f"{config.backbone_config.num_channels}"
             )
         try:
-            self.backbone = AutoBackbone.from_config(copy.deepcopy(config.backbone_config))
+            self.backbone = with_stem_norms(AutoBackbone.from_config(copy.deepcopy(config.backbone_config)))
         except ValueError as error:
             raise ValueError(
                 "backbone_config must be of a transformers backbone, as ResNetConfig or ConvNextConfig, got "
@@ -265,18 +335,23 @@ class HybridStem(Stem, nn.Module):
             norm.requires_grad_(stage == wanted[-1])
         self.projection = pointwise(self.backbone.channels[-1], config.hidden_size, config, bias=config.patch_bias)
 
-    def forward(self, pixel_values: torch.Tensor) -> StemOutput:
+    def forward(self, pixel_values: torch.Tensor, positions: torch.Tensor | None = None) -> Tokens:
+        pixel_values = pixel_values.to(self.projection.weight.dtype)  # few backbones cast their input
         maps = tuple(self.backbone(pixel_values).feature_maps)  # (B, C_i, gh * 2^k, gw * 2^k), k = 2, 1, 0; or the last
-        rows, columns = (size // step for size, step in zip(pixel_values.shape[2:], self.patch_shape))
-        expected = [(rows << k, columns << k) for k in reversed(range(len(maps)))]
-        found = [tuple(each.shape[2:]) for each in maps]
+        if not is_traced():
+            self._check_strides(tuple(pixel_values.shape[2:]), [tuple(each.shape[2:]) for each in maps])
+        return read_map(self.projection(maps[-1]), positions)._replace(feature_pyramid=maps if len(maps) > 1 else None)
+
+    def _check_strides(self, image_shape: tuple[int, int], found: list[tuple[int, int]]) -> None:
+        """Raises ValueError for a backbone whose last map is not of one pixel a patch, or whose maps do not double."""
+        rows, columns = (size // step for size, step in zip(image_shape, self.patch_shape))
+        expected = [(rows << k, columns << k) for k in reversed(range(len(found)))]
         if found != expected:
             raise ValueError(
                 f"the last feature map of backbone_config must have a stride of patch_size {self.patch_shape}, and "
-                f"those of a pyramid half of the next one's, so {expected} for {tuple(pixel_values.shape[2:])} pixels; "
+                f"those of a pyramid half of the next one's, so {expected} for {image_shape} pixels; "
                 f"got {found}; change its out_features, or patch_size"
             )
-        return as_tokens(self.projection(maps[-1]))._replace(feature_pyramid=maps if len(maps) > 1 else None)
 
 
 class AdaptiveStem(Stem, nn.Module):
@@ -298,51 +373,60 @@ class AdaptiveStem(Stem, nn.Module):
 
     def __init__(self, config: VitEmbedConfig):
         super().__init__()
-        width, patch = config.hidden_size, config.patch_shape
+        width = config.hidden_size
         self.budget, self.budget_weight = config.adaptive_budget, config.adaptive_budget_weight
-        self.fine = ConvStem(config)
-        coarse = tuple(2 * side for side in patch)
-        self.coarse = nn.Conv2d(config.num_channels, width, coarse, stride=coarse, bias=config.patch_bias)
-        # Half of a fine weight's, for four times the pixels: coarse and fine tokens start with the same deviation.
-        self.coarse.init_std = 0.5 * self.fine.init_std
+        self.fine = patch_conv(config, config.patch_shape)
+        # Half of a fine weight's deviation, for four times the pixels: coarse and fine tokens start with the same.
+        self.coarse = patch_conv(config, tuple(2 * side for side in config.patch_shape), gain=0.5)
         hidden = max(2, width // 4)
         self.gate = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 2))
 
-    def forward(self, pixel_values: torch.Tensor) -> StemOutput:
-        fine, grid_size = self.fine(pixel_values)[:2]  # (B, N, D)
+    def forward(self, pixel_values: torch.Tensor, positions: torch.Tensor | None = None) -> Tokens:
+        fine = self.fine(pixel_values)  # (B, D, gh, gw)
+        grid_size = tuple(fine.shape[2:])
+        fine = fine.flatten(2).transpose(1, 2)  # (B, N, D)
         coarse = self.coarse(pixel_values).permute(0, 2, 3, 1)  # (B, gh / 2, gw / 2, D)
         logits = self.gate(coarse).float()  # (B, gh / 2, gw / 2, 2): keep fine, take coarse
         if self.training:
             choice = F.gumbel_softmax(logits, hard=True)
         else:
             choice = F.one_hot(logits.argmax(-1), 2).to(logits.dtype)
-        is_coarse = repeat_cells(choice[..., 1:])[..., 0]  # (B, N)
-        # What evaluation would keep, not what this sample does; its gradient is that of the probabilities.
+        gates = repeat_cells(choice).to(fine.dtype)  # (B, N, 2)
+        tokens = gates[..., :1] * fine + gates[..., 1:] * repeat_cells(coarse)
+        is_coarse = repeat_cells(choice[..., 1:])[..., 0].detach()  # (B, N), 1 where a patch shares one token, else 0
+        tokens, layout = self.select(tokens, is_coarse, grid_size, positions)
+        return Tokens(tokens, layout, loss=self.budget_loss(logits))
+
+    def budget_loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of what evaluation would keep, not of what this sample does; its gradient is that of the probabilities."""
         probability = logits.softmax(-1)
         certain = F.one_hot(logits.argmax(-1), 2) + probability - probability.detach()
         kept = certain[..., 0].mean() + certain[..., 1].mean() / 4
-        gates = repeat_cells(choice).to(fine.dtype)  # (B, N, 2)
-        tokens = gates[..., :1] * fine + gates[..., 1:] * repeat_cells(coarse)
-        loss = self.budget_weight * (kept - self.budget) ** 2
-        return StemOutput(tokens, grid_size, is_coarse=is_coarse, loss=loss)
+        return self.budget_weight * (kept - self.budget) ** 2
 
-    def select(self, output: StemOutput, positions: torch.Tensor | None) -> tuple[torch.Tensor, TokenLayout]:
-        rows, columns = output.grid_size
-        is_coarse = output.is_coarse.detach()
+    def select(
+        self,
+        tokens: torch.Tensor,
+        is_coarse: torch.Tensor,
+        grid_size: tuple[int, int],
+        positions: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, TokenLayout]:
+        """A token for each patch (B, N, D), equal in a coarse cell -> those that enter the trunk, at their
+        positions."""
+        rows, columns = grid_size
         if positions is not None:
             cells = positions.unflatten(0, (rows // 2, 2, columns // 2, 2)).mean(dim=(1, 3))  # (gh / 2, gw / 2, D)
             # Positions alone are averaged: a mean over the slots would hide from the gate that they want to differ.
             positions = torch.where(is_coarse[..., None] > 0, repeat_cells(cells[None]), positions)  # (B, N, D)
-        tokens = placed(output.tokens, positions)
-        layout = TokenLayout(output.grid_size)
-        if self.training or torch.compiler.is_compiling():  # counts read from the data would break the graph
+        tokens, layout = place(tokens, positions), TokenLayout(grid_size)
+        if self.training or is_traced():  # counts read from the data would break the graph
             return tokens, layout
         row = torch.arange(rows, device=tokens.device)[:, None]
         column = torch.arange(columns, device=tokens.device)
         first_of_cell = (row // 2 * 2 * columns + column // 2 * 2).flatten()  # (N,) top left patch of each patch's cell
         own = torch.arange(rows * columns, device=tokens.device)
         holder = torch.where(is_coarse > 0, first_of_cell, own)  # (B, N) patch whose slot each patch's token is in
-        return keep_tokens(tokens, layout, holder == own, sizes=1 + 3 * is_coarse, holder=holder)
+        return keep_tokens(tokens, layout, KeptPatches(holder == own), sizes=1 + 3 * is_coarse, holder=holder)
 
 
 def repeat_cells(cells: torch.Tensor) -> torch.Tensor:
@@ -362,7 +446,7 @@ class TokenLearnerStem(Stem, nn.Module):
     def __init__(self, config: VitEmbedConfig):
         super().__init__()
         width = config.hidden_size
-        self.patches = ConvStem(config)
+        self.patches = patch_conv(config, config.patch_shape)
         self.maps = nn.Sequential(
             nn.LayerNorm(width),
             nn.Linear(width, TOKEN_LEARNER_WIDTH),
@@ -370,13 +454,20 @@ class TokenLearnerStem(Stem, nn.Module):
             nn.Linear(TOKEN_LEARNER_WIDTH, config.num_learned_tokens),
         )
 
-    def forward(self, pixel_values: torch.Tensor) -> StemOutput:
-        return self.patches(pixel_values)
+    @classmethod
+    def read_patch_embeds(cls, layer: nn.Module, patch_embeds: torch.Tensor, positions: torch.Tensor | None) -> Tokens:
+        return layer(None, positions, patch_embeds)
 
-    def select(self, output: StemOutput, positions: torch.Tensor | None) -> tuple[torch.Tensor, TokenLayout]:
-        tokens = placed(output.tokens, positions)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+        patch_embeds: torch.Tensor | None = None,
+    ) -> Tokens:
+        patches = self.patches(pixel_values) if patch_embeds is None else patch_embeds
+        tokens = place(patches.flatten(2).transpose(1, 2), positions)  # (B, N, D)
         weights = self.maps(tokens).float().softmax(dim=1).to(tokens.dtype)  # (B, N, K)
-        return weights.transpose(1, 2) @ tokens, TokenLayout(None)
+        return Tokens(weights.transpose(1, 2) @ tokens, TokenLayout(None))
 
 
 def dct_basis(length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -402,7 +493,39 @@ def haar_basis(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return basis, level
 
 
-class SpectralStem(PatchLinear):
+def spectral_basis(
+    axis_basis: Callable[[int], tuple[torch.Tensor, torch.Tensor]], patch_shape: tuple[int, int], num_kept: int
+) -> torch.Tensor:
+    """The basis of a patch: (num_kept, ph * pw) float32, the coefficients of lowest frequency first.
+
+    Args:
+        axis_basis: length of an axis -> rows (length, length) of its basis, and the frequency of each.
+        patch_shape: (ph, pw) in pixels.
+        num_kept: how many of the ph * pw coefficients; the frequency of one is the sum of both directions'.
+    """
+    (rows, row_frequency), (columns, column_frequency) = (axis_basis(side) for side in patch_shape)
+    # Made whole numbers, so that rounding does not order equal frequencies.
+    frequency = ((row_frequency[:, None] + column_frequency) * math.prod(patch_shape)).round().flatten()
+    lowest = frequency.argsort(stable=True)[:num_kept]
+    return torch.kron(rows, columns)[lowest].float()
+
+
+@functools.lru_cache(maxsize=32)
+def stored_spectral_basis(
+    axis_basis: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    patch_shape: tuple[int, int],
+    num_kept: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """`spectral_basis`, made once for each dtype and device. No buffer of a module: those come back from
+    `from_pretrained` of transformers 5 with whatever is in memory."""
+    # A tensor made in inference mode could not take part in training later.
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        return spectral_basis(axis_basis, patch_shape, num_kept).to(device=device, dtype=dtype)
+
+
+class SpectralStem(LinearStem):
     """A linear map of each patch's coefficients in an orthonormal basis: token[i] = weight @ (basis @ patch[i]).
 
     N = (H / ph) * (W / pw) tokens. The basis acts on each channel alone; of its ph * pw coefficients the
@@ -413,28 +536,33 @@ class SpectralStem(PatchLinear):
     # Length of an axis -> rows (length, length) of its basis, and the frequency of each.
     axis_basis: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
-    def __init__(self, config: VitEmbedConfig):
+    @classmethod
+    def make(cls, config: VitEmbedConfig) -> PatchLinear:
         num_kept = config.num_coefficients or math.prod(config.patch_shape)
-        super().__init__(config, config.num_channels * num_kept)
-        self.num_kept = num_kept
+        return patch_linear(config, config.num_channels * num_kept)
 
-    def basis(self, device: torch.device) -> torch.Tensor:
-        """(kept coefficients, ph * pw) float32. Computed, not stored: it is no parameter and there are no buffers."""
-        (rows, row_frequency), (columns, column_frequency) = (self.axis_basis(side) for side in self.patch_shape)
-        # Made whole numbers, so that rounding does not order equal frequencies.
-        frequency = ((row_frequency[:, None] + column_frequency) * math.prod(self.patch_shape)).round().flatten()
-        lowest = frequency.argsort(stable=True)[: self.num_kept]
-        return torch.kron(rows, columns)[lowest].float().to(device)
+    @classmethod
+    def basis(cls, config: VitEmbedConfig, like: torch.Tensor) -> torch.Tensor:
+        """(kept coefficients, ph * pw), of the dtype and on the device of `like`."""
+        num_kept = config.num_coefficients or math.prod(config.patch_shape)
+        if type(like) is torch.Tensor and not is_traced():
+            return stored_spectral_basis(cls.axis_basis, config.patch_shape, num_kept, like.dtype, like.device)
+        # What is made for a graph, or for tensors without values, belongs to it alone.
+        return spectral_basis(cls.axis_basis, config.patch_shape, num_kept).to(like)
 
-    def patch_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = super().patch_values(pixel_values)
-        patches = patches.unflatten(-1, (-1, math.prod(self.patch_shape)))  # (B, N, C, ph * pw)
-        basis = self.basis(pixel_values.device).to(pixel_values.dtype)
-        return (patches @ basis.t()).flatten(2)
+    @classmethod
+    def patch_values(cls, config: VitEmbedConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+        # A half precision basis would cost more digits than half precision pixels do.
+        pixel_values = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
+        patches = super().patch_values(config, pixel_values)
+        patches = patches.unflatten(-1, (-1, math.prod(config.patch_shape)))  # (B, N, C, ph * pw)
+        return (patches @ cls.basis(config, patches).t()).flatten(2)
 
-    def carried(self, conv_weight: torch.Tensor) -> torch.Tensor:
+    @classmethod
+    def carried(cls, config: VitEmbedConfig, conv_weight: torch.Tensor) -> torch.Tensor:
         """A convolution's weight (D, C, ph, pw) in this basis: (D, C * kept coefficients)."""
-        return (conv_weight.flatten(2).float() @ self.basis(conv_weight.device).t()).flatten(1).to(conv_weight.dtype)
+        weight = conv_weight.detach().flatten(2).float()
+        return (weight @ cls.basis(config, weight).t()).flatten(1).to(conv_weight.dtype)
 
 
 class DctStem(SpectralStem):
@@ -449,7 +577,7 @@ class WaveletStem(SpectralStem):
     axis_basis = staticmethod(haar_basis)
 
 
-class DeformableStem(PatchLinear):
+class DeformableStem(Stem, nn.Module):
     """Each patch is sampled from a box that is moved and scaled by what the patch shows, then projected.
 
     centre' = centre + patch * tanh(o), side' = patch * 2 ** tanh(s), with (o, s) = offsets(patch); ph * pw bilinear
@@ -462,16 +590,27 @@ class DeformableStem(PatchLinear):
     is_local = False
 
     def __init__(self, config: VitEmbedConfig):
+        super().__init__()
+        self.patch_shape = config.patch_shape
         num_values = config.num_channels * math.prod(config.patch_shape)
-        super().__init__(config, num_values)
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, num_values))
+        self.bias = nn.Parameter(torch.empty(config.hidden_size)) if config.patch_bias else None
+        self.init_std = config.initializer_range * config.initializer_factor
         self.offsets = nn.Linear(num_values, 4)
         self.offsets.init_std = 0.0
 
     def patch_values(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = super().patch_values(pixel_values)  # (B, N, C * ph * pw)
+        """(B, C, H, W) -> (B, N, C * ph * pw), the samples in place of the pixels."""
+        patches = patchify(pixel_values, self.patch_shape)
         points = self.sample_points(self.offsets(patches).float(), tuple(pixel_values.shape[2:]))
         sampled = F.grid_sample(pixel_values.float(), points, padding_mode="border", align_corners=False)
-        return super().patch_values(sampled.to(pixel_values.dtype))
+        return patchify(sampled.to(pixel_values.dtype), self.patch_shape)
+
+    def forward(self, pixel_values: torch.Tensor, positions: torch.Tensor | None = None) -> Tokens:
+        grid_size = tuple(size // step for size, step in zip(pixel_values.shape[2:], self.patch_shape))
+        values = self.patch_values(pixel_values.to(self.weight.dtype))
+        tokens = F.linear(values, self.weight, self.bias).to(self.weight.dtype)
+        return Tokens(place(tokens, positions), TokenLayout(grid_size))
 
     def sample_points(self, raw: torch.Tensor, image_shape: tuple[int, int]) -> torch.Tensor:
         """(B, N, 4) of moves and scales, y before x -> (B, H, W, 2) places of the samples, x before y, in [-1, 1] from

@@ -12,6 +12,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .inputs_vit_embed import (
+    is_traced,
+)
+
 
 class TokenLayout(NamedTuple):
     """What the n tokens behind the prefix stand for.
@@ -26,10 +30,37 @@ class TokenLayout(NamedTuple):
     token_of_patch: torch.Tensor | None = None
 
 
-def select_rows(hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """(B, L, D) and row numbers (B, R) -> (B, R, D); without row numbers, all rows."""
+class Tokens(NamedTuple):
+    """Tokens on their way from the stem to a head.
+
+    states: (B, n, D), or (B, P + n, D) once the prefix is before them.
+    layout: what the n tokens stand for.
+    feature_pyramid: maps (B, C_i, H_i, W_i) from fine to coarse, of a stem that has them.
+    loss: scalar of the stem that training adds to the head's, or None.
+    """
+
+    states: torch.Tensor
+    layout: TokenLayout
+    feature_pyramid: tuple[torch.Tensor, ...] | None = None
+    loss: torch.Tensor | None = None
+
+
+class KeptPatches(NamedTuple):
+    """Patches that go on when others are left out.
+
+    mask: (B, N) bool. count: how many in each row, where all have as many; None where that is in the data.
+    """
+
+    mask: torch.Tensor
+    count: int | None = None
+
+
+def select_rows(hidden_states: torch.Tensor, rows: torch.Tensor | slice | None) -> torch.Tensor:
+    """(B, L, D) and row numbers (B, R), or a slice of the rows -> (B, R, D); without them, all rows."""
     if rows is None:
         return hidden_states
+    if isinstance(rows, slice):
+        return hidden_states[:, rows]
     return hidden_states.gather(1, rows[:, :, None].expand(-1, -1, hidden_states.shape[-1]))
 
 
@@ -58,11 +89,20 @@ def spread(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     return patches.masked_fill(layout.token_of_patch[:, :, None] < 0, 0)
 
 
+def patch_grid(tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
+    """One token a patch of (B, P + n, D), as (B, gh, gw, D); zeros for a patch that has none."""
+    return spread(tokens.states[:, num_prefix_tokens:], tokens.layout).unflatten(1, tokens.layout.grid_size)
+
+
+def feature_map(tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
+    """`patch_grid` with the channels first: (B, D, gh, gw)."""
+    return patch_grid(tokens, num_prefix_tokens).permute(0, 3, 1, 2)
+
+
 def keep_tokens(
     tokens: torch.Tensor,
     layout: TokenLayout,
-    kept: torch.Tensor,
-    count: int | None = None,
+    kept: KeptPatches,
     sizes: torch.Tensor | None = None,
     holder: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, TokenLayout]:
@@ -71,35 +111,37 @@ def keep_tokens(
     Args:
         tokens: (B, N, D), one a patch.
         layout: of `tokens`; each stands for its patch.
-        kept: (B, N) bool.
-        count: how many each row keeps, where all keep as many; None reads it from the data.
+        kept: which go on.
         sizes: (B, N), patches that each kept token stands for; None is 1.
         holder: (B, N) the patch whose token stands for each patch; None is the patch itself.
 
     Returns:
-        (B, n, D) and what they stand for, n = `count` or the most that a row keeps.
+        (B, n, D) and what they stand for; n = `kept.count`, else the most that a row keeps, or N where a graph is
+        recorded, as no shape in it may depend on the data.
     """
-    num_kept = kept.sum(dim=1, keepdim=True)  # (B, 1)
-    length = int(num_kept.max()) if count is None else count
-    order = kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, n)
-    place = torch.where(kept, kept.cumsum(dim=1) - 1, -1)  # (B, N)
+    mask, count = kept
+    num_kept = mask.sum(dim=1, keepdim=True)  # (B, 1)
+    length = count
+    if count is None:
+        length = mask.shape[1] if is_traced() else int(num_kept.max())
+    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, n)
+    place = torch.where(mask, mask.cumsum(dim=1) - 1, -1)  # (B, N)
     if holder is not None:
         place = place.gather(1, holder)
     if sizes is None and count is None:
-        sizes = torch.ones_like(kept, dtype=torch.float32)
+        sizes = torch.ones_like(mask, dtype=torch.float32)
     if sizes is not None:
         is_padding = torch.arange(length, device=tokens.device) >= num_kept
         sizes = sizes.gather(1, order).masked_fill(is_padding, 0)
     return select_rows(tokens, order), layout._replace(sizes=sizes, token_of_patch=place)
 
 
-def random_kept(batch: int, num_patches: int, rate: float, device: torch.device) -> tuple[torch.Tensor, int]:
-    """Draws the patches that are kept when a share `rate` is dropped: (B, N) bool, as many in every row, and how
-    many."""
+def random_kept(batch: int, num_patches: int, rate: float, device: torch.device) -> KeptPatches:
+    """Draws the patches that are kept when a share `rate` is dropped, as many in every row."""
     count = max(1, num_patches - int(num_patches * rate))
     chosen = torch.rand(batch, num_patches, device=device).argsort(dim=1)[:, :count]
-    kept = torch.zeros(batch, num_patches, dtype=torch.bool, device=device)
-    return kept.scatter(1, chosen, True), count
+    mask = torch.zeros(batch, num_patches, dtype=torch.bool, device=device)
+    return KeptPatches(mask.scatter(1, chosen, True), count)
 
 
 class Merge(NamedTuple):

@@ -92,7 +92,7 @@ DECODER = {
     "decoder_num_attention_heads": 3,
     "decoder_intermediate_size": 28,
 }
-NO_GRID = r"cannot be had with stem_type='{stem}'.*use another stem_type"
+NO_GRID = r"is not available with stem_type='{stem}'.*use another stem_type"
 HEADS = {
     "trunk": Head(VitEmbedModel, {}, "pooler_output", "AutoModel"),
     "classification": Head(
@@ -160,7 +160,7 @@ def build(name: str, head: str = "trunk", **overrides) -> torch.nn.Module:
                 module.weight.fill_(1.0)
             if hasattr(module, "bias"):
                 module.bias.zero_()
-        stem.train()(2 * pixels(4, seed=9) + 1)
+        model.trunk.embeddings.train()(2 * pixels(4, seed=9) + 1)
     return model.eval()
 
 

@@ -1,0 +1,325 @@
+"""Contrastive learning of images and texts: logits, losses, batches of several processes, batches in chunks.
+
+Symbols: B batch, b rows of this process, D width of the joint space.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from .configuration_vit_embed import (
+    MAX_INVERSE_TEMPERATURE,
+)
+
+MAX_LOGIT_SCALE = math.log(MAX_INVERSE_TEMPERATURE)
+
+# SigLIP's start: almost every pair of a batch is a negative (arXiv:2303.15343 section 3.2).
+SIGMOID_LOGIT_BIAS_INIT = -10.0
+
+
+class _BoundFromAbove(torch.autograd.Function):
+    """min(value, bound). Above the bound only a gradient that leads back below passes."""
+
+    @staticmethod
+    def forward(value: torch.Tensor, bound: float) -> torch.Tensor:
+        return value.clamp(max=bound)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
+        value, ctx.bound = inputs
+        ctx.save_for_backward(value)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (value,) = ctx.saved_tensors
+        # Descent takes a step against the gradient.
+        return gradient.where((value <= ctx.bound) | (gradient > 0), 0.0), None
+
+
+def bounded_logit_scale(logit_scale: torch.Tensor) -> torch.Tensor:
+    """exp(logit_scale) in float32, at most MAX_INVERSE_TEMPERATURE.
+
+    OpenAI clamps the parameter itself, after each step. Here no forward pass writes to a parameter: what is computed
+    with is bounded, and so is the gradient. An optimiser with momentum may carry the parameter a little beyond the
+    bound, where it has no effect and from where its gradient leads back.
+    """
+    return _BoundFromAbove.apply(logit_scale.float(), MAX_LOGIT_SCALE).exp()
+
+
+def contrastive_logits(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scaled cosines of unit-length rows, (images, texts), in float32 whatever the inputs are, on the images' device.
+
+    Args:
+        image_embeds, text_embeds: (images, D) and (texts, D), unit length.
+        logit_scale: scalar, natural log of the inverse temperature; bounded where there is no bias. SigLIP's has no
+            bound: that of google/siglip-base-patch16-224 is beyond OpenAI's.
+        logit_bias: scalar added to every cell, or None.
+    """
+    device = image_embeds.device
+    with torch.autocast(device_type=device.type, enabled=False):
+        scale = bounded_logit_scale(logit_scale) if logit_bias is None else logit_scale.float().exp()
+        logits = scale.to(device) * (image_embeds.float() @ text_embeds.float().t().to(device))
+        return logits if logit_bias is None else logits + logit_bias.float().to(device)
+
+
+def same_group(group_ids: torch.Tensor) -> torch.Tensor:
+    """(B,) group of each pair -> (B, B) bool, True where image i and text j are of two pairs of one group."""
+    same = group_ids[:, None] == group_ids
+    return same & ~torch.eye(group_ids.shape[0], dtype=torch.bool, device=group_ids.device)
+
+
+class PairRows(NamedTuple):
+    """Rows of image-by-text logits and of text-by-image ones, b of a batch of B pairs; b = B without other processes.
+
+    by_image, by_text: (b, B). targets: (b,) index of each row's pair. ignored: (b, B) bool, True for cells off the
+    pairs that are nobody's negatives; None for none.
+    """
+
+    by_image: torch.Tensor
+    by_text: torch.Tensor
+    targets: torch.Tensor
+    ignored: torch.Tensor | None = None
+
+    @classmethod
+    def whole(cls, logits: torch.Tensor, ignored: torch.Tensor | None = None) -> "PairRows":
+        """Of all (B, B) logits, whose diagonal are the pairs. `ignored` is symmetric."""
+        return cls(logits, logits.t(), torch.arange(logits.shape[0], device=logits.device), ignored)
+
+
+def softmax_contrastive_loss(rows: PairRows, hard_negative_beta: float = 0.0) -> torch.Tensor:
+    """Symmetric cross-entropy, summed over the rows.
+
+    Args:
+        rows: the ignored cells are in no denominator.
+        hard_negative_beta: how much more the negatives count that look like the pair, see `weigh_negatives`.
+
+    Source: arXiv:2103.00020 figure 3.
+    """
+    total = 0.0
+    for logits in (rows.by_image, rows.by_text):
+        if hard_negative_beta:
+            negatives = torch.ones_like(logits, dtype=torch.bool).scatter(1, rows.targets[:, None], False)
+            negatives = negatives if rows.ignored is None else negatives & ~rows.ignored
+            logits = weigh_negatives(logits, negatives, hard_negative_beta)
+        if rows.ignored is not None:
+            logits = logits.masked_fill(rows.ignored, -math.inf)
+        total = total + F.cross_entropy(logits, rows.targets, reduction="sum") / 2
+    return total
+
+
+def weigh_negatives(logits: torch.Tensor, negatives: torch.Tensor, beta: float) -> torch.Tensor:
+    """Adds to each negative's logit the log of its weight exp(beta * logit) / mean over the negatives of its row.
+
+    In a softmax the negative then counts that many times. The weights have a mean of 1 in each row and a gradient, as
+    in the reference code; its correction for negatives that belong together (tau+) is 0 here: `group_ids` name them.
+
+    Args:
+        logits: (rows, columns), a row of cosines over the temperature for each anchor.
+        negatives: (rows, columns) bool; a row may have none.
+        beta: concentration, 0 for equal weights.
+
+    Source: arXiv:2010.04592 section 3 and github.com/joshr17/HCL (image/main.py, estimator "hard").
+    """
+    # The lowest number, not -inf: a row without negatives would have NaN for a gradient.
+    hardness = (beta * logits).masked_fill(~negatives, torch.finfo(logits.dtype).min)
+    count = negatives.sum(dim=1, keepdim=True).clamp(min=1)
+    log_weights = hardness - hardness.logsumexp(dim=1, keepdim=True) + count.log()
+    return torch.where(negatives, logits + log_weights, logits)
+
+
+def sigmoid_contrastive_loss(rows: PairRows) -> torch.Tensor:
+    """Every (image, text) cell as its own binary decision, summed over the rows of images; ignored cells are left out.
+
+    Source: arXiv:2303.15343 algorithm 1.
+    """
+    signs = torch.full_like(rows.by_image, -1.0).scatter(1, rows.targets[:, None], 1.0)
+    cells = F.logsigmoid(signs * rows.by_image)
+    return -(cells if rows.ignored is None else cells.masked_fill(rows.ignored, 0)).sum()
+
+
+# PairRows -> the sum over them; the mean over the batch is the loss. The names are
+# `configuration_vit_embed.CONTRASTIVE_LOSSES`.
+CONTRASTIVE_LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
+
+
+def has_other_processes() -> bool:
+    """Whether this process trains together with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_sizes(batch: int, device: torch.device) -> list[int]:
+    """B of every process, in order of rank. The host waits for it: no tensor can be gathered without its size."""
+    own_size = torch.tensor([batch], device=device)
+    sizes = [torch.empty_like(own_size) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, own_size)
+    return torch.cat(sizes).tolist()
+
+
+class _GatherRows(torch.autograd.Function):
+    """(B, D) of this process -> (processes, B, D); the gradient of every process's loss comes back to its rows."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()  # reduced in place
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
+def gather_batch(embeds: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """The rows of all processes, in order of rank, with gradients to the process they came from.
+
+    Args:
+        embeds: (B, D) of this process.
+        sizes: B of every process; they may differ.
+
+    Returns:
+        (sum of B over processes, D).
+    """
+    padded = F.pad(embeds, (0, 0, 0, max(sizes) - embeds.shape[0]))
+    parts = _GatherRows.apply(padded.contiguous())
+    return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """The mean of every process's value, with the gradient of this process's own."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        dist.all_reduce(value)
+        return value / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
+class _MeanGradient(torch.autograd.Function):
+    """The value itself, with the mean of every process's gradient: what DistributedDataParallel makes of it again, and
+    what a parameter needs that a wrapper leaves alone (FSDP shards no scalars)."""
+
+    @staticmethod
+    def forward(ctx, value: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient / dist.get_world_size()
+
+
+def joined_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    loss: Callable[[PairRows], torch.Tensor],
+) -> torch.Tensor:
+    """The loss of the joined batch of all processes: value and, with wrappers that average gradients as
+    DistributedDataParallel does, gradients are those of one process with all the rows. Each process computes the rows
+    of its own images and texts.
+
+    Args:
+        image_embeds, text_embeds: (b, D) of this process, unit length; b may differ between processes.
+        logit_scale, logit_bias: as in `contrastive_logits`.
+        group_ids: (b,) int64 in every process, or None in every one.
+        loss: the sum over rows.
+    """
+    sizes = gather_sizes(image_embeds.shape[0], image_embeds.device)
+    first = sum(sizes[: dist.get_rank()])
+    own = slice(first, first + image_embeds.shape[0])
+    logit_scale = _MeanGradient.apply(logit_scale)
+    logit_bias = None if logit_bias is None else _MeanGradient.apply(logit_bias)
+    ignored = None
+    if group_ids is not None:
+        ignored = same_group(gather_batch(group_ids[:, None], sizes)[:, 0])[own]
+    rows = PairRows(
+        contrastive_logits(image_embeds, gather_batch(text_embeds, sizes), logit_scale, logit_bias),
+        contrastive_logits(text_embeds, gather_batch(image_embeds, sizes), logit_scale, logit_bias),
+        torch.arange(first, own.stop, device=image_embeds.device),
+        ignored,
+    )
+    return _MeanOverProcesses.apply(loss(rows) * (len(sizes) / sum(sizes)))
+
+
+class Embedded(NamedTuple):
+    """What a tower of a dual encoder makes of its inputs.
+
+    embeds: (B, D) of unit length. stem_loss: scalar of the stem, or None. hidden_states, attentions: of the tower,
+    where they were asked for.
+    """
+
+    embeds: torch.Tensor
+    stem_loss: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@contextlib.contextmanager
+def preserve_buffers(buffers: list[torch.Tensor]) -> Iterator[None]:
+    """Restores the buffers, so that recomputing a chunk does not update batch norm twice."""
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values):
+                buffer.copy_(value)
+
+
+def embed_in_chunks(
+    embed: Callable[..., Embedded],
+    inputs: tuple[torch.Tensor | None, ...],
+    chunk_size: int,
+    buffers: list[torch.Tensor],
+) -> Embedded:
+    """`embed(*inputs)` for at most `chunk_size` rows at a time: only the embeddings are kept, and the backward pass of
+    a chunk embeds it again, with the same random numbers (cached gradients, arXiv:2101.06983).
+
+    The gradients are those of the whole batch. What a batch is measured by is measured by the chunk: batch norm's
+    statistics, whose running ones move once a chunk, and an adaptive stem's budget, of which the mean is taken.
+
+    Args:
+        embed: rows of the inputs -> what a tower makes of them.
+        inputs: (B, ...) each, or None.
+        chunk_size: rows.
+        buffers: of the model.
+    """
+    batch = next(rows.shape[0] for rows in inputs if rows is not None)
+    count = math.ceil(batch / chunk_size)
+    if count <= 1:
+        return embed(*inputs)
+    # Even chunks: batch norm would see a remainder of one image.
+    columns = [[None] * count if rows is None else rows.tensor_split(count) for rows in inputs]
+    parts = [
+        checkpoint(
+            embed,
+            *chunk,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), preserve_buffers(buffers)),
+        )
+        for chunk in zip(*columns)
+    ]
+    embeds = torch.cat([part.embeds for part in parts])
+    shares = [part.embeds.shape[0] / batch for part in parts]
+    stem_losses = [part.stem_loss * share for part, share in zip(parts, shares) if part.stem_loss is not None]
+    return Embedded(embeds, sum(stem_losses) if stem_losses else None)

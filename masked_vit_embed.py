@@ -1,0 +1,116 @@
+"""Masked image modelling: which patches the trunk sees, the decoder that predicts the others, and its error.
+
+Symbols: B batch, C channels, ph pw patch pixels, gh gw patch rows and columns, N = gh * gw, n of them that are seen, P
+prefix tokens, D hidden size.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from .configuration_vit_embed import (
+    VitEmbedConfig,
+)
+from .embeddings_vit_embed import (
+    sinusoidal_positions,
+)
+from .encoder_vit_embed import (
+    VitEmbedEncoder,
+    linear,
+)
+from .inputs_vit_embed import (
+    check_masked_patches,
+    is_traced,
+)
+from .losses_vit_embed import (
+    total_items,
+)
+from .tokens_vit_embed import (
+    KeptPatches,
+    Tokens,
+    random_kept,
+    spread,
+)
+
+
+def seen_patches(
+    bool_masked_pos: torch.Tensor | None,
+    batch: int,
+    grid_size: tuple[int, int],
+    mask_ratio: float,
+    device: torch.device,
+) -> KeptPatches:
+    """The patches that the trunk sees.
+
+    Args:
+        bool_masked_pos: (B, N) or (B, gh, gw), True for patches to hide; None hides `mask_ratio` of them at random.
+
+    Raises:
+        TypeError, ValueError: a mask of another shape, or one that hides a whole image.
+    """
+    if bool_masked_pos is None:
+        return random_kept(batch, math.prod(grid_size), mask_ratio, device)
+    check_masked_patches(bool_masked_pos, batch, grid_size)
+    seen = ~bool_masked_pos.bool().flatten(1)
+    if is_traced():
+        return KeptPatches(seen)
+    count = seen.sum(dim=1)
+    fewest, most = torch.stack([count.min(), count.max()]).tolist()  # read once
+    if fewest == 0:
+        raise ValueError("bool_masked_pos must leave at least one patch of each image, got an image with none")
+    return KeptPatches(seen, most if fewest == most else None)
+
+
+class VitEmbedPatchDecoder(nn.Module):
+    """Masked autoencoding's light decoder: the encoder's tokens and a learned one for each hidden patch -> pixels."""
+
+    def __init__(self, config: VitEmbedConfig, width_in: int):
+        """
+        Args:
+            config: of the decoder's own layers, as `VitEmbedConfig.decoder_config` gives it.
+            width_in: D of the encoder.
+        """
+        super().__init__()
+        self.config = config
+        width, factor = config.hidden_size, config.initializer_factor
+        self.projection = linear(width_in, width, width_in**-0.5 * factor)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.encoder = VitEmbedEncoder(config)
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.prediction = linear(width, config.num_channels * math.prod(config.patch_shape), width**-0.5 * factor)
+
+    def forward(self, tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
+        """The encoder's normalised tokens (B, P + n, D) -> every patch's values (B, N, C * ph * pw)."""
+        layout = tokens.layout
+        # In the precision of the weights, whatever autocast makes of the projection.
+        hidden_states = self.projection(tokens.states).to(self.mask_token.dtype)
+        prefix, seen = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
+        is_seen = (layout.token_of_patch >= 0)[..., None]  # (B, N, 1)
+        patches = torch.where(is_seen, spread(seen, layout), self.mask_token.to(seen.device))
+        positions = sinusoidal_positions(layout.grid_size, self.config.hidden_size, patches.device)
+        patches = patches + positions.to(patches.dtype)
+        decoded = self.encoder(torch.cat([prefix, patches], dim=1)).last.states[:, num_prefix_tokens:]
+        return self.prediction(self.layernorm(decoded))
+
+
+def masked_error(
+    predicted: torch.Tensor, patches: torch.Tensor, hidden: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Mean squared error of the hidden patches' values: (B, N, values) twice and (B, N) bool -> scalar, 0 for none.
+
+    The mean over images of each image's mean; so the mean over batches of one size is that of the joined batch, which
+    matters as Trainer has no labels to count here. With `num_items_in_batch`, the hidden patches of all the batches of
+    a training step, it is the sum over the hidden patches, divided by it.
+    """
+    errors = (predicted - patches).square().mean(dim=-1)  # (B, N)
+    totals, counts = (errors * hidden).sum(dim=1), hidden.sum(dim=1)
+    if num_items_in_batch is None:
+        return (totals / counts.clamp(min=1)).mean()
+    return totals.sum() / total_items(counts.sum(), num_items_in_batch)
+
+
+def patch_statistics(patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each patch's values: (B, N, values) -> twice (B, N, 1)."""
+    # 1e-6 as in the paper's reference code: flat patches are common.
+    return patches.mean(dim=-1, keepdim=True), (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
