@@ -50,6 +50,7 @@ from vit_embed.configuration_vit_embed import (  # noqa: E402
     VitEmbedConfig,
     VitEmbedTextConfig,
 )
+from vit_embed.contrastive_vit_embed import MAX_LOGIT_SCALE  # noqa: E402
 from vit_embed.conversion_card import model_card  # noqa: E402
 from vit_embed.layouts import LAYOUTS, detect_layout  # noqa: E402
 from vit_embed.layouts.image_processors import equal_image_processor  # noqa: E402
@@ -66,7 +67,6 @@ from vit_embed.layouts.rules import (  # noqa: E402
     require,
     trunk_prefix,
 )
-from vit_embed.losses_vit_embed import MAX_LOGIT_SCALE  # noqa: E402
 from vit_embed.modeling_vit_embed import VitEmbedPreTrainedModel  # noqa: E402
 from vit_embed.processor_files_vit_embed import (  # noqa: E402
     IMAGE_PROCESSOR_FILE,

@@ -99,14 +99,14 @@ def masked_error(
 ) -> torch.Tensor:
     """Mean squared error of the hidden patches' values: (B, N, values) twice and (B, N) bool -> scalar, 0 for none.
 
-    The mean over images of each image's mean; so the mean over batches of one size is that of the joined batch, which
-    matters as Trainer has no labels to count here. With `num_items_in_batch`, the hidden patches of all the batches of
-    a training step, it is the sum over the hidden patches, divided by it.
+    The mean over the images with hidden patches of each one's mean; so the mean over batches of one size is that of
+    the joined batch, which matters as Trainer has no labels to count here. With `num_items_in_batch`, the hidden
+    patches of all the batches of a training step, it is the sum over the hidden patches, divided by that.
     """
     errors = (predicted - patches).square().mean(dim=-1)  # (B, N)
     totals, counts = (errors * hidden).sum(dim=1), hidden.sum(dim=1)
     if num_items_in_batch is None:
-        return (totals / counts.clamp(min=1)).mean()
+        return (totals / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)
     return totals.sum() / total_items(counts.sum(), num_items_in_batch)
 
 

@@ -467,7 +467,8 @@ class TokenLearnerStem(Stem, nn.Module):
         patches = self.patches(pixel_values) if patch_embeds is None else patch_embeds
         tokens = place(patches.flatten(2).transpose(1, 2), positions)  # (B, N, D)
         weights = self.maps(tokens).float().softmax(dim=1).to(tokens.dtype)  # (B, N, K)
-        return Tokens(weights.transpose(1, 2) @ tokens, TokenLayout(None))
+        learned = weights.transpose(1, 2) @ tokens  # (B, K, D), in half precision under autocast
+        return Tokens(learned.to(tokens.dtype), TokenLayout(None))
 
 
 def dct_basis(length: int) -> tuple[torch.Tensor, torch.Tensor]:

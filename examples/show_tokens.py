@@ -32,6 +32,7 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
 from vit_embed import VitEmbedForMaskedImageModeling, VitEmbedModel
+from vit_embed.tokens_vit_embed import patch_grid
 
 matplotlib.use("Agg")  # a picture file is wanted, so no screen is
 from matplotlib import pyplot  # noqa: E402
@@ -230,8 +231,8 @@ def attended_panels(options: argparse.Namespace) -> list[list]:
     pixel_values = read_pixels(options.pictures, processor, model.config.image_shape)
     attention = model.get_class_attentions(pixel_values)[:, -1].mean(dim=1)  # (B, gh, gw)
     attention = attention / attention.amax(dim=(1, 2), keepdim=True)
-    features = model.forward_features(pixel_values)
-    coloured = principal_colours(model.patch_grid(features.last_hidden_state, features.layout))
+    (tokens,) = model(pixel_values, stages=[model.config.num_hidden_layers]).stages
+    coloured = principal_colours(patch_grid(tokens, model.config.num_prefix_tokens))
     titles = ("class attention", "patches")
     pairs = zip(attention.numpy(), coloured.numpy())
     return [[partial(draw_picture, picture=p, title=t) for p, t in zip(pair, titles)] for pair in pairs]

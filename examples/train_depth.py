@@ -45,7 +45,7 @@ from transformers import DPTImageProcessor, EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
-from vit_embed.modeling_vit_embed import resize_depth
+from vit_embed.depth_vit_embed import resize_depth
 from vit_embed.processor_files_vit_embed import write_processor_files
 
 matplotlib.use("Agg")  # a picture file is wanted, so no screen is

@@ -22,6 +22,9 @@ from vit_embed import (
     VitEmbedModelWithProjection,
 )
 from vit_embed.configuration_vit_embed import GRIDLESS_STEMS, STEM_TYPES, TOKEN_CHOOSING_STEMS
+from vit_embed.embeddings_vit_embed import POSITIONS, VitEmbedEmbeddings
+from vit_embed.stems_vit_embed import STEMS
+from vit_embed.tokens_vit_embed import Tokens
 
 # Both have a stride of 8, the patch of `tiny.VISION`, at their last stage. ResNet normalises by batch, ConvNext not.
 RESNET = ResNetConfig(
@@ -162,6 +165,18 @@ def build(name: str, head: str = "trunk", **overrides) -> torch.nn.Module:
                 module.bias.zero_()
         model.trunk.embeddings.train()(2 * pixels(4, seed=9) + 1)
     return model.eval()
+
+
+def read_stem(embeddings: VitEmbedEmbeddings, images: torch.Tensor) -> Tokens:
+    """The stem's tokens without positions."""
+    return STEMS[embeddings.config.stem_type].read(embeddings.config, embeddings.patch_embedding, images, None)
+
+
+def positions_of(embeddings: VitEmbedEmbeddings, grid_size: tuple[int, int]) -> torch.Tensor | None:
+    """The positions of the patches, (N, D), or None."""
+    scheme = POSITIONS[embeddings.config.position_embedding_type]
+    layer, native = embeddings.position_embedding, embeddings.native_grid
+    return scheme(embeddings.config, layer, native, grid_size, torch.device("cpu"))[1]
 
 
 def inputs_of(head: str, config: VitEmbedConfig, batch: int = 3, height: int = 32, width: int = 32) -> dict:

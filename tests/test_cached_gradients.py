@@ -13,7 +13,7 @@ from test_training import assert_same_gradients, captioned_photos, make_trainer
 from tiny_tokenizer import write_tokenizer
 
 from vit_embed import VitEmbedForContrastive
-from vit_embed.losses_vit_embed import CONTRASTIVE_LOSSES, contrastive_logits
+from vit_embed.contrastive_vit_embed import CONTRASTIVE_LOSSES, PairRows, contrastive_logits
 
 BATCH, CHUNK = 7, 3
 CHUNKS = (3, 2, 2)  # of 7 rows, as even as can be
@@ -59,7 +59,7 @@ def by_hand(model: VitEmbedForContrastive, pixel_values: torch.Tensor, input_ids
     images = [model.get_image_features(part, normalize=True) for part in pixel_values.split(CHUNKS)]
     texts = [model.get_text_features(part, normalize=True) for part in input_ids.split(CHUNKS)]
     logits = contrastive_logits(torch.cat(images), torch.cat(texts), model.logit_scale, model.logit_bias)
-    return CONTRASTIVE_LOSSES[model.config.contrastive_loss](logits)
+    return CONTRASTIVE_LOSSES[model.config.contrastive_loss](PairRows.whole(logits)) / len(logits)
 
 
 SETTINGS = {

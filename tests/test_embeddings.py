@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from references import import_without_init
+from stem_family import positions_of, read_stem
 from tiny import VISION, clip_model, pixels, randomised, vision_config
 from torch.nn import functional as F
 
@@ -37,14 +38,15 @@ def test_patchify_is_row_by_row():
 def test_conv_and_linear_stems_equal_a_convolution(patch_size, bias):
     """float32, sums of 192 products in another order: 1e-5."""
     config = vision_config(patch_size=patch_size, patch_bias=bias)
-    conv, linear = STEMS["conv"](config), STEMS["linear"](config)
+    conv, linear = STEMS["conv"].make(config), STEMS["linear"].make(config)
     linear.load_state_dict({**conv.state_dict(), "weight": conv.weight.flatten(1)})
-    tokens, grid_size = conv(pixels(2, 32, 48))[:2]
     ph, pw = config.patch_shape
-    assert grid_size == (32 // ph, 48 // pw)
-    expected = F.conv2d(pixels(2, 32, 48), conv.weight, conv.bias, stride=(ph, pw)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(linear(pixels(2, 32, 48))[0], tokens)
+    expected = F.conv2d(pixels(2, 32, 48), conv.weight, conv.bias, stride=(ph, pw))
+    found = conv(pixels(2, 32, 48))
+    assert found.shape == (2, 32, 32 // ph, 48 // pw)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    tokens, layout = STEMS["linear"].read(config, linear, pixels(2, 32, 48), None)[:2]
+    assert layout == TokenLayout((32 // ph, 48 // pw)) and torch.equal(tokens, found.flatten(2).transpose(1, 2))
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -116,12 +118,11 @@ def test_token_order_and_count(position_embedding_type, use_cls_token, registers
     prefix = int(use_cls_token) + registers
     assert config.num_prefix_tokens == prefix
     assert tokens.shape == (2, prefix + 32, 32) and layout == TokenLayout((4, 8))
-    positions = embeddings.position_embedding
-    class_position, patch_positions = (None, None) if positions is None else positions((4, 8))
-    patches = embeddings.patch_embedding(pixels(2, 32, 64)).tokens
+    patch_positions, patches = positions_of(embeddings, (4, 8)), read_stem(embeddings, pixels(2, 32, 64)).states
+    is_learned = position_embedding_type == "learned"
     torch.testing.assert_close(tokens[:, prefix:], patches if patch_positions is None else patches + patch_positions)
     if use_cls_token:
-        expected = embeddings.class_embedding + (0 if class_position is None else class_position[0])
+        expected = embeddings.class_embedding + (embeddings.position_embedding.weight[0] if is_learned else 0)
         torch.testing.assert_close(tokens[0, 0], expected)
     if registers:
         assert torch.equal(tokens[1, prefix - registers : prefix], embeddings.register_tokens)
@@ -130,8 +131,7 @@ def test_token_order_and_count(position_embedding_type, use_cls_token, registers
 @torch.no_grad()
 def test_patch_embeds_replace_the_stem():
     model = randomised(VitEmbedModel(vision_config()))
-    patches, grid_size = model.embeddings.patch_embedding(pixels(2, 32, 64))[:2]
-    grid = patches.transpose(1, 2).unflatten(2, grid_size)  # (B, D, gh, gw)
+    grid = model.embeddings.patch_embedding(pixels(2, 32, 64))  # (B, D, gh, gw)
     torch.testing.assert_close(model(patch_embeds=grid).pooler_output, model(pixels(2, 32, 64)).pooler_output)
 
 

@@ -10,7 +10,7 @@ from transformers.models.dpt.modeling_dpt import DPTPreActResidualLayer
 
 from vit_embed import VitEmbedForDepthEstimation, VitEmbedModel
 from vit_embed.configuration_vit_embed import DEPTH_ACTIVATIONS as DEPTH_ACTIVATION_NAMES
-from vit_embed.heads_vit_embed import (
+from vit_embed.depth_vit_embed import (
     DEPTH_ACTIVATIONS,
     DEPTH_HEADS,
     DeconvDepthHead,

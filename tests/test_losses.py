@@ -6,20 +6,37 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
+from tiny import dual_config, pixels, tokens
 
-from vit_embed.losses_vit_embed import (
-    DEPTH_LOSSES,
+from vit_embed import VitEmbedForContrastive, contrastive_vit_embed
+from vit_embed.contrastive_vit_embed import (
     MAX_LOGIT_SCALE,
+    PairRows,
     bounded_logit_scale,
     contrastive_logits,
-    gather_batch,
-    gradient_matching_loss,
     same_group,
-    sigmoid_contrastive_loss,
-    softmax_contrastive_loss,
 )
+from vit_embed.depth_vit_embed import DEPTH_LOSSES, gradient_matching_loss, valid_depth
 
 BETA = 0.7
+
+
+def softmax_contrastive_loss(logits, ignored=None, beta=0.0):
+    """The mean over the pairs of a batch."""
+    rows = PairRows.whole(logits, ignored)
+    return contrastive_vit_embed.softmax_contrastive_loss(rows, beta) / len(logits)
+
+
+def sigmoid_contrastive_loss(logits, ignored=None):
+    """The mean over the pairs of a batch."""
+    return contrastive_vit_embed.sigmoid_contrastive_loss(PairRows.whole(logits, ignored)) / len(logits)
+
+
+def depth_loss(loss, predicted, depth, *options):
+    """The mean over the images of a batch."""
+    return loss(predicted, depth, valid_depth(depth), *options).mean()
+
+
 NAN, INF = float("nan"), float("inf")
 
 
@@ -40,6 +57,10 @@ def naive_sigmoid(logits, ignored=None):
 
 
 def naive_depth(kind, predicted, depth):
+    return sum(naive_depth_of_image(kind, *image) for image in zip(predicted, depth)) / len(depth)
+
+
+def naive_depth_of_image(kind, predicted, depth):
     keep = [(p, d) for p, d in zip(predicted.flatten(), depth.flatten()) if d > 0 and torch.isfinite(d)]
     if kind == "l1":
         return sum((p - d).abs() for p, d in keep) / len(keep)
@@ -50,6 +71,11 @@ def naive_depth(kind, predicted, depth):
 
 
 def naive_gradient_matching(predicted, depth, scales=4):
+    images = zip(predicted[:, None], depth[:, None])
+    return sum(naive_gradient_matching_of_image(*image, scales) for image in images) / len(depth)
+
+
+def naive_gradient_matching_of_image(predicted, depth, scales):
     total = 0 * predicted.sum()
     for step in (2**k for k in range(scales)):
         coarse, labels = predicted[:, ::step, ::step], depth[:, ::step, ::step]
@@ -113,17 +139,6 @@ def test_hard_negatives_equal_their_formula(beta, groups):
     )
 
 
-@pytest.mark.parametrize("beta", [0.0, BETA])
-def test_what_a_row_leaves_out_its_column_may_not(beta):
-    """`ignored` is read by (image, text): transposing it, or not, is a mistake that a symmetric one would hide."""
-    ignored = torch.zeros(5, 5, dtype=torch.bool)
-    ignored[[0, 0, 3], [1, 4, 2]] = True
-    logits = 3 * torch.randn(5, 5, dtype=torch.float64)
-    assert_equal_loss(
-        lambda z: softmax_contrastive_loss(z, ignored, beta), lambda z: naive_softmax(z, ignored, beta), logits
-    )
-
-
 def test_hard_negatives_are_off_at_zero_and_pull_harder_at_the_most_similar():
     logits = 3 * torch.randn(6, 6)
     plain = value_and_gradient(softmax_contrastive_loss, logits)
@@ -154,8 +169,10 @@ def test_logits_at_the_bound_give_finite_losses_and_gradients(beta):
 def test_logit_scale_bound():
     assert bounded_logit_scale(torch.tensor(2.0)).item() == pytest.approx(7.389056)
     assert bounded_logit_scale(torch.tensor(9.0)).item() == pytest.approx(100.0)
-    value, gradient = value_and_gradient(bounded_logit_scale, torch.tensor(9.0))
-    assert gradient == 0
+    # Beyond the bound a step back passes, and a step further out does not.
+    for sign, expected in ((1.0, 100.0), (-1.0, 0.0)):
+        gradient = value_and_gradient(lambda scale, s=sign: s * bounded_logit_scale(scale), torch.tensor(9.0))[1]
+        assert gradient.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("logit_bias", [None, torch.tensor(-10.0, dtype=torch.bfloat16)])
@@ -186,18 +203,17 @@ def no_collectives(monkeypatch):
         monkeypatch.setattr(dist, name, refuse)
 
 
-def test_gathering_without_a_process_group_is_the_input_itself(no_collectives):
-    embeds = torch.randn(3, 4)
-    assert gather_batch(embeds) is embeds
-
-
-def test_gathering_in_a_group_of_one_process_is_the_input_itself(no_collectives):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+@pytest.mark.parametrize("in_a_group", [False, True])
+def test_a_process_without_others_calls_no_collective(no_collectives, in_a_group):
+    if in_a_group:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        embeds = torch.randn(3, 4)
-        assert gather_batch(embeds) is embeds
+        model = VitEmbedForContrastive(dual_config()).train()
+        batch = {"pixel_values": pixels(), "input_ids": tokens(), "group_ids": torch.tensor([0, 1, 0])}
+        model(**batch, gather_loss=True).loss.backward()
     finally:
-        dist.destroy_process_group()
+        if in_a_group:
+            dist.destroy_process_group()
 
 
 # --- depth -----------------------------------------------------------------------------------------------------------
@@ -208,7 +224,7 @@ def test_depth_losses_equal_their_formula_on_valid_pixels(kind):
     predicted = torch.rand(2, 4, 5) + 0.2
     depth = torch.rand(2, 4, 5) + 0.2
     depth[0, 0, :4] = torch.tensor([0.0, -1.0, NAN, INF])
-    found = value_and_gradient(lambda p: DEPTH_LOSSES[kind](p, depth), predicted)
+    found = value_and_gradient(lambda p: depth_loss(DEPTH_LOSSES[kind], p, depth), predicted)
     expected = value_and_gradient(lambda p: naive_depth(kind, p, depth), predicted)
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # float32 sums of 36 terms
@@ -223,13 +239,13 @@ def test_gradient_matching_equals_its_formula_on_valid_pairs(scales, height, wid
     depth[torch.rand(depth.shape) < holes] = NAN
     depth[0, 0, :2] = torch.tensor([-1.0, INF])
     assert_equal_loss(
-        lambda p: gradient_matching_loss(p, depth, scales),
+        lambda p: depth_loss(gradient_matching_loss, p, depth, scales),
         lambda p: naive_gradient_matching(p, depth, scales),
         predicted,
         rtol=1e-4,
         atol=1e-6,  # float32 sums of up to 800 terms
     )
-    gradient = value_and_gradient(lambda p: gradient_matching_loss(p, depth, scales), predicted)[1]
+    gradient = value_and_gradient(lambda p: depth_loss(gradient_matching_loss, p, depth, scales), predicted)[1]
     assert (gradient[~(depth.isfinite() & (depth > 0))] == 0).all(), "a missing pixel pulls at nothing"
 
 
@@ -238,29 +254,33 @@ def test_gradient_matching_ignores_scale_and_minds_edges():
     depth[:, :, 8:] = 3.0
     blurred = depth.clone()
     blurred[:, :, 7:9] = 3.0**0.5
-    assert gradient_matching_loss(2.5 * depth, depth) == pytest.approx(0.0, abs=1e-5)  # float32 logarithms
+    assert depth_loss(gradient_matching_loss, 2.5 * depth, depth) == pytest.approx(0.0, abs=1e-5)  # float32 logarithms
     # One edge of height ln 3 a row is missed: seen by 16 / 2^k of the (16 / 2^k)^2 pixels of scale k.
-    flat = gradient_matching_loss(torch.ones_like(depth), depth)
+    flat = depth_loss(gradient_matching_loss, torch.ones_like(depth), depth)
     assert flat.item() == pytest.approx(math.log(3) * sum(2**k / 16 for k in range(4)), rel=1e-4)
-    assert flat > gradient_matching_loss(blurred, depth) > 0.1 * flat
+    assert flat > depth_loss(gradient_matching_loss, blurred, depth) > 0.1 * flat
 
 
 @pytest.mark.parametrize("loss", [*DEPTH_LOSSES.values(), gradient_matching_loss], ids=[*DEPTH_LOSSES, "gradients"])
 @pytest.mark.parametrize("missing", [0.0, -2.0, NAN, INF])
 def test_nothing_valid_is_loss_zero_and_gradient_zero(loss, missing):
-    value, gradient = value_and_gradient(lambda p: loss(p, torch.full((2, 3, 3), missing)), torch.rand(2, 3, 3) + 0.1)
+    value, gradient = value_and_gradient(
+        lambda p: depth_loss(loss, p, torch.full((2, 3, 3), missing)), torch.rand(2, 3, 3) + 0.1
+    )
     assert value == 0 and (gradient == 0).all()
 
 
 def test_labels_without_valid_neighbours_give_no_gradient_matching():
     depth = torch.full((2, 9, 9), NAN)
     depth[:, 1::4, 1::2] = 2.0  # no two beside each other, and none on the coarser scales
-    value, gradient = value_and_gradient(lambda p: gradient_matching_loss(p, depth), torch.rand(2, 9, 9) + 0.1)
+    value, gradient = value_and_gradient(
+        lambda p: depth_loss(gradient_matching_loss, p, depth), torch.rand(2, 9, 9) + 0.1
+    )
     assert value == 0 and (gradient == 0).all()
 
 
 def test_silog_ignores_scale_as_told_and_does_not_cancel():
     depth = torch.rand(1, 16, 16) + 1.0
-    scaled = DEPTH_LOSSES["silog"](1.001 * depth, depth)
+    scaled = depth_loss(DEPTH_LOSSES["silog"], 1.001 * depth, depth)
     # Half the squared log of the scale, 5e-7: the textbook difference of means loses it in float32 rounding.
     assert scaled.item() == pytest.approx(0.5 * torch.tensor(1.001).double().log().item() ** 2, rel=1e-2)

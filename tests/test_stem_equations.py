@@ -15,6 +15,7 @@ from stem_family import (
     RESNET,
     assert_close,
     build,
+    positions_of,
     stem_config,
 )
 from tiny import CLOSE, pixels, randomised, vision_config
@@ -56,20 +57,22 @@ def conv_reference(images, weight, bias=None, **options) -> torch.Tensor:
 def test_equals_conv_with_its_weight_carried_over(stem, patch_size):
     """float32, sums of up to 192 products in another basis and order: 1e-5, as the issue asks."""
     config = vision_config(patch_size=patch_size, patch_bias=True)
-    conv = STEMS["conv"](config)
+    conv = STEMS["conv"].make(config)
     nn.init.normal_(conv.weight, std=conv.init_std)
     nn.init.normal_(conv.bias)
-    other = STEMS[stem](vision_config(stem_type=stem, patch_size=patch_size, patch_bias=True))
-    other.weight.copy_(other.carried(conv.weight) if hasattr(other, "carried") else conv.weight.flatten(1))
+    other_config = vision_config(stem_type=stem, patch_size=patch_size, patch_bias=True)
+    kind = STEMS[stem]
+    other = kind.make(other_config)
+    other.weight.copy_(kind.carried(other_config, conv.weight) if hasattr(kind, "carried") else conv.weight.flatten(1))
     other.bias.copy_(conv.bias)
     if stem == "deformable":
         other.offsets.weight.zero_()
         other.offsets.bias.zero_()
     images = pixels(2, 64, 96)
-    output = other(images)
+    output = kind.read(other_config, other, images, None)
     expected = conv_reference(images, conv.weight, conv.bias, stride=config.patch_shape)
-    torch.testing.assert_close(output.tokens, expected, rtol=1e-5, atol=1e-5)
-    assert output.grid_size == conv(images).grid_size == (64 // config.patch_shape[0], 96 // config.patch_shape[1])
+    torch.testing.assert_close(output.states, expected, rtol=1e-5, atol=1e-5)
+    assert output.layout.grid_size == (64 // config.patch_shape[0], 96 // config.patch_shape[1])
 
 
 @torch.no_grad()
@@ -82,7 +85,7 @@ def test_deformable_starts_as_conv_at_full_size():
     assert not stem.offsets.weight.any() and not stem.offsets.bias.any()
     images = pixels(1, 224, 224)
     expected = conv_reference(images, stem.weight.unflatten(1, (3, *config.patch_shape)), stride=16)
-    torch.testing.assert_close(stem(images).tokens, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(stem(images).states, expected, rtol=0, atol=1e-4)
 
 
 def deformed(move: tuple[float, float], scale: tuple[float, float], images: torch.Tensor) -> torch.Tensor:
@@ -174,8 +177,8 @@ def test_overlap_is_a_convolution(patch_size, kernel, pointwise):
         mixed = torch.einsum("oi,bihw->bohw", stem.pointwise.weight[:, :, 0, 0], expected)
         expected = mixed + stem.pointwise.bias[:, None, None]
     output = stem(pixels(2, 32, 64))
-    assert output.grid_size == tuple(expected.shape[2:])
-    torch.testing.assert_close(output.tokens, expected.flatten(2).transpose(1, 2), **CLOSE)
+    assert output.layout.grid_size == tuple(expected.shape[2:])
+    torch.testing.assert_close(output.states, expected.flatten(2).transpose(1, 2), **CLOSE)
 
 
 @pytest.mark.parametrize("norm", configuration_vit_embed.STEM_NORM_TYPES)
@@ -200,8 +203,8 @@ def test_hierarchical_is_the_sequence_of_its_layers(norm):
         maps.append(hidden)
     assert_close(output.feature_pyramid, tuple(maps), rtol=1e-4, atol=1e-5)
     expected = F.conv2d(hidden, stem.projection.weight).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(output.tokens, expected, rtol=1e-4, atol=1e-5)
-    assert output.grid_size == (4, 8)
+    torch.testing.assert_close(output.states, expected, rtol=1e-4, atol=1e-5)
+    assert output.layout.grid_size == (4, 8)
 
 
 @torch.no_grad()
@@ -213,7 +216,7 @@ def test_hybrid_is_the_backbone_and_a_projection():
         features = backbone(pixels(2, 32, 64)).feature_maps[-1]
         assert features.shape == (2, 12, 4, 8)
         expected = F.conv2d(features, stem.projection.weight).flatten(2).transpose(1, 2)
-        torch.testing.assert_close(stem(pixels(2, 32, 64)).tokens, expected, **CLOSE)
+        torch.testing.assert_close(stem(pixels(2, 32, 64)).states, expected, **CLOSE)
 
 
 def test_hybrid_leaves_the_config_it_was_given_alone():
@@ -289,7 +292,7 @@ def test_token_learner_is_the_formula():
     model = build("token_learner")
     stem, images = model.embeddings.patch_embedding, pixels(2, 32, 64)
     patches = conv_reference(images, stem.patches.weight, stride=8)
-    placed = patches + model.embeddings.position_embedding((4, 8))[1]
+    placed = patches + positions_of(model.embeddings, (4, 8))
     norm, narrow, _, wide = stem.maps
     normed = F.layer_norm(placed, (32,), norm.weight, norm.bias)
     inner = F.gelu(F.linear(normed, narrow.weight, narrow.bias))
@@ -297,7 +300,7 @@ def test_token_learner_is_the_formula():
     weights = scores.exp() / scores.exp().sum(dim=1, keepdim=True)
     expected = torch.einsum("bnk,bnd->bkd", weights, placed)
     assert expected.shape == (2, 8, 32)
-    torch.testing.assert_close(model.embeddings(images).tokens[:, 1:], expected, **CLOSE)
+    torch.testing.assert_close(model.embeddings(images).states[:, 1:], expected, **CLOSE)
 
 
 # dct, wavelet
@@ -343,25 +346,27 @@ def lowest(frequencies: list[list[Fraction]], count: int) -> list[tuple[int, int
 def test_dct_is_scipys_and_keeps_the_lowest_frequencies(patch_size, count):
     image_size = (56, 56) if patch_size == 14 else (24, 40) if patch_size == (6, 10) else 32
     config = vision_config(stem_type="dct", patch_size=patch_size, image_size=image_size, num_coefficients=count)
-    stem, (ph, pw) = randomised(STEMS["dct"](config)), config.patch_shape
+    stem, (ph, pw) = STEMS["dct"], config.patch_shape
+    layer = randomised(stem.make(config))
     images = pixels(2, *config.image_shape)
     coefficients = dctn(patches_of(images, (ph, pw)).double().numpy(), axes=(-2, -1), norm="ortho")
     if count is None:
-        assert stem.num_kept == ph * pw and stem.weight.shape == (32, 3 * ph * pw)
+        assert layer.weight.shape == (32, 3 * ph * pw)
         sums = np.square(coefficients).sum(axis=(-2, -1))  # an orthonormal transform keeps lengths
-        found = stem.patch_values(images).unflatten(2, (3, -1)).square().sum(dim=-1)
+        found = stem.patch_values(config, images).unflatten(2, (3, -1)).square().sum(dim=-1)
         torch.testing.assert_close(found, torch.from_numpy(sums).float(), rtol=1e-4, atol=1e-4)
     places = lowest([[Fraction(k, side) for k in range(side)] for side in (ph, pw)], count or ph * pw)
     expected = torch.stack([torch.from_numpy(coefficients[..., row, column]) for row, column in places], dim=-1).float()
-    torch.testing.assert_close(stem.patch_values(images), expected.flatten(2), rtol=1e-5, atol=2e-5)
-    torch.testing.assert_close(stem(images).tokens, F.linear(expected.flatten(2), stem.weight), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(stem.patch_values(config, images), expected.flatten(2), rtol=1e-5, atol=2e-5)
+    states = stem.read(config, layer, images, None).states
+    torch.testing.assert_close(states, F.linear(expected.flatten(2), layer.weight), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [None, 1, 3, 6])
 @torch.no_grad()
 def test_wavelet_is_haars_and_keeps_the_coarsest(count):
     config = vision_config(stem_type="wavelet", patch_size=(4, 2), num_coefficients=count)
-    stem, images = randomised(STEMS["wavelet"](config)), pixels(2)
+    stem, images = STEMS["wavelet"], pixels(2)
     half, root = 0.5, 0.5**0.5
     tall = torch.tensor([[half] * 4, [half, half, -half, -half], [root, -root, 0, 0], [0, 0, root, -root]])
     wide = torch.tensor([[root, root], [root, -root]])
@@ -370,7 +375,7 @@ def test_wavelet_is_haars_and_keeps_the_coarsest(count):
     places = lowest(levels, count or 8)
     assert places[:3] == [(0, 0), (0, 1), (1, 0)][: len(places)]
     expected = torch.stack([coefficients[..., row, column] for row, column in places], dim=-1)
-    torch.testing.assert_close(stem.patch_values(images), expected.flatten(2), **CLOSE)
+    torch.testing.assert_close(stem.patch_values(config, images), expected.flatten(2), **CLOSE)
 
 
 # adaptive
@@ -401,14 +406,14 @@ def test_adaptive_with_coarse_cells_only_is_conv_of_patches_twice_as_large():
     model = decided("trunk", coarse=True, use_cls_token=False, pooling_type="mean")
     stem, images = model.embeddings.patch_embedding, pixels(2, 32, 64)
     assert stem.coarse.weight.shape == (32, 3, 16, 16)
-    positions = model.embeddings.position_embedding((4, 8))[1].view(4, 8, 32)
+    positions = positions_of(model.embeddings, (4, 8)).view(4, 8, 32)
     means = torch.stack(
         [positions[i : i + 2, j : j + 2].mean((0, 1)) for i, j in itertools.product((0, 2), (0, 2, 4, 6))]
     )
     expected = conv_reference(images, stem.coarse.weight, stride=16) + means
     embedded = model.embeddings(images)
-    torch.testing.assert_close(embedded.tokens, expected, **CLOSE)
-    assert embedded.tokens.shape[1] == 32 / 4 and (embedded.layout.sizes == 4).all()
+    torch.testing.assert_close(embedded.states, expected, **CLOSE)
+    assert embedded.states.shape[1] == 32 / 4 and (embedded.layout.sizes == 4).all()
     cells = torch.arange(8).view(2, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
     assert torch.equal(model.get_token_map(images), cells.expand(2, -1, -1))
     hidden = model.pre_layrnorm(expected)  # all sizes are equal, so a trunk without sizes sees the same

@@ -22,6 +22,8 @@ from stem_family import (
     assert_close,
     build,
     inputs_of,
+    positions_of,
+    read_stem,
     result,
     stem_config,
 )
@@ -136,7 +138,7 @@ def test_overlap_counts_follow_the_formula(image, kernel, stride, padding, grid)
         for size, pad, k, s in zip(config.image_shape, padding, kernels, config.patch_shape)
     )
     output = STEMS["overlap"](config)(pixels(1, *config.image_shape))
-    assert output.grid_size == grid and output.tokens.shape == (1, math.prod(grid), 32)
+    assert output.layout.grid_size == grid and output.states.shape == (1, math.prod(grid), 32)
 
 
 @torch.no_grad()
@@ -272,7 +274,7 @@ def test_tokens_start_about_as_large_as_those_of_conv(stem):
     images, sizes = pixels(8), {}
     for name in ("conv", stem):
         model = VitEmbedModel(stem_config(name, hidden_size=config.hidden_size))
-        sizes[name] = model.train().embeddings.patch_embedding(images).tokens.std().item()
+        sizes[name] = read_stem(model.train().embeddings, images).states.std().item()
     assert 1 / 30 < sizes[stem] / sizes["conv"] < 30, sizes
 
 
@@ -423,7 +425,7 @@ def test_compiles_without_graph_breaks(stem):
     inputs = inputs_of("classification", model.config)
     with torch.no_grad():
         embeddings = model.trunk.embeddings
-        tokens = compiled(embeddings)(inputs["pixel_values"]).tokens
+        tokens = compiled(embeddings)(inputs["pixel_values"]).states
         expected, layout = embeddings(inputs["pixel_values"])[:2]
         if layout.sizes is None:
             assert torch.equal(tokens, expected)
@@ -472,15 +474,14 @@ def test_every_position_scheme_on_every_stem(stem, scheme):
     for height, width in ((32, 32), (32, 64), (96, 64)):
         output = model(pixels(2, height, width))
         assert output.last_hidden_state.isfinite().all() and output.pooler_output.shape == (2, 32)
-        positions = model.embeddings.position_embedding
-        if scheme == "none":
-            assert positions is None
-            continue
         grid_size = model.config.grid_of((height, width))
-        table = positions(grid_size)[1]
+        table = positions_of(model.embeddings, grid_size)
+        if scheme == "none":
+            assert table is None
+            continue
         assert table.shape == (math.prod(grid_size), 32) and len(table.unique(dim=0)) == len(table)
     output.pooler_output.square().sum().backward()
-    weights = [] if scheme == "none" else list(positions.parameters())
+    weights = [weight for name, weight in model.named_parameters() if "position_embedding" in name]
     assert len(weights) == (scheme in ("learned", "polynomial"))
     assert all(weight.grad.abs().sum() > 0 for weight in weights)
 
@@ -490,22 +491,23 @@ def test_tokens_are_the_stems_and_their_positions():
     for stem, scheme in itertools.product(FIXED_STEMS, POSITION_EMBEDDING_TYPES):
         embeddings = build(stem, position_embedding_type=scheme).embeddings
         images = pixels(2, 32, 64)
-        tokens, grid_size = embeddings.patch_embedding(images)[:2]
+        tokens, layout = read_stem(embeddings, images)[:2]
         if scheme != "none":
-            tokens = tokens + embeddings.position_embedding(grid_size)[1]
-        torch.testing.assert_close(embeddings(images).tokens[:, 1:], tokens, **CLOSE)
+            tokens = tokens + positions_of(embeddings, layout.grid_size)
+        torch.testing.assert_close(embeddings(images).states[:, 1:], tokens, **CLOSE)
 
 
 @pytest.mark.parametrize("degree", [1, 4, 7])
 @pytest.mark.parametrize("grid_size", [(4, 4), (1, 9), (12, 5)])
 @torch.no_grad()
 def test_polynomial_positions_are_numpys(degree, grid_size):
-    positions = POSITIONS["polynomial"](vision_config(position_embedding_type="polynomial", position_degree=degree))
-    assert positions.weight.shape == ((degree + 1) ** 2, 32)
-    class_position, found = positions(grid_size)
-    assert class_position is None
+    config = vision_config(position_embedding_type="polynomial", position_degree=degree)
+    embeddings = VitEmbedModel(config).embeddings
+    positions = nn.init.normal_(embeddings.position_embedding.weight)
+    assert positions.shape == ((degree + 1) ** 2, 32)
+    found = positions_of(embeddings, grid_size)
     rows, columns = ((2 * np.arange(count) + 1) / count - 1 for count in grid_size)
-    coefficients = positions.weight.double().numpy().reshape(degree + 1, degree + 1, 32)
+    coefficients = positions.double().numpy().reshape(degree + 1, degree + 1, 32)
     expected = chebval2d(*np.meshgrid(rows, columns, indexing="ij"), coefficients)  # (D, gh, gw)
     # float32 sums of 64 terms of size 1
     torch.testing.assert_close(found.double(), torch.from_numpy(expected).flatten(1).t(), rtol=1e-4, atol=1e-5)
@@ -515,16 +517,17 @@ def test_polynomial_positions_are_numpys(degree, grid_size):
 def test_polynomial_positions_are_a_function_of_the_place():
     """A patch whose centre lies at the same place of the image has the same position, whatever the grid."""
     model = build("conv", position_embedding_type="polynomial")
-    positions = model.embeddings.position_embedding
-    coarse, fine = positions((4, 4))[1].view(4, 4, 32), positions((12, 20))[1].view(12, 20, 32)
+    coarse, fine, finer = (
+        positions_of(model.embeddings, grid).view(*grid, 32) for grid in ((4, 4), (12, 20), (120, 20))
+    )
     # Three, or five, patches to each of the four: the middle one has its centre.
     torch.testing.assert_close(fine[1::3, 2::5], coarse, rtol=1e-4, atol=1e-5)
     between = (fine[1:, :] - fine[:-1, :]).abs().max()
-    finer = positions((120, 20))[1].view(120, 20, 32)
     assert (finer[1:] - finer[:-1]).abs().max() < 0.2 * between, "ten times finer, smaller steps: no jumps"
-    before = positions.weight.clone()
+    weight = model.embeddings.position_embedding.weight
+    before = weight.clone()
     model.set_image_size((96, 160))
-    assert torch.equal(positions.weight, before) and positions.weight is model.embeddings.position_embedding.weight
+    assert torch.equal(weight, before) and weight is model.embeddings.position_embedding.weight
 
 
 def test_sinusoidal_positions_are_computed():
@@ -580,7 +583,7 @@ def test_pyramid_of_vit_b_16():
         output = stem(torch.empty(2, 3, 224, 224))
     expected = [(2, width, side, side) for width, side in zip((96, 192, 384, 768), (112, 56, 28, 14))]
     assert [tuple(maps.shape) for maps in output.feature_pyramid] == expected
-    assert output.tokens.shape == (2, 196, 768) and output.grid_size == (14, 14)
+    assert output.states.shape == (2, 196, 768) and output.layout.grid_size == (14, 14)
 
 
 @torch.no_grad()
@@ -629,9 +632,9 @@ def test_backbone_gives_the_maps_of_the_pyramid():
     ]
     assert_close(found, (trunk.feature_pyramid[0], trunk.feature_pyramid[2], *dense))
     alone = build("hierarchical", "backbone", out_features=["stage2"])
-    assert_close(alone(images).feature_maps, (alone.vision_model.feature_map(
-        alone.vision_model.forward_features(images, output_hidden_states=True), 2
-    ),))  # fmt: skip
+    hidden = alone.vision_model(images, output_hidden_states=True).hidden_states[2]
+    expected = alone.vision_model.post_layernorm(hidden[:, 1:]).transpose(1, 2).unflatten(2, (4, 8))
+    assert_close(alone(images).feature_maps, (expected,))
 
 
 @pytest.mark.parametrize("stem", PYRAMID_STEMS)

@@ -63,7 +63,7 @@ def test_deepseek_ocr_clip_l():
     for grid in ((16, 16), (32, 32), (8, 32)):
         tokens, layout = embeddings(None, torch.empty(2, 1024, *grid, device="meta"))[:2]
         assert tokens.shape == (2, 1 + grid[0] * grid[1], 1024) and layout.grid_size == grid
-    tokens = embeddings(torch.empty(1, 3, 224, 224, device="meta")).tokens
+    tokens = embeddings(torch.empty(1, 3, 224, 224, device="meta")).states
     assert tokens.shape == (1, 257, 1024)
 
 

@@ -25,7 +25,7 @@ from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipText
 
 from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig, VitEmbedTextModel, encoder_vit_embed
 from vit_embed.configuration_vit_embed import TEXT_POOLING_TYPES
-from vit_embed.modeling_vit_embed import TEXT_PLACES
+from vit_embed.pooling_vit_embed import POOLED_TOKEN
 
 PAD = 7
 LENGTHS = (5, 9, 12)
@@ -92,7 +92,7 @@ def copied_from(stock: SiglipTextModel) -> VitEmbedForContrastive:
 
 
 def test_every_pooling_type_of_the_config_is_there():
-    assert set(TEXT_PLACES) == set(TEXT_POOLING_TYPES)
+    assert set(POOLED_TOKEN) == set(TEXT_POOLING_TYPES)
 
 
 @torch.no_grad()
