@@ -9,10 +9,14 @@ import copy
 import difflib
 import inspect
 import json
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 STEM_TYPES = (
     "conv",
@@ -174,18 +178,40 @@ def as_config(value: PretrainedConfig | dict[str, Any] | None) -> PretrainedConf
     raise TypeError(f"backbone_config must be a config of transformers, or its dict with a model_type; got {value!r}")
 
 
-def _reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_name: str) -> None:
-    """Raises TypeError for a keyword that is nearly, but not quite, the name of a field.
+def _near_miss(name: str, fields: tuple[str, ...]) -> str | None:
+    """What to say of a keyword that is nearly, but not quite, the name of a field; None for any other."""
+    if OTHER_NAMES.get(name) in fields:
+        return f"no field {name!r}; here it is {OTHER_NAMES[name]!r}"
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
+    if close and name not in {*PretrainedConfig().to_dict(), "num_labels", "auto_map"}:
+        return f"no field {name!r}; did you mean {close[0]!r}?"
+    return None
 
-    Unknown keywords as such must pass: configs written by another transformers release carry keys of that release.
-    """
-    known_to_transformers = {*PretrainedConfig().to_dict(), "num_labels", "auto_map"}
+
+def _reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_name: str) -> None:
+    """Raises TypeError for a keyword that is nearly the name of a field. Unknown keywords as such pass: configs written
+    by another transformers release carry keys of that release."""
     for name in kwargs:
-        if OTHER_NAMES.get(name) in fields:
-            raise TypeError(f"{class_name} has no field {name!r}; here it is {OTHER_NAMES[name]!r}")
-        close = difflib.get_close_matches(name, fields, n=1, cutoff=0.85)
-        if close and name not in known_to_transformers:
-            raise TypeError(f"{class_name} has no field {name!r}; did you mean {close[0]!r}?")
+        if message := _near_miss(name, fields):
+            raise TypeError(f"{class_name} has {message}")
+
+
+def _from_file(
+    read: Callable[..., Any], config_dict: dict[str, Any], fields: tuple[str, ...], class_name: str, **kwargs
+) -> Any:
+    """`read(config_dict, **kwargs)` of a dict that was saved, whose near misses become attributes as they were:
+    whatever was saved can be read, with a warning."""
+    foreign = {name: config_dict[name] for name in config_dict if name not in fields and _near_miss(name, fields)}
+    result = read({name: value for name, value in config_dict.items() if name not in foreign}, **kwargs)
+    config = result[0] if isinstance(result, tuple) else result
+    for name, value in foreign.items():
+        logger.warning(
+            "the config that is read: %s has %s; it is kept, and no model reads it",
+            class_name,
+            _near_miss(name, fields),
+        )
+        setattr(config, name, value)
+    return result
 
 
 def _check_integers(config: PretrainedConfig, minimum_of: dict[str, int]) -> None:
@@ -389,6 +415,11 @@ class VitEmbedTextConfig(PretrainedConfig):
                 "a checkpoint that VitEmbedForContrastive saved"
             )
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VitEmbedTextConfig":
+        """As in transformers."""
+        return _from_file(super().from_dict, config_dict, TEXT_FIELDS, cls.__name__, **kwargs)
 
     # The layers of the text tower have no options: they are CLIP's. The layer that both towers share asks for these.
     norm_type = "layer_norm"
@@ -987,7 +1018,9 @@ class VitEmbedConfig(PretrainedConfig):
             config_dict.pop("out_features", None)
             config_dict.pop("out_indices", None)
         config_dict.update(overrides)
-        return super().from_dict(config_dict, **kwargs)
+        if isinstance(config_dict.get("text_config"), dict):
+            config_dict["text_config"] = VitEmbedTextConfig.from_dict(config_dict["text_config"])
+        return _from_file(super().from_dict, config_dict, FIELDS, cls.__name__, **kwargs)
 
 
 def from_clip_config(config_dict: dict[str, Any]) -> dict[str, Any]:
