@@ -903,7 +903,9 @@ class VitEmbedConfig(PretrainedConfig):
         return tuple((size + 2 * padding - kernel) // step + 1 for size, padding, kernel, step in sizes)
 
     def padded_shape(self, image_shape: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) in pixels, each rounded up to its `image_multiple`."""
+        """(height, width) in pixels, each rounded up to its `image_multiple` with `pad_to_patch`."""
+        if not self.pad_to_patch:
+            return image_shape
         return tuple((size + unit - 1) // unit * unit for size, unit in zip(image_shape, self.image_multiple))
 
     @property

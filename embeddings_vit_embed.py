@@ -18,6 +18,7 @@ from .configuration_vit_embed import (
 from .inputs_vit_embed import (
     check_image_sizes,
     image_sizes,
+    is_exported,
     is_traced,
 )
 from .stems_vit_embed import (
@@ -49,14 +50,13 @@ def interpolate_positions(
         interpolation: a key of INTERPOLATION_OPTIONS.
 
     Returns:
-        (gh * gw, D) of `to_grid` in the dtype of `table`, computed in float32; `table` itself for an equal grid. In a
-        graph of any size it is resampled to an equal grid, too, which leaves it as it is.
+        (gh * gw, D) of `to_grid` in the dtype of `table`, computed in float32; `table` itself for an equal grid. An
+        exported graph resamples to an equal grid, too, which leaves the numbers as they are.
 
     Source: "bicubic" is transformers' CLIP with `interpolate_pos_encoding=True` (which computes in the table's dtype),
     "bicubic_antialias" is `timm.layers.resample_abs_pos_embed`.
     """
-    is_any_size = torch.jit.is_tracing() or any(isinstance(count, torch.SymInt) for count in to_grid)
-    if not is_any_size and from_grid == to_grid:
+    if not is_exported() and from_grid == to_grid:
         return table
     grid = table.float().reshape(1, *from_grid, -1).permute(0, 3, 1, 2)  # (1, D, gh, gw)
     options = INTERPOLATION_OPTIONS[interpolation]

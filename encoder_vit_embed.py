@@ -112,7 +112,7 @@ class VitEmbedAttention(nn.Module):
         """(B, L, D), or other states (B, Q, D) as queries -> (B, Q, D); and if asked for the weights (B, h, Q, L), and
         the keys (B, h, L, D / h), by which tokens are compared."""
         query, key, value = (
-            states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, h, Q or L, D / h)
+            states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, h, Q or L, D / h)
             for states in (
                 self.q_proj(hidden_states if queries is None else queries),
                 self.k_proj(hidden_states),

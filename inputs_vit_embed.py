@@ -26,6 +26,13 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_exported() -> bool:
+    """Whether the graph that is recorded is for good, so that it has to serve sizes that it has not seen
+    (torch.export, torch.jit.trace); torch.compile records another one for them."""
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has no word for it
+    return exporting() or torch.jit.is_tracing()
+
+
 class ChecksValues:
     """Of a module: when its forward pass may look at the values of its inputs, which makes an accelerator wait.
 
@@ -175,7 +182,7 @@ def image_sizes(pixel_mask: torch.Tensor, pixel_values: torch.Tensor) -> list[tu
     expected = (pixel_values.shape[0], *pixel_values.shape[2:])
     if tuple(pixel_mask.shape) != expected:
         raise ValueError(f"pixel_mask must be (batch, height, width) = {expected}, got {tuple(pixel_mask.shape)}")
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exported():
         raise ValueError(
             "pixel_mask says in its values how large each image is, which a traced or exported graph cannot follow; "
             "export without pixel_mask, for images of one size a batch"
@@ -354,13 +361,14 @@ def check_depth_labels(labels: Any, depth: torch.Tensor, pixel_mask: torch.Tenso
 
 def check_masked_patches(bool_masked_pos: Any, batch: int, grid_size: tuple[int, int]) -> None:
     """Raises TypeError or ValueError unless the mask is (B, N) or (B, gh, gw)."""
+    how = "give a tensor, or None to hide patches at random"
+    check_tensor("bool_masked_pos", bool_masked_pos, "(batch, patches)", how)
     num_patches = grid_size[0] * grid_size[1]
-    shape = f"(batch={batch}, patches={num_patches})"
-    check_tensor("bool_masked_pos", bool_masked_pos, shape, "give a tensor, or None to hide patches at random")
-    if tuple(bool_masked_pos.shape) not in ((batch, num_patches), (batch, *grid_size)):
+    # Sizes of a graph are symbols, which comparing would tie to each other.
+    if not is_traced() and tuple(bool_masked_pos.shape) not in ((batch, num_patches), (batch, *grid_size)):
         raise ValueError(
-            f"bool_masked_pos must be {shape} or (batch, {grid_size[0]}, {grid_size[1]}), got "
-            f"{tuple(bool_masked_pos.shape)}"
+            f"bool_masked_pos must be (batch={batch}, patches={num_patches}) or (batch, {grid_size[0]}, "
+            f"{grid_size[1]}), got {tuple(bool_masked_pos.shape)}"
         )
 
 

@@ -1309,7 +1309,7 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         return VitEmbedMaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction[..., : image_shape[0], : image_shape[1]],
-            mask=hidden.unflatten(1, grid_size),
+            mask=hidden.reshape(batch, *grid_size),
             hidden_states=images.hidden_states,
             attentions=images.attentions,
         )

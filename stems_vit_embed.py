@@ -5,7 +5,6 @@ kept, D hidden size. Height comes before width everywhere.
 """
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 
@@ -100,7 +99,7 @@ def patchify(pixel_values: torch.Tensor, patch_shape: tuple[int, int]) -> torch.
 
 def unpatchify(patches: torch.Tensor, grid_size: tuple[int, int], patch_shape: tuple[int, int]) -> torch.Tensor:
     """The inverse of `patchify`: (B, gh * gw, C * ph * pw) -> (B, C, gh * ph, gw * pw)."""
-    grid = patches.unflatten(-1, (-1, *patch_shape)).unflatten(1, grid_size)  # (B, gh, gw, C, ph, pw)
+    grid = patches.reshape(patches.shape[0], *grid_size, -1, *patch_shape)  # (B, gh, gw, C, ph, pw)
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
@@ -118,7 +117,7 @@ class PatchConv2d(nn.Conv2d):
         rows, columns = pixel_values.shape[2] // height, pixel_values.shape[3] // width
         patches = patchify(pixel_values[:, :, : rows * height, : columns * width], self.kernel_size)
         tokens = F.linear(patches, self.weight.flatten(1), self.bias).to(self.weight.dtype)  # (B, gh * gw, D)
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], rows, columns)
 
 
 class PatchLinear(nn.Linear):
@@ -415,7 +414,7 @@ class AdaptiveStem(Stem, nn.Module):
         positions."""
         rows, columns = grid_size
         if positions is not None:
-            cells = positions.unflatten(0, (rows // 2, 2, columns // 2, 2)).mean(dim=(1, 3))  # (gh / 2, gw / 2, D)
+            cells = positions.reshape(rows // 2, 2, columns // 2, 2, -1).mean(dim=(1, 3))  # (gh / 2, gw / 2, D)
             # Positions alone are averaged: a mean over the slots would hide from the gate that they want to differ.
             positions = torch.where(is_coarse[..., None] > 0, repeat_cells(cells[None]), positions)  # (B, N, D)
         tokens, layout = place(tokens, positions), TokenLayout(grid_size)
@@ -471,59 +470,68 @@ class TokenLearnerStem(Stem, nn.Module):
         return Tokens(learned.to(tokens.dtype), TokenLayout(None))
 
 
-def dct_basis(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The orthonormal cosine transform (DCT-II): rows (length, length) in float64, and the frequency of each, 0 to
+def dct_basis(length: int) -> tuple[list[list[float]], list[float]]:
+    """The orthonormal cosine transform (DCT-II): `length` rows of as many numbers, and the frequency of each, from 0 to
     1."""
-    frequency = torch.arange(length, dtype=torch.float64)
-    samples = torch.arange(length, dtype=torch.float64) + 0.5
-    basis = torch.cos(math.pi / length * frequency[:, None] * samples) * math.sqrt(2 / length)
-    basis[0] /= math.sqrt(2)
-    return basis, frequency / length
+    rows = [
+        [math.sqrt((2 if k else 1) / length) * math.cos(math.pi / length * k * (n + 0.5)) for n in range(length)]
+        for k in range(length)
+    ]
+    return rows, [k / length for k in range(length)]
 
 
-def haar_basis(length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The orthonormal Haar wavelets of a power of two: rows (length, length) in float64, and the level of each, 0 for
+def haar_basis(length: int) -> tuple[list[list[float]], list[float]]:
+    """The orthonormal Haar wavelets of a power of two: `length` rows of as many numbers, and the level of each, 0 for
     the mean, growing as they get narrower."""
-    basis, level = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    while len(basis) < length:
-        size = len(basis)
-        means = torch.kron(basis, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
-        details = torch.kron(torch.eye(size, dtype=torch.float64), torch.tensor([[1.0, -1.0]], dtype=torch.float64))
-        basis = torch.cat([means, details]) / math.sqrt(2)
-        level = torch.cat([level, (level.max() + 1).expand(size)])
-    return basis, level
+    rows, levels = [[length**-0.5] * length], [0.0]
+    width = length
+    while width > 1:  # the supports of one level, from left to right
+        half, size = width // 2, width**-0.5
+        for start in range(0, length, width):
+            rows.append([0.0] * start + [size] * half + [-size] * half + [0.0] * (length - start - width))
+            levels.append(levels[0] + length // width)
+        width = half
+    return rows, levels
 
 
 def spectral_basis(
-    axis_basis: Callable[[int], tuple[torch.Tensor, torch.Tensor]], patch_shape: tuple[int, int], num_kept: int
-) -> torch.Tensor:
-    """The basis of a patch: (num_kept, ph * pw) float32, the coefficients of lowest frequency first.
-
-    Args:
-        axis_basis: length of an axis -> rows (length, length) of its basis, and the frequency of each.
-        patch_shape: (ph, pw) in pixels.
-        num_kept: how many of the ph * pw coefficients; the frequency of one is the sum of both directions'.
-    """
-    (rows, row_frequency), (columns, column_frequency) = (axis_basis(side) for side in patch_shape)
-    # Made whole numbers, so that rounding does not order equal frequencies.
-    frequency = ((row_frequency[:, None] + column_frequency) * math.prod(patch_shape)).round().flatten()
-    lowest = frequency.argsort(stable=True)[:num_kept]
-    return torch.kron(rows, columns)[lowest].float()
-
-
-@functools.lru_cache(maxsize=32)
-def stored_spectral_basis(
-    axis_basis: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    axis_basis: Callable[[int], tuple[list[list[float]], list[float]]],
     patch_shape: tuple[int, int],
     num_kept: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """`spectral_basis`, made once for each dtype and device. No buffer of a module: those come back from
-    `from_pretrained` of transformers 5 with whatever is in memory."""
-    # A tensor made in inference mode could not take part in training later.
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        return spectral_basis(axis_basis, patch_shape, num_kept).to(device=device, dtype=dtype)
+    """The basis of a patch: (num_kept, ph * pw), the coefficients of lowest frequency first.
+
+    Args:
+        axis_basis: length of an axis -> rows of its basis, and the frequency of each.
+        patch_shape: (ph, pw) in pixels.
+        num_kept: how many of the ph * pw coefficients; the frequency of one is the sum of both directions'.
+    """
+    (rows, row_frequency), (columns, column_frequency) = (axis_basis(side) for side in patch_shape)
+    # Made whole numbers, so that rounding does not order equal frequencies.
+    pairs = sorted(
+        ((i, j) for i in range(len(rows)) for j in range(len(columns))),
+        key=lambda pair: round((row_frequency[pair[0]] + column_frequency[pair[1]]) * math.prod(patch_shape)),
+    )[:num_kept]
+    down = torch.tensor([rows[i] for i, _ in pairs], dtype=torch.float64)  # (num_kept, ph)
+    across = torch.tensor([columns[j] for _, j in pairs], dtype=torch.float64)  # (num_kept, pw)
+    return (down[:, :, None] * across[:, None, :]).flatten(1).to(device=device, dtype=dtype)
+
+
+# What `stored_spectral_basis` has made. No buffers of a module: those come back from `from_pretrained` of transformers
+# 5 with whatever is in memory.
+_BASES: dict[tuple, torch.Tensor] = {}
+
+
+@torch.compiler.assume_constant_result
+def stored_spectral_basis(*key) -> torch.Tensor:
+    """`spectral_basis`, made once for each dtype and device; a graph holds it as a constant."""
+    if key not in _BASES:
+        # A tensor made in inference mode could not take part in training later.
+        with torch.inference_mode(False), torch.no_grad():
+            _BASES[key] = spectral_basis(*key)
+    return _BASES[key]
 
 
 class SpectralStem(LinearStem):
@@ -534,8 +542,8 @@ class SpectralStem(LinearStem):
     `weight = carried(conv.weight)` it equals ConvStem.
     """
 
-    # Length of an axis -> rows (length, length) of its basis, and the frequency of each.
-    axis_basis: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    # Length of an axis -> rows of its basis, and the frequency of each.
+    axis_basis: Callable[[int], tuple[list[list[float]], list[float]]]
 
     @classmethod
     def make(cls, config: VitEmbedConfig) -> PatchLinear:
@@ -546,10 +554,9 @@ class SpectralStem(LinearStem):
     def basis(cls, config: VitEmbedConfig, like: torch.Tensor) -> torch.Tensor:
         """(kept coefficients, ph * pw), of the dtype and on the device of `like`."""
         num_kept = config.num_coefficients or math.prod(config.patch_shape)
-        if type(like) is torch.Tensor and not is_traced():
-            return stored_spectral_basis(cls.axis_basis, config.patch_shape, num_kept, like.dtype, like.device)
-        # What is made for a graph, or for tensors without values, belongs to it alone.
-        return spectral_basis(cls.axis_basis, config.patch_shape, num_kept).to(like)
+        key = (cls.axis_basis, config.patch_shape, num_kept, like.dtype, like.device)
+        # Beside tensors that have no values the basis must have none either.
+        return stored_spectral_basis(*key) if type(like) is torch.Tensor else spectral_basis(*key)
 
     @classmethod
     def patch_values(cls, config: VitEmbedConfig, pixel_values: torch.Tensor) -> torch.Tensor:

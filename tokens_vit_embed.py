@@ -91,7 +91,8 @@ def spread(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
 
 def patch_grid(tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
     """One token a patch of (B, P + n, D), as (B, gh, gw, D); zeros for a patch that has none."""
-    return spread(tokens.states[:, num_prefix_tokens:], tokens.layout).unflatten(1, tokens.layout.grid_size)
+    patches = spread(tokens.states[:, num_prefix_tokens:], tokens.layout)  # (B, N, D)
+    return patches.reshape(patches.shape[0], *tokens.layout.grid_size, patches.shape[2])
 
 
 def feature_map(tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
@@ -117,23 +118,42 @@ def keep_tokens(
 
     Returns:
         (B, n, D) and what they stand for; n = `kept.count`, else the most that a row keeps, or N where a graph is
-        recorded, as no shape in it may depend on the data.
+        recorded.
     """
     mask, count = kept
+    number = torch.arange(mask.shape[1], device=mask.device)
+    if count is None and is_traced():
+        # No length may depend on the data: every token stays, and those left out have no size.
+        sizes = mask.float() if sizes is None else sizes * mask
+        of_patch = torch.where(mask, number, -1)
+        return tokens, layout._replace(sizes=sizes, token_of_patch=of_patch if holder is None else holder)
     num_kept = mask.sum(dim=1, keepdim=True)  # (B, 1)
-    length = count
-    if count is None:
-        length = mask.shape[1] if is_traced() else int(num_kept.max())
-    order = mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :length]  # (B, n)
-    place = torch.where(mask, mask.cumsum(dim=1) - 1, -1)  # (B, N)
+    length = int(num_kept.max()) if count is None else count
+    slot = slots_of_kept(mask)
+    order = numbers_in_order(mask, slot, length)  # (B, n)
+    token_of_patch = torch.where(mask, slot, -1)
     if holder is not None:
-        place = place.gather(1, holder)
+        token_of_patch = token_of_patch.gather(1, holder)
     if sizes is None and count is None:
         sizes = torch.ones_like(mask, dtype=torch.float32)
     if sizes is not None:
         is_padding = torch.arange(length, device=tokens.device) >= num_kept
         sizes = sizes.gather(1, order).masked_fill(is_padding, 0)
-    return select_rows(tokens, order), layout._replace(sizes=sizes, token_of_patch=place)
+    return select_rows(tokens, order), layout._replace(sizes=sizes, token_of_patch=token_of_patch)
+
+
+def slots_of_kept(mask: torch.Tensor) -> torch.Tensor:
+    """(B, N) bool -> (B, N), how many of a row are kept before each: the place of a kept one among the kept."""
+    return mask.long().cumsum(dim=1) - 1
+
+
+def numbers_in_order(mask: torch.Tensor, slot: torch.Tensor, length: int) -> torch.Tensor:
+    """(B, N) bool and the slots of what is kept -> (B, length) numbers of what is kept, in order, then zeros. A
+    scatter: no exporter takes the stable sort that would do the same."""
+    number = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    order = torch.zeros(mask.shape[0], length + 1, dtype=torch.long, device=mask.device)
+    # What is left out goes into one slot more, which is cut off.
+    return order.scatter(1, torch.where(mask, slot, length), number)[:, :length]
 
 
 def random_kept(batch: int, num_patches: int, rate: float, device: torch.device) -> KeptPatches:
@@ -141,7 +161,7 @@ def random_kept(batch: int, num_patches: int, rate: float, device: torch.device)
     count = max(1, num_patches - int(num_patches * rate))
     chosen = torch.rand(batch, num_patches, device=device).argsort(dim=1)[:, :count]
     mask = torch.zeros(batch, num_patches, dtype=torch.bool, device=device)
-    return KeptPatches(mask.scatter(1, chosen, True), count)
+    return KeptPatches(mask.scatter(1, chosen, torch.ones_like(chosen, dtype=torch.bool)), count)
 
 
 class Merge(NamedTuple):
@@ -171,11 +191,11 @@ def match_tokens(metric: torch.Tensor, merge_size: int) -> Merge:
     likeness, partner = scores.max(dim=-1)
     even = likeness.topk(merge_size, dim=1).indices  # (B, r)
     source, target = 2 * even, 2 * partner.gather(1, even) + 1
-    is_kept = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device).scatter(1, source, False)
-    place = is_kept.cumsum(dim=1) - 1
-    place = place.scatter(1, source, place.gather(1, target))
-    kept = is_kept.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : metric.shape[1] - merge_size]
-    return Merge(source, target, kept, place)
+    is_source = torch.zeros_like(source, dtype=torch.bool)  # the tracer knows no scatter of a bool
+    is_kept = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device).scatter(1, source, is_source)
+    slot = slots_of_kept(is_kept)
+    kept = numbers_in_order(is_kept, slot, metric.shape[1] - merge_size)
+    return Merge(source, target, kept, slot.scatter(1, source, slot.gather(1, target)))
 
 
 def merge_tokens(tokens: torch.Tensor, layout: TokenLayout, merge: Merge) -> tuple[torch.Tensor, TokenLayout]:

@@ -309,7 +309,7 @@ def test_token_learner_is_the_formula():
 @pytest.mark.parametrize("basis", [dct_basis, haar_basis])
 @pytest.mark.parametrize("length", [1, 2, 4, 8, 16, 32])
 def test_spectral_bases_are_orthonormal(basis, length):
-    rows, frequency = basis(length)
+    rows, frequency = (torch.tensor(each, dtype=torch.float64) for each in basis(length))
     torch.testing.assert_close(rows @ rows.t(), torch.eye(length, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(rows[0], torch.full((length,), length**-0.5, dtype=torch.float64))
     assert torch.equal(frequency, frequency.sort().values) and frequency[0] == 0
@@ -321,8 +321,9 @@ def test_haar_wavelets_are_those_of_the_textbook():
     four = [[half] * 4, [half, half, -half, -half], [root, -root, 0, 0], [0, 0, root, -root]]
     for expected, levels in ((two, [0, 1]), (four, [0, 1, 2, 2])):
         rows, level = haar_basis(len(expected))
-        torch.testing.assert_close(rows, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
-        assert level.tolist() == levels
+        found, expected = (torch.tensor(each, dtype=torch.float64) for each in (rows, expected))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        assert level == levels
 
 
 def lowest(frequencies: list[list[Fraction]], count: int) -> list[tuple[int, int]]:
