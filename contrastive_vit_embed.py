@@ -67,7 +67,8 @@ def contrastive_logits(
         logit_bias: scalar added to every cell, or None.
     """
     device = image_embeds.device
-    with torch.autocast(device_type=device.type, enabled=False):
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    with torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
         scale = bounded_logit_scale(logit_scale) if logit_bias is None else logit_scale.float().exp()
         logits = scale.to(device) * (image_embeds.float() @ text_embeds.float().t().to(device))
         return logits if logit_bias is None else logits + logit_bias.float().to(device)

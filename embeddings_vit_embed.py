@@ -251,6 +251,12 @@ class VitEmbedEmbeddings(nn.Module):
         grid_size = self.config.grid_of(tuple(pixel_values.shape[2:])) if has_grid else None
         return join_sizes(parts, len(sizes), grid_size, self.config.num_prefix_tokens)
 
+    @property
+    def has_positions_elsewhere(self) -> bool:
+        """Whether accelerate has put a learned table on the disk or another device, to be there during a pass alone."""
+        layer = self.position_embedding
+        return self.config.position_embedding_type == "learned" and layer.weight.is_meta and hasattr(layer, "_hf_hook")
+
     def resize_positions(self, grid_size: tuple[int, int]) -> None:
         """Replaces a learned table by itself resampled to `grid_size` (gh, gw), which becomes the native one."""
         if self.config.position_embedding_type != "learned":

@@ -19,6 +19,9 @@ from .configuration_vit_embed import (
 # Cross-entropy's mark for a row to leave out; Trainer counts the label entries that are not this one.
 IGNORED_LABEL = -100
 
+# Devices whose tensors can be looked at without waiting.
+HOST_DEVICES = ("cpu",)
+
 
 def is_traced() -> bool:
     """Whether a graph is being recorded (torch.compile, torch.export, torch.jit.trace): no shape and no branch may
@@ -31,6 +34,11 @@ def is_exported() -> bool:
     (torch.export, torch.jit.trace); torch.compile records another one for them."""
     exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 has no word for it
     return exporting() or torch.jit.is_tracing()
+
+
+def is_on_host(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at without waiting."""
+    return tensor.device.type in HOST_DEVICES
 
 
 class ChecksValues:
@@ -60,7 +68,7 @@ class ChecksValues:
         # A subclass may have no values (FakeTensor) or not all of them (DTensor).
         if self.input_checks == "never" or type(tensor) is not torch.Tensor or tensor.is_meta or is_traced():
             return False
-        if tensor.device.type == "cpu":
+        if is_on_host(tensor):
             return True
         if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
             return False

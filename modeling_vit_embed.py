@@ -94,6 +94,7 @@ from .inputs_vit_embed import (
     check_text_values,
     check_texts,
     image_sizes,
+    is_on_host,
     is_traced,
 )
 from .losses_vit_embed import (
@@ -361,7 +362,7 @@ class VitEmbedTextModel(VitEmbedTower):
         check_texts(config, input_ids, attention_mask, position_ids)
         pooled_only = pooled_only and not (output_attentions or output_hidden_states)
         input_ids, pooled = self._read(input_ids, attention_mask)  # (B, T), (B,)
-        if pooled_only and not config.reads_padding and input_ids.device.type == "cpu" and not is_traced():
+        if pooled_only and not config.reads_padding and is_on_host(input_ids) and not is_traced():
             input_ids = input_ids[:, : int(pooled.max()) + 1]
         position_ids = None if position_ids is None else position_ids[:, : input_ids.shape[1]]
         hidden_states = self.embeddings(input_ids, position_ids)  # (B, T, D)
@@ -506,6 +507,12 @@ class VitEmbedPreTrainedModel(VitEmbedTower):
         changed = copy.deepcopy(self.config)
         changed.image_size = as_size(image_size)
         changed.validate_architecture()
+        if changed.grid_size != self.config.grid_size and self.trunk.embeddings.has_positions_elsewhere:
+            raise ValueError(
+                f"image_size={image_size!r} resamples the position table, which device_map has offloaded; save it at "
+                "this size first (from_pretrained(..., image_size=...).save_pretrained(folder)) and load that folder, "
+                "or keep vision_model.embeddings on a device"
+            )
         if changed.grid_size != self.config.grid_size:
             self.trunk.embeddings.resize_positions(changed.grid_size)
         self.config.image_size = changed.image_size

@@ -125,7 +125,12 @@ def score(output) -> torch.Tensor:
     return sum(tensor.float().square().mean() for tensor in tensors)
 
 
-def gradients(model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+def gradients_of(model: torch.nn.Module, compute) -> dict[str, torch.Tensor]:
+    """Of a scalar that `compute` gives, by parameter."""
     model.zero_grad()
-    score(model(**inputs)).backward()
+    compute().backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def gradients(model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+    return gradients_of(model, lambda: score(model(**inputs)))
