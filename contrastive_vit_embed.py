@@ -287,6 +287,16 @@ def preserve_buffers(buffers: list[torch.Tensor]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
+@torch.compiler.disable(reason="torch.compile knows no checkpoint that restores buffers; compile the towers instead")
+def _chunks_with_buffers(
+    embed: Callable[..., Embedded], columns: list[list[torch.Tensor | None]], buffers: list[torch.Tensor]
+) -> list[Embedded]:
+    def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        return contextlib.nullcontext(), preserve_buffers(buffers)
+
+    return [checkpoint(embed, *chunk, use_reentrant=False, context_fn=contexts) for chunk in zip(*columns)]
+
+
 def embed_in_chunks(
     embed: Callable[..., Embedded],
     inputs: tuple[torch.Tensor | None, ...],
@@ -311,15 +321,10 @@ def embed_in_chunks(
         return embed(*inputs)
     # Even chunks: batch norm would see a remainder of one image.
     columns = [[None] * count if rows is None else rows.tensor_split(count) for rows in inputs]
-    parts = [
-        checkpoint(
-            embed,
-            *chunk,
-            use_reentrant=False,
-            context_fn=lambda: (contextlib.nullcontext(), preserve_buffers(buffers)),
-        )
-        for chunk in zip(*columns)
-    ]
+    if buffers:
+        parts = _chunks_with_buffers(embed, columns, buffers)
+    else:
+        parts = [checkpoint(embed, *chunk, use_reentrant=False) for chunk in zip(*columns)]
     embeds = torch.cat([part.embeds for part in parts])
     shares = [part.embeds.shape[0] / batch for part in parts]
     stem_losses = [part.stem_loss * share for part, share in zip(parts, shares) if part.stem_loss is not None]

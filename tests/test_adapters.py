@@ -1,0 +1,133 @@
+"""Adapters of PEFT on every class: they start without effect, learn, show in the result, merge, and come back."""
+
+import peft
+import pytest
+import stem_family
+import torch
+from catalogue import CLASSES, OPTIONS, flat
+from tiny import pixels, score, vision_config
+from torch import nn
+
+import vit_embed
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32 sums in another order, of outputs around 1
+
+
+def lora(**options) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"r": 2, "lora_alpha": 4, **options})
+
+
+ATTENTION = ["q_proj", "v_proj"]
+METHODS = {
+    "lora": lambda: lora(target_modules=ATTENTION),
+    "lora, all-linear": lambda: lora(target_modules="all-linear"),
+    "dora": lambda: lora(target_modules=ATTENTION, use_dora=True),
+    "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "fc2"], feedforward_modules=["fc2"]),
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=ATTENTION),
+    "lokr": lambda: peft.LoKrConfig(r=2, target_modules=ATTENTION),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=ATTENTION),
+    "boft": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=ATTENTION),
+    "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "k_proj"]),
+    "modules to save": lambda: lora(target_modules=["q_proj"], modules_to_save=["layer_norm1"]),
+}
+# Methods on the layers at the two ends of the trunk, which are layers of torch like any other.
+AT_THE_STEM = {
+    "lora": lambda names: lora(target_modules=names),
+    "dora": lambda names: lora(target_modules=names, use_dora=True),
+    "modules to save": lambda names: lora(target_modules=["q_proj"], modules_to_save=names),
+}
+
+
+def run(case, model) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return flat(model.eval()(**case.inputs()), case.outputs)
+
+
+def differ(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return any((a - b).abs().max() > 1e-3 for a, b in zip(one, other))
+
+
+def assert_close(one: list[torch.Tensor], other: list[torch.Tensor]) -> None:
+    for a, b in zip(one, other):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def assert_adapts(case, make_config, folder, make=None) -> None:
+    make = make or case.model
+    plain = run(case, make())
+    torch.manual_seed(0)
+    model = peft.get_peft_model(make(), make_config())
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert learning, "there is nothing to learn"
+    assert_close(run(case, model), plain)
+    with torch.no_grad():
+        for parameter in learning.values():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    learned = run(case, model)
+    assert differ(learned, plain), "the adapter has no effect"
+    score(model.train()(**(case.training_inputs() if case.labels else case.inputs()))).backward()
+    idle = [name for name, p in learning.items() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A key's bias shifts all scores of a query alike.
+    assert not [name for name in idle if "k_proj" not in name], "no gradients reach them"
+    model.save_pretrained(folder)
+    again = peft.PeftModel.from_pretrained(make(), folder)
+    for one, other in zip(run(case, again), learned):  # the same numbers, summed at another place in memory
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert_close(run(case, again.merge_and_unload()), learned)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", CLASSES)
+def test_every_method_on_every_class(name, method, tmp_path):
+    assert_adapts(CLASSES[name], METHODS[method], tmp_path)
+
+
+@pytest.mark.parametrize("method", AT_THE_STEM)
+@pytest.mark.parametrize("layer", ["patch_embedding", "position_embedding"])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("text",)])
+def test_the_layers_of_the_embeddings(name, layer, method, tmp_path):
+    assert_adapts(CLASSES[name], lambda: AT_THE_STEM[method]([layer]), tmp_path)
+
+
+@pytest.mark.parametrize("method", AT_THE_STEM)
+@pytest.mark.parametrize("layer", ["token_embedding", "position_embedding"])
+def test_the_layers_of_the_text_embeddings(layer, method, tmp_path):
+    target = layer if method == "modules to save" else rf".*embeddings\.{layer}"
+    names = [target] if method == "modules to save" else target
+    assert_adapts(CLASSES["text"], lambda: AT_THE_STEM[method](names), tmp_path)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_the_trunk(name, tmp_path):
+    assert_adapts(OPTIONS[name], METHODS["lora, all-linear"], tmp_path)
+
+
+@pytest.mark.parametrize("stem", stem_family.FAMILY)
+def test_every_stem(stem, tmp_path):
+    """A stem's buffers are in no adapter's file, so they must not have moved."""
+    case = CLASSES["classification"]
+    assert_adapts(case, METHODS["lora, all-linear"], tmp_path, make=lambda: stem_family.build(stem, "classification"))
+
+
+@pytest.mark.parametrize("stem", ["linear", "dct", "wavelet"])
+def test_a_stem_that_is_a_linear_layer_is_adapted_as_one(stem, tmp_path):
+    case = CLASSES["classification"]
+    make = lambda: stem_family.build(stem, "classification")  # noqa: E731
+    assert type(make().vision_model.embeddings.patch_embedding).__mro__[1] is nn.Linear
+    assert_adapts(case, lambda: lora(target_modules=["patch_embedding"]), tmp_path, make=make)
+
+
+@pytest.mark.parametrize("stem", ["overlap", "adaptive", "deformable", "hybrid"])
+def test_a_stem_that_is_no_layer_of_torch_is_refused_by_peft(stem):
+    """By name; never adapted without effect. Its layers inside have names of their own."""
+    model = stem_family.build(stem, "classification")
+    with pytest.raises(ValueError, match="is not supported"):
+        peft.get_peft_model(model, lora(target_modules=["patch_embedding"]))
+
+
+def test_the_layer_of_the_default_stem_is_a_convolution():
+    layer = vit_embed.VitEmbedModel(vision_config()).embeddings.patch_embedding
+    assert isinstance(layer, nn.Conv2d) and layer(pixels()).shape == (3, 32, 4, 4)
+    other = type(layer)(3, 5, kernel_size=3, stride=2, padding=1)
+    expected = nn.functional.conv2d(pixels(), other.weight, other.bias, stride=2, padding=1)
+    torch.testing.assert_close(other(pixels()), expected)
