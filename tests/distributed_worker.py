@@ -14,12 +14,14 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from catalogue import CLASSES, flat
 from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from vit_embed import VitEmbedForContrastive
+from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification
 
 
 class Case(NamedTuple):
@@ -77,7 +79,57 @@ def shard(model: VitEmbedForContrastive) -> VitEmbedForContrastive:
     for module in list(model.modules()):
         if type(module).__name__ in model._no_split_modules:
             fully_shard(module, mesh=mesh)
+    for tower in ("vision_model", "text_model"):
+        if hasattr(model, tower):
+            fully_shard(getattr(model, tower), mesh=mesh)
     return fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p.dim() == 0})
+
+
+def shard_class(name: str) -> dict[str, torch.Tensor]:
+    """What a class gives in evaluation, and its gradients, with towers, layers and embeddings as units of FSDP 2."""
+    case = CLASSES[name]
+    model = shard(case.model())
+    assert all(isinstance(p, DTensor) for p in model.parameters() if p.dim())
+    with torch.no_grad():
+        found = dict(enumerate(flat(model(**case.inputs()), case.outputs)))
+    if case.labels:
+        model.train()(**case.training_inputs()).loss.backward()
+        gradients = {path: p.grad for path, p in model.named_parameters() if p.grad is not None}
+        found.update({path: g.full_tensor() if isinstance(g, DTensor) else g for path, g in gradients.items()})
+    return found
+
+
+def evaluate_alone(rank: int) -> list[float]:
+    """Losses of evaluation: rank 0 has two batches of 3, rank 1 one of 2 and no more; nobody waits for the other."""
+    model = make_model().eval()
+    with torch.no_grad():
+        sizes = (3, 3) if rank == 0 else (2,)
+        return [model(**joined_batch(size)).loss.item() for size in sizes]
+
+
+def train_with_ignored_labels(folder: Path, processes: int) -> dict[str, torch.Tensor]:
+    """Weights after one step on 8 rows, of which the last process has most labels."""
+    torch.manual_seed(0)
+    model = VitEmbedForImageClassification(tiny.vision_config(num_labels=3))
+    labels = [0, -100, -100, -100, 1, 2, 0, 1]
+    rows = [{"pixel_values": p, "labels": label} for p, label in zip(tiny.pixels(8), labels)]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4 // processes,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        max_grad_norm=0.0,
+        save_strategy="no",
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.accelerator.num_processes == processes
+    return {name: values.clone() for name, values in model.state_dict().items()}
 
 
 def train_step(rank: int, case: Case) -> tuple[torch.Tensor, dict]:
@@ -160,6 +212,11 @@ def work(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=2))  # a process left alone gives up
     results = {name: train_step(rank, case) for name, case in CASES.items()}
+    results["sharded classes"] = {name: shard_class(name) for name in CLASSES}
+    dist.barrier()
+    results["alone"] = [None] * WORLD_SIZE
+    dist.all_gather_object(results["alone"], evaluate_alone(rank))
+    results["ignored labels"] = train_with_ignored_labels(folder / "ignored", WORLD_SIZE)
     results["family"] = train_family(rank)
     results["trainer"] = run_trainer(folder)
     if rank == WORLD_SIZE - 1:

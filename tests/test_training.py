@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import distributed_worker
 import numpy as np
 import peft
 import pictures
@@ -438,59 +437,6 @@ def test_group_ids_keep_pairs_of_one_group_from_being_negatives(settings):
 def test_group_ids_of_another_shape_or_type_are_errors(group_ids):
     with pytest.raises(ValueError, match=r"group_ids must be \(batch=3,\) of torch.int64, one number a pair; got \("):
         VitEmbedForContrastive(tiny.dual_config())(**dual_inputs(), group_ids=group_ids)
-
-
-# --- several processes -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def distributed_results(tmp_path_factory) -> dict:
-    """What two gloo processes found, see distributed_worker."""
-    folder = tmp_path_factory.mktemp("distributed")
-    distributed_worker.launch(folder)
-    return torch.load(folder / "results.pt")
-
-
-@pytest.mark.parametrize("case", distributed_worker.CASES)
-def test_two_processes_learn_as_one_on_the_joined_batch(distributed_results, case):
-    sizes, fields, grouped, _ = distributed_worker.CASES[case]
-    # In one piece: cached gradients are no less equal.
-    model = distributed_worker.make_model(**{**fields, "contrastive_chunk_size": None})
-    loss = model(**distributed_worker.joined_batch(sum(sizes), grouped)).loss
-    loss.backward()
-    expected = {name: p.grad for name, p in model.named_parameters()}
-    found_loss, found = distributed_results[case]
-    torch.testing.assert_close(found_loss, loss.detach(), rtol=1e-5, atol=1e-5)  # float32, sums in another order
-    assert_same_gradients(found, expected)
-    assert all(gradient.abs().max() > 0 for name, gradient in found.items() if not name.endswith("k_proj.bias"))
-
-
-def test_every_stem_and_head_trains_in_two_processes(distributed_results):
-    agree = distributed_results["family"]
-    assert len(agree) > 30 and all(agree.values()), agree
-
-
-def test_trainer_in_two_processes_reports_the_mean_of_their_own_losses(distributed_results):
-    """Evaluation is local: a process that evaluates alone, or has one batch more, waits for nobody."""
-    size = distributed_worker.TRAINER_EXAMPLES
-    joined, half = distributed_worker.joined_batch(size, grouped=True), size // 2
-    model = distributed_worker.make_model().eval()
-    with torch.no_grad():
-        parts = [{name: rows[part] for name, rows in joined.items()} for part in (slice(half), slice(half, size))]
-        expected = sum(model(**part).loss.item() for part in parts) / 2
-    found = distributed_results["trainer"]
-    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)  # float32, sums in another order
-    assert [len(rows) for rows in found["predictions"]] == [size, size]
-
-
-def test_trainer_in_two_processes_and_in_chunks_learns_what_one_does(distributed_results, tmp_path):
-    trainer = distributed_worker.make_trainer(tmp_path, processes=1)
-    start = {name: values.clone() for name, values in trainer.model.state_dict().items()}
-    trainer.train()
-    expected = trainer.model.state_dict()
-    assert max((expected[name] - start[name]).abs().max() for name in start) > 1e-3
-    # A few float32 roundings of weights about 1.
-    torch.testing.assert_close(distributed_results["trainer"]["weights"], expected, rtol=0, atol=1e-6)
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
