@@ -30,7 +30,8 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from vit_embed import VitEmbedModel, VitEmbedTextModel
+from vit_embed import VitEmbedForImageClassification, VitEmbedModel, VitEmbedTextModel
+from vit_embed.contrastive_vit_embed import MAX_LOGIT_SCALE
 
 logger = logging.getLogger("recipe")
 
@@ -300,6 +301,20 @@ class SetEpoch(TrainerCallback):
         self.rows.set_epoch(int(state.epoch or 0))
 
 
+class BoundLogitScale(TrainerCallback):
+    """Keeps CLIP's logit_scale at ln 100 after every step, as OpenAI does.
+
+    The model computes with no more than that in any case; so what is saved says what was computed with, to stock
+    CLIPModel as well.
+    """
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        for name, parameter in model.named_parameters():
+            if own_name(name) == "logit_scale" and parameter.requires_grad:
+                with torch.no_grad():
+                    parameter.clamp_(max=MAX_LOGIT_SCALE)
+
+
 class RecipeTrainer(Trainer):
     """The stock Trainer, with layer-wise learning rates and a picture behind every evaluation.
 
@@ -313,6 +328,14 @@ class RecipeTrainer(Trainer):
         self, recipe: RecipeArguments, draw: Callable[[EvalLoopOutput, Path], None] | None = None, **kwargs
     ) -> None:
         super().__init__(**kwargs)
+        own = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if self.args.label_smoothing_factor and not isinstance(own, VitEmbedForImageClassification):
+            raise ValueError(
+                f"--label_smoothing_factor {self.args.label_smoothing_factor} smooths class numbers, of which "
+                f"{type(own).__name__} has none; leave it out"
+            )
+        if getattr(own, "logit_scale", None) is not None and own.logit_bias is None:
+            self.add_callback(BoundLogitScale())
         self.recipe, self.draw = recipe, draw
         self.drawn: Path | None = None  # the last picture, until it is logged
         self._keep_scalars_whole()

@@ -510,3 +510,22 @@ def test_every_evaluation_leaves_a_picture_and_run_its_metrics(tmp_path):
     results = {name: json.loads((tmp_path / "run" / f"{name}_results.json").read_text()) for name in ("eval", "test")}
     assert results["eval"]["eval_kind"] == 1.0 and results["test"]["test_kind"] == 2.0
     assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "train_results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["two towers", "masked"])
+def test_label_smoothing_is_refused_where_there_are_no_class_numbers(name, tmp_path):
+    """Trainer takes the labels away, and would smooth nothing or fail later."""
+    with pytest.raises(ValueError, match="--label_smoothing_factor 0.1 smooths class numbers, of which .* has none"):
+        trainer_of(MODELS[name](), tmp_path, label_smoothing_factor=0.1)
+    trainer_of(MODELS["lora"](), tmp_path, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_logit_scale_that_is_saved_is_the_one_that_was_computed_with(frozen, tmp_path):
+    model = MODELS["two towers"]()
+    with torch.no_grad():
+        model.logit_scale.fill_(5.0)
+    model.logit_scale.requires_grad_(not frozen)
+    rows = [{"pixel_values": p, "input_ids": ids} for p, ids in zip(tiny.pixels(8), tiny.tokens(8))]
+    trainer_of(model, tmp_path, train_dataset=rows, learning_rate=1e-5, max_steps=1).train()
+    assert model.logit_scale.item() == (5.0 if frozen else pytest.approx(4.60517))

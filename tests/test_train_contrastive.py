@@ -487,7 +487,8 @@ def test_two_processes_and_fsdp_give_the_curve_of_one(small, monkeypatch, tmp_pa
             if not name.endswith("k_proj.bias"):
                 torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-3, msg=f"{kind}, {name}")
         results = [json.loads((tmp_path / run / "eval_results.json").read_text()) for run in (kind, "one")]
-        for metric in ("eval_loss", "eval_text_to_image_recall@1", "eval_image_to_text_recall@5"):
+        # The loss of an evaluation is of each process's own batches, which are half as large.
+        for metric in ("eval_text_to_image_recall@1", "eval_image_to_text_recall@5"):
             assert results[0][metric] == pytest.approx(results[1][metric], abs=1e-3), kind
 
 
