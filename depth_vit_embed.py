@@ -132,16 +132,20 @@ class DPTDepthHead(nn.Module):
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Four (B, D, gh, gw), shallow to deep, or a pyramid's two (B, C_i, H_i, W_i) and two of those -> (B, 16 gh,
         16 gw), any real number."""
-        stages = zip(feature_maps, self.projections, self.resizes, self.levels)
-        levels = [level(resize(projection(maps))) for maps, projection, resize, level in stages]
-        fused = None
-        for i in reversed(range(len(levels))):
-            height, width = levels[i].shape[2:]
-            size = tuple(levels[i - 1].shape[2:]) if i else (2 * height, 2 * width)
-            fused = self.fusions[i](levels[i], fused, size)
+        fused, level = None, self._level(len(feature_maps) - 1, feature_maps)
+        for i in reversed(range(len(feature_maps))):  # from deep to shallow, two levels at a time
+            finer = self._level(i - 1, feature_maps) if i else None
+            height, width = level.shape[2:]
+            size = tuple(finer.shape[2:]) if i else (2 * height, 2 * width)
+            fused, level = self.fusions[i](level, fused, size), finer
         hidden = self.head1(fused)  # (B, F / 2, 8 gh, 8 gw)
+        del fused
         hidden = F.interpolate(hidden, scale_factor=2, mode="bilinear", align_corners=False)
         return self.head3(F.relu(self.head2(hidden))).squeeze(1)
+
+    def _level(self, number: int, feature_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Map `number`, at its own stride and the width of the fusions."""
+        return self.levels[number](self.resizes[number](self.projections[number](feature_maps[number])))
 
 
 # A depth head takes `num_taps` maps (B, D, gh, gw), shallow to deep, and gives one real number a pixel of a finer

@@ -152,6 +152,16 @@ NUM_POSITIONS = {
 }
 
 
+def in_whole_patches(config: VitEmbedConfig, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) with zeros on the right and at the bottom, up to whole patches where the config asks for it."""
+    height, width = pixel_values.shape[2:]
+    padded_height, padded_width = config.padded_shape((height, width))
+    padding = (0, padded_width - width, 0, padded_height - height)
+    if not config.pad_to_patch or not (is_traced() or any(padding)):
+        return pixel_values
+    return F.pad(pixel_values, padding)
+
+
 class VitEmbedEmbeddings(nn.Module):
     """An image, or another encoder's patch features, -> the tokens that enter the encoder.
 
@@ -214,7 +224,7 @@ class VitEmbedEmbeddings(nn.Module):
             config, self.position_embedding, self.native_grid, grid_size, device
         )  # (1, D) or None, (N, D) or None
         if patch_embeds is None:
-            tokens = stem.read(config, self.patch_embedding, self._in_whole_patches(pixel_values), positions)
+            tokens = stem.read(config, self.patch_embedding, in_whole_patches(config, pixel_values), positions)
         else:
             patch_embeds = patch_embeds.to(self._dtype_beside(patch_embeds, positions))
             tokens = stem.read_patch_embeds(self.patch_embedding, patch_embeds, positions)
@@ -224,15 +234,6 @@ class VitEmbedEmbeddings(nn.Module):
         if kept is not None:
             states, layout = keep_tokens(states, layout, kept)
         return tokens._replace(states=self.dropout(self._with_prefix(states, class_position)), layout=layout)
-
-    def _in_whole_patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) with zeros on the right and at the bottom, up to whole patches."""
-        height, width = pixel_values.shape[2:]
-        padded_height, padded_width = self.config.padded_shape((height, width))
-        padding = (0, padded_width - width, 0, padded_height - height)
-        if not self.config.pad_to_patch or not (is_traced() or any(padding)):
-            return pixel_values
-        return F.pad(pixel_values, padding)
 
     def _dtype_beside(self, patch_embeds: torch.Tensor, positions: torch.Tensor | None) -> torch.dtype:
         """The dtype of the model's own tokens, which another encoder's features take; theirs where there are none."""

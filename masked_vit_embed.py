@@ -82,6 +82,11 @@ class VitEmbedPatchDecoder(nn.Module):
 
     def forward(self, tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
         """The encoder's normalised tokens (B, P + n, D) -> every patch's values (B, N, C * ph * pw)."""
+        decoded = self.encoder(self._with_mask_tokens(tokens, num_prefix_tokens)).last.states
+        return self.prediction(self.layernorm(decoded[:, num_prefix_tokens:]))
+
+    def _with_mask_tokens(self, tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
+        """(B, P + n, D of the encoder) -> (B, P + N, D of the decoder), each patch at its position."""
         layout = tokens.layout
         # In the precision of the weights, whatever autocast makes of the projection.
         hidden_states = self.projection(tokens.states).to(self.mask_token.dtype)
@@ -89,9 +94,7 @@ class VitEmbedPatchDecoder(nn.Module):
         is_seen = (layout.token_of_patch >= 0)[..., None]  # (B, N, 1)
         patches = torch.where(is_seen, spread(seen, layout), self.mask_token.to(seen.device))
         positions = sinusoidal_positions(layout.grid_size, self.config.hidden_size, patches.device)
-        patches = patches + positions.to(patches.dtype)
-        decoded = self.encoder(torch.cat([prefix, patches], dim=1)).last.states[:, num_prefix_tokens:]
-        return self.prediction(self.layernorm(decoded))
+        return torch.cat([prefix, patches + positions.to(patches.dtype)], dim=1)
 
 
 def masked_error(

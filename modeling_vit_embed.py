@@ -76,6 +76,7 @@ from .depth_vit_embed import (
 from .embeddings_vit_embed import (
     VitEmbedEmbeddings,
     VitEmbedTextEmbeddings,
+    in_whole_patches,
 )
 from .encoder_vit_embed import (
     NORMS,
@@ -1291,8 +1292,7 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         config, patch = self.config, self.config.patch_shape
         check_images(config, pixel_values)
         batch, _, *image_shape = pixel_values.shape
-        grid_size, (height, width) = config.grid_of(tuple(image_shape)), config.padded_shape(tuple(image_shape))
-        padded = F.pad(pixel_values, (0, width - image_shape[1], 0, height - image_shape[0]))
+        grid_size, padded = config.grid_of(tuple(image_shape)), in_whole_patches(config, pixel_values)
         seen = seen_patches(bool_masked_pos, batch, grid_size, config.mask_ratio, pixel_values.device)  # (B, N)
         visible = padded
         if not STEMS[config.stem_type].is_local:
