@@ -10,18 +10,26 @@ PYTEST := -m pytest -n 2 --dist loadfile
 # The README and the examples are written for the newest releases.
 EXAMPLE_TESTS := readme examples examples_tokens recipe icon_dataset distill_text render_depth_scenes \
 	train_classification train_contrastive train_depth
-NOT_ON_4_57 := $(EXAMPLE_TESTS:%=--ignore=tests/test_%.py)
+# Graphs, compilation and transformers' own suite are of the newest releases, too.
+NEWEST_TESTS := $(EXAMPLE_TESTS) common_suite compile export wrappers_table
+NOT_ON_4_57 := $(NEWEST_TESTS:%=--ignore=tests/test_%.py)
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' requirements.txt)
+COMMON_SUITE := $(VENV)/transformers-tests/$(TRANSFORMERS)
 
-.PHONY: demo test test-4.57 style format bench clean
+.PHONY: demo test test-all test-4.57 style format bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/python examples/search_pictures.py
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(COMMON_SUITE)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not heavy" tests
+
+test-all: $(VENV)/ready $(COMMON_SUITE)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
 
 test-4.57: $(OLD_VENV)/ready $(VENV)/ready
-	OMP_NUM_THREADS=1 VIT_EMBED_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLD_VENV)/bin/python $(PYTEST) $(NOT_ON_4_57) tests
+	OMP_NUM_THREADS=1 VIT_EMBED_OTHER_PYTHON=$(abspath $(BIN)/python) $(OLD_VENV)/bin/python $(PYTEST) -m "not heavy" \
+		$(NOT_ON_4_57) tests
 
 style: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -41,6 +49,12 @@ $(VENV)/ready: requirements.txt requirements-references.txt setup.cfg pyproject.
 	$(BIN)/pip install --quiet --no-deps -r requirements-references.txt
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
+
+# transformers' tests of its own models, which its source distribution has.
+$(COMMON_SUITE): $(VENV)/ready
+	rm -rf $(VENV)/sdist && mkdir -p $@
+	$(BIN)/pip download --quiet --no-deps --no-binary transformers -d $(VENV)/sdist transformers==$(TRANSFORMERS)
+	tar -xzf $(VENV)/sdist/transformers-$(TRANSFORMERS).tar.gz -C $@ --strip-components=2 transformers-$(TRANSFORMERS)/tests
 
 $(OLD_VENV)/ready: requirements-4.57.txt requirements-references.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c '$(NEW_ENOUGH)'

@@ -484,13 +484,12 @@ def haar_basis(length: int) -> tuple[list[list[float]], list[float]]:
     """The orthonormal Haar wavelets of a power of two: `length` rows of as many numbers, and the level of each, 0 for
     the mean, growing as they get narrower."""
     rows, levels = [[length**-0.5] * length], [0.0]
-    width = length
-    while width > 1:  # the supports of one level, from left to right
-        half, size = width // 2, width**-0.5
+    for level in range(1, length.bit_length()):
+        width = length >> (level - 1)  # of a wavelet of this level, from left to right
+        size, half = width**-0.5, width // 2
         for start in range(0, length, width):
             rows.append([0.0] * start + [size] * half + [-size] * half + [0.0] * (length - start - width))
-            levels.append(levels[0] + length // width)
-        width = half
+            levels.append(float(level))
     return rows, levels
 
 

@@ -84,7 +84,7 @@ def test_a_table_for_518_pixels_at_224(name, tmp_path):
     assert_same_states(ours, model, tiny.pixels(1, 28, 42))
     # The other way to resample would not do: that the two differ is what makes the two lines above a test.
     other = {"bicubic": "bicubic_antialias", "bicubic_antialias": "bicubic"}[ours.config.position_interpolation]
-    ours.embeddings.position_embedding.interpolation = other
+    ours.config.position_interpolation = other
     with pytest.raises(AssertionError):
         assert_same_states(ours, model, tiny.pixels(1, 224, 224))
 

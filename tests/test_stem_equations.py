@@ -324,6 +324,7 @@ def test_haar_wavelets_are_those_of_the_textbook():
         found, expected = (torch.tensor(each, dtype=torch.float64) for each in (rows, expected))
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
         assert level == levels
+    assert haar_basis(16)[1] == [0, 1, 2, 2, *[3] * 4, *[4] * 8], "each level is half as wide as the one before"
 
 
 def lowest(frequencies: list[list[Fraction]], count: int) -> list[tuple[int, int]]:

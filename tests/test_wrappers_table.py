@@ -1,0 +1,88 @@
+"""docs/wrappers.md: every cell of its table is a test that runs on that class."""
+
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import stem_family
+import test_adapters
+import test_common_suite
+import test_compile
+import test_distributed
+import test_export
+import test_forward_rules
+from catalogue import CLASSES
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "wrappers.md"
+
+
+def cases_of(*tests) -> set[str]:
+    """Names of the classes that these tests run on, by their parameter `name`."""
+    found = []
+    for test in tests:
+        names = set()
+        for mark in test.pytestmark:
+            if mark.name == "parametrize" and mark.args[0] == "name":
+                names |= {getattr(each, "values", (each,))[0] for each in mark.args[1]}
+        found.append({CLASSES[name].model_class.__name__ for name in names if name in CLASSES})
+    return set.intersection(*found)
+
+
+COLUMNS = {
+    "hooks on a tower": cases_of(
+        test_forward_rules.test_a_hook_on_a_tower_fires_once_a_pass_and_may_change_what_it_gives
+    ),
+    "offload of any module": cases_of(
+        test_forward_rules.test_any_one_module_may_be_offloaded,
+        test_forward_rules.test_weights_that_are_there_during_their_modules_own_pass_alone,
+    ),
+    "DataParallel replica": cases_of(test_forward_rules.test_a_replica_of_data_parallel),
+    "DDP, 2 processes": {
+        stem_family.HEADS[head].model_class.__name__
+        for _, head in stem_family.PAIRS
+        if head not in ("trunk", "projection", "backbone")  # those without a loss
+    },
+    "FSDP 2, towers and layers as units": cases_of(
+        test_distributed.test_a_class_whose_towers_and_layers_are_sharded_gives_what_it_gives_whole
+    ),
+    "compile of a tower": cases_of(test_compile.test_a_tower_that_is_compiled_alone_is_what_the_class_runs),
+    "compile of the class": cases_of(test_compile.test_a_class_is_one_graph),
+    "compile of a training step": cases_of(test_compile.test_a_training_step_is_one_graph),
+    "jit.trace, ONNX of it": cases_of(test_export.test_traced, test_export.test_onnx_of_the_trace),
+    "torch.export, ONNX, AOTInductor": cases_of(
+        test_export.test_exported,
+        test_export.test_onnx_of_the_exported_program,
+        test_export.test_compiled_ahead_of_time,
+    ),
+    "PEFT, ten methods": cases_of(test_adapters.test_every_method_on_every_class),
+    "transformers' common suite": set(test_common_suite.CASES),
+}
+
+
+def table() -> dict[tuple[str, str], str]:
+    """(class, column) -> cell."""
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    rows = [row for row in rows if row[0].startswith("VitEmbed")]
+    return {(row[0], column): cell for row in rows for column, cell in zip(header[1:], row[1:])}
+
+
+def test_every_cell_is_a_test():
+    cells = table()
+    assert {column for _, column in cells} == set(COLUMNS)
+    assert {name for name, _ in cells} == {case.model_class.__name__ for case in CLASSES.values()}
+    for (name, column), cell in cells.items():
+        assert cell == ("yes" if name in COLUMNS[column] else "-"), (name, column)
+
+
+def test_ten_methods_are_ten():
+    assert len(test_adapters.METHODS) == 10
+
+
+@pytest.mark.parametrize("head", stem_family.HEADS)
+def test_two_processes_train_every_head_with_a_loss(head):
+    """What the column of DDP reads, against what the worker runs."""
+    model = stem_family.build("conv", head)
+    inputs = stem_family.inputs_of(head, model.config)
+    assert (model(**inputs).get("loss") is not None) == (head not in ("trunk", "projection", "backbone"))
+    assert distributed_worker.WORLD_SIZE == 2
