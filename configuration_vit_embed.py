@@ -93,6 +93,28 @@ CLIP_TEXT_ARCHITECTURE = {"pooling_type": "eos", "use_causal_mask": True, "proje
 CLIP_VISION_CLASSES = {"CLIPVisionModelWithProjection": "VitEmbedModelWithProjection"}
 
 
+# Model types whose config.json each config reads, as it is or translated; and what to do with those of the other.
+READ_BY_TEXT_CONFIG = ("vit_embed_text", "vit_embed", "clip", "clip_text_model")
+READ_BY_CONFIG = ("vit_embed", "clip", "clip_vision_model")
+LOADED_BY = {
+    "vit_embed_text": "is a text tower alone; load it with AutoModel or VitEmbedTextModel",
+    "clip_text_model": "is a text tower alone; load it with VitEmbedTextModel",
+    "clip_vision_model": "is an image tower alone; load it with VitEmbedModel",
+}
+
+
+def _check_model_type(config_dict: dict[str, Any], readable: tuple[str, ...], source: Any) -> None:
+    """Raises ValueError for the config of a model whose weights have no place in ours."""
+    model_type = config_dict.get("model_type")
+    if model_type is not None and model_type not in readable:
+        advice = LOADED_BY.get(
+            model_type,
+            f"holds a model of type {model_type!r}, expected one of {', '.join(readable)}; load it with its own class, "
+            "or convert it with convert_checkpoint.py",
+        )
+        raise ValueError(f"{source} {advice}")
+
+
 def _as_pair(value: int | tuple[int, int] | list[int]) -> tuple[int, int]:
     """A size given as one number or as (height, width), as (height, width)."""
     return (value, value) if isinstance(value, int) else tuple(value)
@@ -244,14 +266,19 @@ class VitEmbedTextConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; a CLIPConfig found there is translated, and one without a text tower is a ValueError."""
+        """As in transformers; a CLIPConfig found there is translated. One without a text tower, or of a model of
+        another kind, is a ValueError."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        _check_model_type(config_dict, READ_BY_TEXT_CONFIG, pretrained_model_name_or_path)
         config_dict = from_clip_config(config_dict)
         if "text_config" in config_dict and config_dict["text_config"] is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} has no text tower: its text_config is None; load the text tower from "
                 "a checkpoint that VitEmbedForContrastive saved"
             )
+        if "text_config" in config_dict:  # older checkpoints say the width of the joint space in one place alone
+            projection_dim = config_dict.get("projection_dim", VitEmbedConfig().projection_dim)
+            config_dict["text_config"] = {**config_dict["text_config"], "projection_dim": projection_dim}
         return config_dict, kwargs
 
     @classmethod
@@ -309,6 +336,7 @@ class VitEmbedConfig(PretrainedConfig):
         "attentions",
         "text_hidden_states",
         "text_attentions",
+        "pooler_output",
     ]
     # Names of the stages that a backbone returns; None: the last one.
     _out_features = None
@@ -508,8 +536,9 @@ class VitEmbedConfig(PretrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; a CLIPConfig found there is translated."""
+        """As in transformers; a CLIPConfig found there is translated. A model of another kind is a ValueError."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        _check_model_type(config_dict, READ_BY_CONFIG, pretrained_model_name_or_path)
         return from_clip_config(config_dict), kwargs
 
     @classmethod

@@ -37,6 +37,9 @@ from transformers.modeling_outputs import (
 from typing_extensions import Unpack
 
 from .backbone_vit_embed import BackboneMixin
+
+# Of remote code transformers 4 copies what its entry file imports: every file is imported here.
+from .card_vit_embed import model_card  # noqa: F401
 from .classification_vit_embed import classification_loss
 from .combinations_vit_embed import (
     BACKBONE_COMBINATIONS,
@@ -51,6 +54,7 @@ from .contrastive_vit_embed import SIGMOID_LOGIT_BIAS_INIT, ContrastiveMixin, co
 from .depth_vit_embed import DEPTH_HEADS, depth_loss, evenly_spaced_layers, predict_depth
 from .embeddings_vit_embed import VitEmbedEmbeddings, VitEmbedTextEmbeddings, in_whole_patches
 from .encoder_vit_embed import NORMS, QUERY_SUBSET, VitEmbedEncoder
+from .initialisation_vit_embed import initialise
 from .inputs_vit_embed import (
     ChecksValues,
     check_every_patch,
@@ -63,6 +67,7 @@ from .inputs_vit_embed import (
 )
 from .losses_vit_embed import step_loss, with_stem_loss
 from .masked_vit_embed import VitEmbedPatchDecoder, blanked, masked_error, patch_statistics, seen_patches
+from .options_vit_embed import OPTIONS  # noqa: F401
 from .outputs_vit_embed import (
     ImageOptions,
     OutputOptions,
@@ -81,7 +86,7 @@ from .stem_layers_vit_embed import patchify, unpatchify
 from .stems_vit_embed import STEMS
 from .token_maps_vit_embed import TokenMapsMixin
 from .tokens_vit_embed import KeptPatches, Tokens, feature_map, select_rows
-from .tower_vit_embed import AutoModelMixin, ImageTowerMixin, TowerMixin
+from .tower_vit_embed import AutoModelMixin, ImageTowerMixin, TextTowerMixin, TowerMixin
 
 
 class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
@@ -95,18 +100,12 @@ class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
         check_combinations(config, self.combinations)
         super().__init__(config)
 
+    def _init_weights(self, module: nn.Module) -> None:
+        initialise(module, self.config)
 
-class VitEmbedTextPreTrainedModel(VitEmbedTower):
+
+class VitEmbedTextPreTrainedModel(TextTowerMixin, VitEmbedTower):
     """Everything with a text tower alone."""
-
-    config_class = VitEmbedTextConfig
-    base_model_prefix = "text_model"
-    main_input_name = "input_ids"
-    input_modalities = ("text",)
-    image_processor_type = None
-    has_text_tower = True
-    _no_split_modules = ["VitEmbedTextEmbeddings", "VitEmbedLayer"]
-    _keys_to_ignore_on_load_unexpected = other_parts("vision_model", "(visual|text)_projection", "logit_(scale|bias)")
 
 
 class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
@@ -202,17 +201,6 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
 
 class VitEmbedPreTrainedModel(ImageTowerMixin, ImageCheckpointMixin, VitEmbedTower):
     """Everything with an image tower."""
-
-    config_class = VitEmbedConfig
-    base_model_prefix = "vision_model"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _no_split_modules = ["VitEmbedEmbeddings", "VitEmbedLayer"]
-    # A vision-only class takes its trunk from a dual encoder's or a masked autoencoder's checkpoint and leaves the
-    # rest.
-    _keys_to_ignore_on_load_unexpected = other_parts(
-        "text_model", "(visual|text)_projection", "logit_(scale|bias)", "decoder"
-    )
 
 
 class VitEmbedModel(TokenMapsMixin, VitEmbedPreTrainedModel):
@@ -435,8 +423,10 @@ class VitEmbedModelWithProjection(ImageProjectionMixin, VitEmbedPreTrainedModel)
         """Inputs as in VitEmbedModel. Returns as VitEmbedProjectionOutput says; `get_image_features` gives the same
         image_embeds for less work."""
         images = self.vision_model(pixel_values, patch_embeds, pixel_mask, return_dict=True, **options)
+        image_embeds = self.visual_projection(images.pooler_output)  # (B, projection_dim)
         return VitEmbedProjectionOutput(
-            image_embeds=self.visual_projection(images.pooler_output),  # (B, projection_dim)
+            image_embeds=image_embeds,
+            pooler_output=image_embeds,
             last_hidden_state=images.last_hidden_state,
             hidden_states=images.hidden_states,
             attentions=images.attentions,
@@ -557,6 +547,7 @@ class VitEmbedForContrastive(ContrastiveMixin, ImageProjectionMixin, TextProject
             attentions=images.attentions,
             text_hidden_states=texts.hidden_states,
             text_attentions=texts.attentions,
+            pooler_output=image_embeds if text_embeds is None else None,
         )
 
 

@@ -30,8 +30,9 @@ class VitEmbedModelOutput(BaseModelOutputWithPooling):
 class VitEmbedProjectionOutput(ModelOutput):
     """What a tower makes of a batch, in the joint space and before it.
 
-    image_embeds: (B, projection_dim), of whatever length, as those of transformers' CLIPVisionModelWithProjection.
-    last_hidden_state, hidden_states, attentions, stem_loss: as in VitEmbedModelOutput.
+    image_embeds: (B, projection_dim), of whatever length, as those of transformers' CLIPVisionModelWithProjection;
+    pooler_output: the same, under the name that pipelines read. last_hidden_state, hidden_states, attentions,
+    stem_loss: as in VitEmbedModelOutput.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -39,6 +40,7 @@ class VitEmbedProjectionOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     stem_loss: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
 
 
 @dataclass
@@ -63,6 +65,7 @@ class VitEmbedContrastiveOutput(ModelOutput):
     logits_per_image: (images, texts), scaled cosines in float32; logits_per_text: its transpose.
     image_embeds, text_embeds: (images, projection_dim), (texts, projection_dim), unit length.
     hidden_states, attentions: of the image tower; text_hidden_states, text_attentions: of the text tower.
+    pooler_output: of images alone, image_embeds under the name that pipelines read.
     """
 
     loss: torch.Tensor | None = None
@@ -74,6 +77,7 @@ class VitEmbedContrastiveOutput(ModelOutput):
     attentions: tuple[torch.Tensor, ...] | None = None
     text_hidden_states: tuple[torch.Tensor, ...] | None = None
     text_attentions: tuple[torch.Tensor, ...] | None = None
+    pooler_output: torch.Tensor | None = None
 
 
 @dataclass

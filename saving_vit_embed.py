@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PretrainedConfig
 
+from .card_vit_embed import CARD_FILE, LICENCE_FILES, licence_in, model_card
 from .configuration_vit_embed import VitEmbedConfig, as_size
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,16 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 
+# What tells sentence-transformers (6 or newer) how to get the vector of a picture or a text.
+MODULES_FILE, SENTENCE_FILE = "modules.json", "sentence_bert_config.json"
+SENTENCE_MODULE = "sentence_transformers.base.modules.transformer.Transformer"
+
 # Where a checkpoint is read from, among the keywords of `from_pretrained`.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # What `save_pretrained(push_to_hub=True)` and `push_to_hub` say of the repository and the commit.
 REPO_OPTIONS = ("private", "token")
-COMMIT_OPTIONS = ("commit_message", "commit_description", "create_pr", "revision", "token")
+COMMIT_OPTIONS = ("commit_message", "commit_description", "create_pr", "revision")
+PUSH_OPTIONS = ("repo_id", "tags", *REPO_OPTIONS, *COMMIT_OPTIONS)
 
 # OpenAI's statistics of its training images (the `_transform` of its reference code).
 CLIP_IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -123,10 +129,10 @@ def resized(source: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def carried_image_processor(source: dict[str, Any], own: dict[str, Any], same_image_size: bool) -> dict[str, Any]:
     """The source's image processor as a model with the image processor `own` needs it.
 
-    Of the same kind it is the source's, at its size where the model has kept its `image_size`, which need not be the
+    Of the same kind, or of one that it does not name, it is the source's, at its size where the model has kept its `image_size`, which need not be the
     processor's (DINOv2: positions for 518 pixels, images of 224). Of another kind, its mean and deviation in `own`.
     """
-    if image_processor_kind(source) != own["image_processor_type"]:
+    if image_processor_kind(source) not in ("", own["image_processor_type"]):
         return {**own, **{name: source[name] for name in ("image_mean", "image_std") if name in source}}
     # OpenAI's repos name neither: transformers 4.25 had another field, and their model type says the rest.
     named = {name: own[name] for name in ("image_processor_type", "processor_class") if name in own}
@@ -172,7 +178,7 @@ def with_tokenizer_class(content: bytes | None) -> bytes:
     return (json.dumps({**stated, "tokenizer_class": "CLIPTokenizer"}, indent=2) + "\n").encode()
 
 
-def as_json(content: dict[str, Any]) -> bytes:
+def as_json(content: Any) -> bytes:
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -205,30 +211,59 @@ def image_processor_files(
     return files
 
 
-def tokenizer_files(source: str | None, target: str) -> dict[str, bytes]:
-    """{name: content} of the source's tokenizer, where the target has none."""
-    if source is None or any(os.path.exists(os.path.join(target, name)) for name in TOKENIZER_FILES):
+def carried_files(names: tuple[str, ...], source: str | None, target: str) -> dict[str, bytes]:
+    """{name: content} of the source's files of these names, where the target has none of them."""
+    if source is None or any(os.path.exists(os.path.join(target, name)) for name in names):
         return {}
     files = {}
-    for name in TOKENIZER_FILES:
+    for name in names:
         path = os.path.join(source, name)
         if os.path.isfile(path):
             with open(path, "rb") as file:
                 files[name] = file.read()
+    return files
+
+
+def tokenizer_files(source: str | None, target: str) -> dict[str, bytes]:
+    """{name: content} of the source's tokenizer, where the target has none."""
+    files = carried_files(TOKENIZER_FILES, source, target)
     if files and read_json(source, CONFIG_FILE).get("model_type") == "clip":
         files[TOKENIZER_CONFIG_FILE] = with_tokenizer_class(files.get(TOKENIZER_CONFIG_FILE))
     return files
 
 
+def sentence_files(model_class: type, target: str) -> dict[str, bytes]:
+    """{name: content} of what sentence-transformers reads, where the target has none: pictures and texts give what
+    `get_image_features` and `get_text_features` give, and of a class without them the pooled vector."""
+    if os.path.exists(os.path.join(target, MODULES_FILE)):
+        return {}
+    methods = {"text": "get_text_features", "image": "get_image_features"}
+    found = {
+        modality: {"method": method, "method_output_name": None}
+        for modality, method in methods.items()
+        if hasattr(model_class, method)
+    }
+    modality = "text" if model_class.image_processor_type is None else "image"
+    pooled = {modality: {"method": "forward", "method_output_name": "pooler_output"}}
+    settings = {
+        "transformer_task": "feature-extraction",
+        "modality_config": found or pooled,
+        "module_output_name": "sentence_embedding",
+    }
+    modules = [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_MODULE}]
+    return {MODULES_FILE: as_json(modules), SENTENCE_FILE: as_json(settings)}
+
+
 def processor_folder(source: str, hub_options: dict[str, Any]) -> str | None:
-    """A local folder with the processor files of a checkpoint: the checkpoint's own, or what the Hub has of them.
+    """A local folder with what goes with the weights of a checkpoint (processor, licence, card): the checkpoint's own,
+    or what the Hub has of it.
 
     They are fetched when the model is, so that saving it asks nobody.
     """
     subfolder = hub_options.get("subfolder") or ""
     if os.path.isdir(source):
         return os.path.abspath(os.path.join(source, subfolder))
-    names = (CONFIG_FILE, IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, *TOKENIZER_FILES)
+    names = (CONFIG_FILE, IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, CARD_FILE, *LICENCE_FILES, *TOKENIZER_FILES)
     patterns = [os.path.join(subfolder, name) for name in names]
     options = {
         name: hub_options[name]
@@ -282,21 +317,33 @@ def remove_stale_weights(folder: str | os.PathLike, names: list[str]) -> None:
             os.remove(os.path.join(folder, name))
 
 
-def push(folder: str | os.PathLike, names: list[str], repo_id: str, options: dict[str, Any]) -> Any:
-    """Uploads files of a folder to the Hub, in one commit."""
-    api = HfApi()
+def write_files(folder: str | os.PathLike, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(content)
+
+
+def push(model: Any, folder: str | os.PathLike, names: list[str], repo_id: str, options: dict[str, Any]) -> CommitInfo:
+    """Uploads files of a folder to the Hub, in one commit, with a card where neither the folder nor the repository has
+    one."""
+    api = HfApi(token=options.get("token"))
     repo_id = api.create_repo(
         repo_id, exist_ok=True, **{name: options[name] for name in REPO_OPTIONS if name in options}
     ).repo_id
-    if options.get("revision") is not None and not options["revision"].startswith("refs/pr"):
-        api.create_branch(repo_id, branch=options["revision"], token=options.get("token"), exist_ok=True)
+    revision = options.get("revision")
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     commit = {name: options[name] for name in COMMIT_OPTIONS if options.get(name) is not None}
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=names,
-        **{"commit_message": "Upload model", **commit},
-    )
+    commit = {"commit_message": "Upload model", **commit}
+    files = {name: os.path.join(folder, name) for name in names}
+    card = os.path.join(folder, CARD_FILE)
+    if os.path.exists(card):
+        files[CARD_FILE] = card
+    elif not api.file_exists(repo_id, CARD_FILE, revision=revision):
+        licence = licence_in(model._processor_folder)
+        files[CARD_FILE] = model_card(model, repo_id, licence, options.get("tags")).encode()
+    operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
+    return api.create_commit(repo_id, operations, **commit)
 
 
 def other_parts(*names: str) -> list[str]:
@@ -338,42 +385,51 @@ class CheckpointMixin:
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, push_to_hub: bool = False, **kwargs) -> None:
-        """As in transformers, and the folder is complete: code, the whole auto_map, and a processor.
+        """As in transformers, and the folder is complete: code, the whole auto_map, a processor, what
+        sentence-transformers reads, and the licence that came with the weights.
 
         The processor is the one that lies in the folder, else that of the checkpoint that this model was loaded from,
         else an image processor with CLIP's mean and standard deviation; it follows `config.image_size`. What is
         written takes the place of what was there when all of it is written. With `push_to_hub` it is then pushed, to
         `repo_id` or else the name of the folder.
         """
-        options = {
-            name: kwargs.pop(name) for name in ("repo_id", "tags", *COMMIT_OPTIONS, *REPO_OPTIONS) if name in kwargs
-        }
-        # Other processes than the main one take part in gathering weights, and write nothing of ours.
-        is_main = kwargs.get("is_main_process", True)
+        options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        names = self._save(save_directory, *args, **kwargs)
+        if push_to_hub and names:
+            repo_id = options.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory))
+            self._push(save_directory, names, repo_id, options)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """As in transformers: saves to a folder that is gone afterwards, and pushes that, with a card where the
+        repository has none."""
+        options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        with tempfile.TemporaryDirectory() as folder:
+            return self._push(folder, self._save(folder, **kwargs), repo_id, options)
+
+    def _save(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
+        """Saves; the names of the files, none where other processes than this one write them."""
         with self._saved_config():
-            if not is_main or kwargs.get("distributed_checkpoint"):
+            # Other processes than the main one take part in gathering weights, and write nothing of ours.
+            if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint"):
                 super().save_pretrained(save_directory, *args, **kwargs)
-                return
+                return []
             with aside(save_directory) as (unfinished, names):
                 super().save_pretrained(unfinished, *args, **kwargs)
-                self._write_processor(unfinished, target=os.fspath(save_directory))
-        if push_to_hub:
-            push(
-                save_directory,
-                names,
-                options.get("repo_id") or os.path.basename(os.path.abspath(save_directory)),
-                options,
-            )
+                target, source = os.fspath(save_directory), self._source_of_processor(save_directory)
+                write_files(unfinished, self._processor_files(source, target))
+                write_files(unfinished, carried_files(LICENCE_FILES, source, target))
+                write_files(unfinished, sentence_files(type(self), target))
+            return names
+
+    def _push(self, folder: str | os.PathLike, names: list[str], repo_id: str, options: dict[str, Any]) -> CommitInfo:
+        with self._saved_config():
+            return push(self, folder, names, repo_id, options)
 
     def save_processor(self, save_directory: str | os.PathLike) -> None:
         """Writes the processor alone, as `save_pretrained` does: `AutoProcessor.from_pretrained` reads it there."""
+        target = os.fspath(save_directory)
         with aside(save_directory) as (unfinished, _):
-            self._write_processor(unfinished, target=os.fspath(save_directory))
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> None:
-        """As in transformers: saves to a folder that is gone afterwards, and pushes that."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **kwargs)
+            write_files(unfinished, self._processor_files(self._source_of_processor(target), target))
 
     @contextmanager
     def _saved_config(self) -> Iterator[None]:
@@ -387,9 +443,8 @@ class CheckpointMixin:
         finally:
             self.config = config
 
-    def _write_processor(self, folder: str, target: str) -> None:
-        """Writes into `folder` the processor that belongs into `target`."""
-        files = {}
+    def _source_of_processor(self, target: str | os.PathLike) -> str | None:
+        """The folder of the checkpoint that this model came from; None, with a warning, where it is gone."""
         source = self._processor_folder
         if source is not None and not os.path.isdir(source):
             logger.warning(
@@ -398,15 +453,18 @@ class CheckpointMixin:
                 source,
                 target,
             )
-            source = None
+            return None
+        return source
+
+    def _processor_files(self, source: str | None, target: str) -> dict[str, bytes]:
+        """{name: content} of the processor that belongs into `target`."""
+        files = {}
         if self.image_processor_type is not None:
             kind, architecture = self.image_processor_type, type(self).__name__
             files.update(image_processor_files(self.config, kind, architecture, source, target))
         if self.has_text_tower:
             files.update(tokenizer_files(source, target))
-        for name, content in files.items():
-            with open(os.path.join(folder, name), "wb") as file:
-                file.write(content)
+        return files
 
 
 class ImageCheckpointMixin(CheckpointMixin):

@@ -6,8 +6,9 @@ import os
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .initialisation_vit_embed import initialise
+from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .masked_vit_embed import VitEmbedPatchDecoder
+from .saving_vit_embed import other_parts
 from .stems_vit_embed import HybridStem
 
 
@@ -25,9 +26,6 @@ class TowerMixin:
     # Whether it is one tower, with embeddings, layers and a norm of its own.
     is_tower = False
     _require_grads_hooks = []
-
-    def _init_weights(self, module: nn.Module) -> None:
-        initialise(module, self.config)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -96,8 +94,32 @@ class AutoModelMixin:
         return cls.class_for(config)._from_config(config, **kwargs)
 
 
+class TextTowerMixin:
+    """Of a class that is, or has, a text tower and no image tower."""
+
+    config_class = VitEmbedTextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    image_processor_type = None
+    has_text_tower = True
+    _no_split_modules = ["VitEmbedTextEmbeddings", "VitEmbedLayer"]
+    _keys_to_ignore_on_load_unexpected = other_parts("vision_model", "(visual|text)_projection", "logit_(scale|bias)")
+
+
 class ImageTowerMixin:
     """Of a class that is, or has, an image tower."""
+
+    config_class = VitEmbedConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["VitEmbedEmbeddings", "VitEmbedLayer"]
+    # A vision-only class takes its trunk from a dual encoder's or a masked autoencoder's checkpoint and leaves the
+    # rest.
+    _keys_to_ignore_on_load_unexpected = other_parts(
+        "text_model", "(visual|text)_projection", "logit_(scale|bias)", "decoder"
+    )
 
     @property
     def trunk(self) -> PreTrainedModel:

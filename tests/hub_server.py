@@ -289,10 +289,22 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({"discussions": [], "count": 0, "start": 0, "numClosedDiscussions": 0})
         raise ApiError(404, "EntryNotFound", f"no such operation {operation}")
 
-    @staticmethod
-    def info(repo_id: str, repo: dict[str, Any], sha: str) -> dict[str, Any]:
+    def card_data(self, files: dict[str, Any]) -> dict[str, str]:
+        """The `name: value` lines at the head of a repo's README.md."""
+        if "README.md" not in files:
+            return {}
+        with open(self.store.blob(files["README.md"]["sha"]), encoding="utf-8") as file:
+            parts = file.read().split("---\n")
+        lines = parts[1].splitlines() if len(parts) > 2 and not parts[0] else []
+        pairs = [line.split(": ", 1) for line in lines if ": " in line and line[0].isalpha()]
+        return {name: value.strip("\"'") for name, value in pairs}
+
+    def info(self, repo_id: str, repo: dict[str, Any], sha: str) -> dict[str, Any]:
         commit = repo["commits"][sha]
+        card = self.card_data(commit["files"])
         return {
+            "cardData": card,
+            **{name: card[name] for name in ("pipeline_tag", "library_name") if name in card},
             "_id": sha[:24],
             "id": repo_id,
             "modelId": repo_id,

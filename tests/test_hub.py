@@ -23,8 +23,9 @@ from vit_embed import (
     VitEmbedModel,
     VitEmbedModelWithProjection,
     VitEmbedTextModel,
+    VitEmbedTextModelWithProjection,
 )
-from vit_embed.configuration_vit_embed import AUTO_MAP
+from vit_embed.configuration_vit_embed import AUTO_MAP, TEXT_AUTO_MAP
 
 TOKEN = "hf_alice"
 # Weights go the way of large files, the rest the way of small ones, as on the Hub.
@@ -43,7 +44,19 @@ REPOS = {
     "masked": (VitEmbedForMaskedImageModeling, "AutoModelForMaskedImageModeling", tiny.vision_config()),
     "dual": (VitEmbedForContrastive, "AutoModel", tiny.dual_config()),
     "backbone": (VitEmbedBackbone, "AutoBackbone", tiny.vision_config(out_indices=[2, 4])),
-    "text": (VitEmbedTextModel, None, tiny.dual_config().text_config),
+    "text": (VitEmbedTextModel, "AutoModel", tiny.dual_config().text_config),
+    "text-projection": (VitEmbedTextModelWithProjection, "AutoModel", tiny.dual_config().text_config),
+}
+WITH_TEXTS = {"dual", "text", "text-projection"}
+WITH_IMAGES = REPOS.keys() - {"text", "text-projection"}
+# Repos whose card tells `pipeline(model=name)` what to do, with what they are given.
+PIPELINES = {
+    "model": "picture.png",
+    "projection": "picture.png",
+    "classification": "picture.png",
+    "depth": "picture.png",
+    "dual": "picture.png",
+    "text": "a cat",
 }
 
 
@@ -103,7 +116,10 @@ def pushed(hub, tmp_path_factory) -> dict[str, dict]:
         model.save_pretrained(root / repo)
         repos[repo] = [model_class.__name__, str(root / repo)]
         result[repo] = {"folder": root / repo, "digests": digests(model)}
-    write_tokenizer(root / "dual")
+    for repo in WITH_TEXTS:
+        write_tokenizer(root / repo)
+    (root / "dual" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n\nA card of another repository.\n")
+    (root / "dual" / "NOTICE").write_text("Drawings by somebody.\n")
     told = run_fresh(push, root / "home", environment=hub, repos=repos, token=TOKEN)
     return {repo: {**result[repo], **told[repo]} for repo in REPOS}
 
@@ -113,8 +129,28 @@ def test_pushed_repo_is_complete(pushed, repo):
     files = set(pushed[repo]["files"])
     assert files >= {"README.md", "config.json", "model.safetensors"}
     assert files >= MODEL_CODE
-    assert ("preprocessor_config.json" in files) == (repo != "text")
-    assert (files >= TOKENIZER_FILES) == (repo == "dual")
+    assert ("preprocessor_config.json" in files) == (repo in WITH_IMAGES)
+    assert (files >= TOKENIZER_FILES) == (repo in WITH_TEXTS)
+    assert ("NOTICE" in files) == (repo == "dual"), "the licence goes with the weights"
+
+
+def test_the_card_is_of_this_model(pulled):
+    """Task, licence of the source and sizes; what nobody has stated is not made up."""
+    card = pulled["cards"]["dual"]
+    assert "pipeline_tag: zero-shot-image-classification" in card and "license: cc-by-4.0" in card
+    assert "| width | 32 | 24 |" in card and 'AutoModel.from_pretrained("alice/dual"' in card
+    assert "Training data and results are not stated here." in card and "unknown dataset" not in card
+    assert "license" not in pulled["cards"]["depth"].partition("\n---")[0]
+    for repo, text in pulled["cards"].items():
+        assert f"`{REPOS[repo][0].__name__}` of vit_embed" in text and "More Information Needed" not in text
+
+
+def test_a_pipeline_takes_its_task_from_the_card(pulled):
+    labels = [entry["label"] for entry in pulled["pipelines"]["dual"]]
+    assert sorted(labels) == ["cat", "rocket"]
+    assert len(pulled["pipelines"]["classification"]) == 5
+    assert pulled["pipelines"]["depth"] == [30, 40]
+    assert [len(pulled["pipelines"][repo]) for repo in ("model", "projection", "text")] == [1 + 2 + 16, 20, 4]
 
 
 def test_saving_with_push_to_hub_pushes_as_much(pushed):
@@ -122,16 +158,17 @@ def test_saving_with_push_to_hub_pushes_as_much(pushed):
     assert set(pushed["dual"]["files_of_save"]) >= set(pushed["dual"]["files"])
 
 
-def pull(repos: dict, target: str) -> dict:
+def pull(repos: dict, pipelines: dict, target: str) -> dict:
     """Loads every repo by its name, saves it, and reads cards, processor and revisions."""
     import os
     import sys
 
     from fresh_process import auto_load, digests
     from huggingface_hub import ModelCard
-    from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
 
-    result = {"models": {}}
+    result = {"models": {}, "cards": {}, "pipelines": {}}
     for repo, auto_class in repos.items():
         name = f"alice/{repo}"
         model, info = auto_load(auto_class, name, output_loading_info=True)
@@ -141,8 +178,18 @@ def pull(repos: dict, target: str) -> dict:
             "digests": digests(model),
             "clean": not any(info.values()),
             "library": ModelCard.load(name).data.library_name,
-            "image_processor": type(AutoImageProcessor.from_pretrained(name)).__name__,
         }
+        result["cards"][repo] = ModelCard.load(name).content
+        if hasattr(model.config, "image_size"):
+            result["models"][repo]["image_processor"] = type(AutoImageProcessor.from_pretrained(name)).__name__
+    Image.new("RGB", (40, 30), "red").save("picture.png")
+    for repo, given in pipelines.items():
+        options = {"candidate_labels": ["cat", "rocket"]} if repo == "dual" else {}
+        found = pipeline(model=f"alice/{repo}", trust_remote_code=True)(given, **options)
+        result["pipelines"][repo] = list(found["predicted_depth"].shape) if repo == "depth" else found
+    for repo in ("model", "text"):
+        result["pipelines"][repo] = result["pipelines"][repo][0]
+    result["pipelines"]["projection"] = result["pipelines"]["projection"][0]
     result["processor"] = type(AutoProcessor.from_pretrained("alice/dual")).__name__
     result["zero_shot"] = digests(auto_load("AutoModelForZeroShotImageClassification", "alice/dual"))
     result["package_imported"] = "vit_embed" in sys.modules
@@ -159,7 +206,9 @@ def pulled(hub, pushed, tmp_path_factory) -> dict:
     """What a process with an empty cache got, and where it saved it."""
     root = tmp_path_factory.mktemp("pulled")
     repos = {repo: auto_class for repo, (_, auto_class, _) in REPOS.items() if auto_class}
-    result = run_fresh(pull, root / "home", environment=hub, repos=repos, target=str(root / "saved"))
+    result = run_fresh(
+        pull, root / "home", environment=hub, repos=repos, pipelines=PIPELINES, target=str(root / "saved")
+    )
     return {**result, "saved": root / "saved"}
 
 
@@ -168,9 +217,10 @@ def test_every_class_is_pulled_by_name(pushed, pulled):
     for repo, loaded in pulled["models"].items():
         assert loaded["class"] == REPOS[repo][0].__name__
         assert loaded["clean"] and loaded["library"] == "transformers"
-        processor = "DPTImageProcessor" if repo == "depth" else "CLIPImageProcessor"
-        # Without torchvision transformers 5 loads the same file as its PIL variant.
-        assert loaded["image_processor"].removesuffix("Pil").removesuffix("Fast") == processor
+        if repo in WITH_IMAGES:
+            processor = "DPTImageProcessor" if repo == "depth" else "CLIPImageProcessor"
+            # Without torchvision transformers 5 loads the same file as its PIL variant.
+            assert loaded["image_processor"].removesuffix("Pil").removesuffix("Fast") == processor
         newest = pushed[repo].get("digests_2", pushed[repo]["digests"])
         assert loaded["digests"] == newest
     assert pulled["processor"] == "CLIPProcessor"
@@ -194,14 +244,15 @@ def test_pulled_and_saved_folder_keeps_everything(pushed, pulled):
     for repo, loaded in pulled["models"].items():
         folder: Path = pulled["saved"] / repo
         files = {path.name for path in folder.iterdir()}
-        assert files >= MODEL_CODE | {"config.json", "model.safetensors", "preprocessor_config.json"}
-        assert (files >= TOKENIZER_FILES) == (repo == "dual")
+        assert files >= MODEL_CODE | {"config.json", "model.safetensors"}
+        assert ("preprocessor_config.json" in files) == (repo in WITH_IMAGES)
+        assert (files >= TOKENIZER_FILES) == (repo in WITH_TEXTS)
         original = pushed[repo]["folder"]
         for file in files & (MODEL_CODE | TOKENIZER_FILES | {"preprocessor_config.json"}):
             assert (folder / file).read_bytes() == (original / file).read_bytes(), f"{repo}/{file}"
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         assert auto_map == json.loads((original / "config.json").read_text())["auto_map"]
-        assert auto_map.keys() == AUTO_MAP.keys()
+        assert auto_map.keys() == (AUTO_MAP if repo in WITH_IMAGES else TEXT_AUTO_MAP).keys()
         assert digests(REPOS[repo][0].from_pretrained(folder)) == loaded["digests"]
 
 

@@ -37,6 +37,7 @@ from vit_embed.embeddings_vit_embed import interpolate_positions
 
 REPO = Path(vit_embed.__file__).parent
 MODEL_CODE = {path.name for path in REPO.glob("*_vit_embed.py")}
+DEPENDENCIES = {"huggingface_hub", "typing_extensions"}
 # The other transformers version that CI tests: a python of a second environment.
 OTHER_PYTHON = os.environ.get("VIT_EMBED_OTHER_PYTHON")
 
@@ -573,7 +574,8 @@ def test_legacy_end_token(tmp_path, vocab_size):
 @pytest.mark.parametrize("name", AUTO_CASES)
 def test_saved_folder_is_complete(saved, name):
     files = {path.name for path in saved[name].folder.iterdir()}
-    assert files == {"config.json", "model.safetensors", "preprocessor_config.json"} | MODEL_CODE
+    companions = {"preprocessor_config.json", "modules.json", "sentence_bert_config.json"}
+    assert files == {"config.json", "model.safetensors"} | companions | MODEL_CODE
     for code in MODEL_CODE:
         assert (saved[name].folder / code).read_bytes() == (REPO / code).read_bytes()
     auto_map = json.loads((saved[name].folder / "config.json").read_text())["auto_map"]
@@ -581,7 +583,8 @@ def test_saved_folder_is_complete(saved, name):
 
 
 def test_model_code_needs_only_torch_and_transformers():
-    """Outside `try`, as those are optional; and each sibling import is one that transformers' text search finds."""
+    """Beside what those need themselves and what stands in `try`; each sibling import is one that transformers' text
+    search finds."""
     assert "modeling_vit_embed.py" in MODEL_CODE
     siblings_of = {}
     for name in MODEL_CODE:
@@ -602,7 +605,9 @@ def test_model_code_needs_only_torch_and_transformers():
             else:
                 continue
             roots = {module.split(".")[0] for module in modules} if node not in optional else set()
-            assert roots <= {"torch", "transformers"} | sys.stdlib_module_names, f"{name} imports {roots}"
+            assert roots <= {"torch", "transformers", *DEPENDENCIES} | sys.stdlib_module_names, (
+                f"{name} imports {roots}"
+            )
     # transformers 4.57 copies only the direct imports of the entry file from a local folder.
     assert siblings_of["modeling_vit_embed.py"] == MODEL_CODE - {"modeling_vit_embed.py"}
 
@@ -900,4 +905,4 @@ def test_tokenizer_of_a_subfolder_is_carried(saved, tmp_path):
 def test_saving_leaves_files_that_are_there(saved, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"mine": true}')
     VitEmbedModel.from_pretrained(saved["model"].folder).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "preprocessor_config.json").read_text()) == {"mine": True}
+    assert json.loads((tmp_path / "preprocessor_config.json").read_text())["mine"] is True

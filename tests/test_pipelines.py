@@ -82,7 +82,7 @@ def assert_says(task: str, found: Any, expected: Any) -> None:
 def test_pipeline_of_a_saved_folder_equals_the_model_called_by_hand(task, folder):
     options = OPTIONS.get(task, {})
     pipe = pipeline(task, model=str(folder / task), trust_remote_code=True)
-    assert type(pipe.model).__module__.startswith("transformers_modules.")
+    assert type(pipe.model).__module__ == "vit_embed.modeling_vit_embed", "importing the package registers it"
     images = [pictures.photo(name) for name in NAMES]
     paths = [str(folder / f"{name}.png") for name in NAMES]
     expected = [by_hand(task, folder / task, image) for image in images]
@@ -116,6 +116,8 @@ def test_feature_extraction_pipeline_of_a_dual_encoder_gives_image_embeddings(fo
     with torch.no_grad():
         expected = model.get_image_features(**pixel_values, normalize=True)
     np.testing.assert_allclose(pipe(pictures.photo("coffee")), expected.numpy(), rtol=0, atol=1e-5)
+    pooled = pipe(pictures.photo("coffee"), pool=True, return_tensors=True)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
 
 
 def test_zero_shot_pipeline_reads_what_a_stock_processor_saves_over_the_folder(folder, tmp_path):
