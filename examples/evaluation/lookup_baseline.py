@@ -1,6 +1,6 @@
 """Search without learning: the pictures of the training names most like the query, and the nearest of those searched.
 
-    python examples/lookup_baseline.py --dataset data/icons --split test
+    python examples/evaluation/lookup_baseline.py --dataset data/icons --split test
 
 For each query the training names with the largest TF-IDF cosine of words are looked up (ties included), and the
 pictures of the split are ranked by their largest cosine of 16 x 16 pixels of ink to any drawing of those names. A model
@@ -14,13 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the rule of imports in examples/README.md
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
-from build_icon_dataset import ink
 from datasets import Dataset, load_from_disk
 from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm import tqdm
-from train_contrastive import RECALL_AT, caption_id, recalls
+
+from data.near_duplicates import ink
+from recipes.retrieval import RECALL_AT, caption_id, recalls
 
 logger = logging.getLogger("lookup_baseline")
 

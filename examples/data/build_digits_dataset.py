@@ -1,7 +1,7 @@
 """Write handwritten digits that come with Python packages as pictures, with a fifth held out for testing.
 
-    python examples/build_digits_dataset.py --source digits --output_dir data/digits
-    python examples/build_digits_dataset.py --source mnist_5k --output_dir data/mnist_5k
+    python examples/data/build_digits_dataset.py --source digits --output_dir data/digits
+    python examples/data/build_digits_dataset.py --source mnist_5k --output_dir data/mnist_5k
 
 - digits: scikit-learn's 1,797 pictures of 8 x 8 pixels and 17 grey values (UCI "Optical Recognition of Handwritten
   Digits", its test part).
@@ -20,13 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # the rule of imports in examples/README.md
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
-from npm_packages import check_absent, written_aside
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from recipes.files import check_absent, written_aside
 
 logger = logging.getLogger("build_digits_dataset")
 

@@ -1,23 +1,22 @@
-"""examples/recipe.py: what the training scripts share."""
+"""recipes/trainer.py, models.py and arguments.py: what all recipes do beside the stock Trainer."""
 
 import json
-import logging
-import sys
-import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from datasets import Dataset, DatasetDict
-from fresh_process import run_fresh
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
-from PIL import Image
-from test_hub import TOKEN, hub  # noqa: F401, a fixture
-from transformers import ResNetConfig, TrainerCallback, TrainingArguments
+from training_runs import flags
+from transformers import ResNetConfig, TrainerCallback, TrainingArguments, default_data_collator
 
+from recipes.arguments import ModelArguments, RecipeArguments, parse
+from recipes.drawing import save_figure
+from recipes.models import frozen_modules, load_model, prepare
+from recipes.trainer import RecipeTrainer, checkpoint_to_resume, last_complete_checkpoint, run
 from vit_embed import (
     VitEmbedForContrastive,
     VitEmbedForDepthEstimation,
@@ -25,25 +24,6 @@ from vit_embed import (
     VitEmbedForMaskedImageModeling,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from picture_files import as_rgb  # noqa: E402
-from recipe import (  # noqa: E402
-    Problems,
-    RecipeArguments,
-    RecipeTrainer,
-    SeededRows,
-    checkpoint_to_resume,
-    frozen_modules,
-    last_complete_checkpoint,
-    load_splits,
-    parse,
-    prepare,
-    run,
-    seeded,
-)
-
-PICTURES = Path(__file__).parent.parent / "examples" / "pictures"
 DECAY = 0.5
 
 
@@ -69,16 +49,11 @@ LAYERS = {"vision_model": 4, "text_model": 3}  # of tests/tiny.py
 
 
 def trainer_of(model: torch.nn.Module, folder: Path, recipe: RecipeArguments | None = None, **options) -> RecipeTrainer:
-    kwargs = {
-        name: options.pop(name) for name in ("train_dataset", "eval_dataset", "draw", "callbacks") if name in options
-    }
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        **{"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", **options},
-    )
+    of_trainer = ("train_dataset", "eval_dataset", "draw", "callbacks", "compute_metrics")
+    kwargs = {name: options.pop(name) for name in of_trainer if name in options}
+    defaults = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "no", "report_to": "none"}
+    quiet = {"use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **quiet, **options})
     return RecipeTrainer(recipe or RecipeArguments(), model=model, args=arguments, **kwargs)
 
 
@@ -104,14 +79,11 @@ def expected_scale(name: str) -> float:
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
 @pytest.mark.parametrize("model", MODELS)
 def test_learning_rate_of_every_parameter(model, optim, tmp_path):
-    module = MODELS[model]()
-    trainer = trainer_of(
-        module, tmp_path, RecipeArguments(layer_decay=DECAY), learning_rate=0.1, weight_decay=0.3, optim=optim
-    )
+    module, recipe = MODELS[model](), RecipeArguments(layer_decay=DECAY)
+    trainer = trainer_of(module, tmp_path, recipe, learning_rate=0.1, weight_decay=0.3, optim=optim)
     optimizer = trainer.create_optimizer()
-    assert ("Adafactor" if optim == "adafactor" else "AdamW") in type(
-        optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer
-    ).__name__
+    kind = type(optimizer.optimizer if hasattr(optimizer, "optimizer") else optimizer).__name__
+    assert ("Adafactor" if optim == "adafactor" else "AdamW") in kind
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     assert len(group_of) == len(trained) == sum(len(group["params"]) for group in optimizer.param_groups)
@@ -138,12 +110,6 @@ def test_learning_rate_of_every_parameter(model, optim, tmp_path):
 def test_without_decay_all_parameters_have_one_rate(tmp_path):
     optimizer = trainer_of(MODELS["two towers"](), tmp_path, learning_rate=0.1).create_optimizer()
     assert {group["lr"] for group in optimizer.param_groups} == {0.1} and len(optimizer.param_groups) == 2
-
-
-@pytest.mark.parametrize("value", [0.0, 1.5])
-def test_layer_decay_out_of_range(value):
-    with pytest.raises(ValueError, match="--layer_decay"):
-        RecipeArguments(layer_decay=value)
 
 
 # --- freezing and patch dropping ---
@@ -177,16 +143,20 @@ def test_freezing_works_through_peft():
 
 
 @pytest.mark.parametrize(
-    ("freeze", "message"),
+    ("model", "recipe", "message"),
     [
-        (["vision_modle.embeddings"], "near are vision_model.embeddings"),
-        (["vision_model.embed"], "near are vision_model.embeddings"),
-        (["vision_model", "classifier"], "leaves none"),
+        ("rms norm", {"freeze": ["vision_modle.embeddings"]}, "near are vision_model.embeddings"),
+        ("rms norm", {"freeze": ["vision_model.embed"]}, "near are vision_model.embeddings"),
+        ("rms norm", {"freeze": ["vision_model", "classifier"]}, "leaves none"),
+        ("depth", {"patch_drop_rate": 0.5}, "depth needs every patch"),
+        ("rms norm", {"patch_drop_rate": 1.5}, "patch_drop_rate"),
+        ("rms norm", {"patch_drop_rate": 0.5, "freeze": ["vision_model"]}, "is frozen"),
     ],
 )
-def test_freezing_refuses(freeze, message):
+def test_freezing_and_dropping_refuse(model, recipe, message):
+    models = {**MODELS, "depth": lambda: VitEmbedForDepthEstimation(tiny.vision_config())}
     with pytest.raises(ValueError, match=message):
-        prepare(MODELS["rms norm"](), RecipeArguments(freeze=freeze))
+        prepare(models[model](), RecipeArguments(**recipe))
 
 
 def test_patch_drop_rate_reaches_the_trunk():
@@ -203,23 +173,12 @@ def test_patch_drop_rate_reaches_the_trunk():
     assert model.config.patch_drop_rate == 0.5
 
 
-def test_patch_drop_rate_refuses():
-    with pytest.raises(ValueError, match="depth needs every patch"):
-        prepare(VitEmbedForDepthEstimation(tiny.vision_config()), RecipeArguments(patch_drop_rate=0.5))
-    with pytest.raises(ValueError, match="patch_drop_rate"):
-        prepare(MODELS["rms norm"](), RecipeArguments(patch_drop_rate=1.5))
-    with pytest.raises(ValueError, match="is frozen"):
-        prepare(MODELS["rms norm"](), RecipeArguments(patch_drop_rate=0.5, freeze=["vision_model"]))
-
-
 def test_channels_last_trains_saves_and_resumes_the_same_weights(tmp_path):
     """The layout is of memory alone: the same training, and files that load and resume like any other."""
-    state = MODELS["hybrid"]().state_dict()
-    trained = {}
+    state, trained = MODELS["hybrid"]().state_dict(), {}
     for channels_last in (False, True):
-        model = MODELS["hybrid"]()
+        model, recipe = MODELS["hybrid"](), RecipeArguments(channels_last=channels_last)
         model.load_state_dict(state)
-        recipe = RecipeArguments(channels_last=channels_last)
         prepare(model, recipe)
         kernel = next(parameter for parameter in model.parameters() if parameter.dim() == 4 and parameter.shape[2] > 1)
         assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -239,162 +198,84 @@ def test_channels_last_trains_saves_and_resumes_the_same_weights(tmp_path):
         torch.testing.assert_close(trained[True][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-# --- rows ---
+# --- models ---
 
 
-def test_problems_are_counted_and_named(caplog):
-    problems = Problems()
-    for row in range(12):
-        problems.add("an unreadable picture", row)
-    problems.add("a caption that is cut", "shard-1/7", drop=False)
-    with caplog.at_level(logging.INFO):
-        dropped = problems.report("train", 20)
-    assert dropped == set(range(12))
-    assert "split train: 12 rows with an unreadable picture: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] ..." in caplog.text
-    assert "split train: 1 rows with a caption that is cut: ['shard-1/7']" in caplog.text
-    assert "8 rows kept, 12 dropped" in caplog.text
-    with pytest.raises(ValueError, match="none of 12 are: 12 with an unreadable picture"):
-        problems.report("train", 12)
-    with pytest.raises(ValueError, match="it is empty"):
-        Problems().report("train", 0)
+def test_a_model_starts_from_a_checkpoint_or_a_config(tmp_path):
+    """In float32, whatever is stored; a head of another size is an error unless the recipe asks for a new one."""
+    VitEmbedForImageClassification(tiny.vision_config(num_labels=3)).half().save_pretrained(tmp_path)
+    named = {"model_name_or_path": str(tmp_path), "config_name": str(tmp_path)}
+    for source in named:
+        model = load_model(
+            VitEmbedForImageClassification, ModelArguments(**{source: named[source]}), drop_path_rate=0.5
+        )
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert model.config.drop_path_rate == 0.5 and model.config.num_labels == 3
+    checkpoint = ModelArguments(model_name_or_path=str(tmp_path))
+    assert load_model(VitEmbedForImageClassification, checkpoint, any_head=True, num_labels=7).config.num_labels == 7
+    with pytest.raises(RuntimeError, match="(?i)mismatch"):
+        load_model(VitEmbedForImageClassification, checkpoint, num_labels=7)
+    for given, what in ((named, "both"), ({}, "neither")):
+        with pytest.raises(ValueError, match=f"expected one of --model_name_or_path and --config_name, got {what}"):
+            load_model(VitEmbedForImageClassification, ModelArguments(**given))
 
 
-@pytest.fixture(scope="module")
-def picture_files() -> list[Path]:
-    return sorted(PICTURES.glob("*.png"))[:4]
+# --- the command line ---
 
 
-def write_saved(files, folder):
-    DatasetDict(train=Dataset.from_dict({"image": [str(f) for f in files]})).save_to_disk(folder)
+def parse_with(monkeypatch, folder: Path, **options) -> tuple:
+    given = {"use_cpu": True, "output_dir": folder, "report_to": "none", **options}
+    monkeypatch.setattr("sys.argv", ["x", *flags(**given)])
+    return parse()
 
 
-def write_saved_alone(files, folder):
-    Dataset.from_dict({"image": [str(f) for f in files]}).save_to_disk(folder)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer_decay": 0.0}, "--layer_decay"),
+        ({"layer_decay": 1.5}, "--layer_decay"),
+        ({"early_stopping_patience": 0}, "--early_stopping_patience of at least 1"),
+        (
+            {"early_stopping_patience": 2},
+            "also set --eval_strategy.*--metric_for_best_model.*--load_best_model_at_end",
+        ),
+    ],
+)
+def test_the_command_line_refuses_at_once(options, message, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse_with(monkeypatch, tmp_path, **options)
 
 
-def write_parquet(files, folder):
-    folder.mkdir()
-    Dataset.from_dict({"image": [str(f) for f in files]}).to_parquet(folder / "train-00000.parquet")
+@pytest.mark.parametrize(
+    ("metric", "is_greater_better"),
+    [("loss", False), ("eval_median_scaled_abs_rel", False), ("rmse", False), ("delta1", True), ("accuracy", True)],
+)
+def test_the_best_of_errors_is_the_least(metric, is_greater_better, monkeypatch, tmp_path):
+    training = parse_with(monkeypatch, tmp_path, metric_for_best_model=metric)[-1]
+    assert training.greater_is_better is is_greater_better
 
 
-def write_folder(files, folder):
-    (folder / "train").mkdir(parents=True)
-    for file in files:
-        (folder / "train" / file.name).write_bytes(file.read_bytes())
-    lines = [json.dumps({"file_name": file.name, "text": file.stem}) for file in files]
-    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
+def test_parse_refuses_to_write_over_a_run(monkeypatch, tmp_path):
+    (tmp_path / "left").write_text("")
+    with pytest.raises(ValueError, match="to be empty.*--resume_from_checkpoint True"):
+        parse_with(monkeypatch, tmp_path, do_train=True)
+    resumed = {"do_train": True, "resume_from_checkpoint": True, "freeze": ["a", "b"]}
+    recipe, training = parse_with(monkeypatch, tmp_path, **resumed)
+    assert recipe.freeze == ["a", "b"] and not training.remove_unused_columns
 
 
-def write_shards(files, folder):
-    folder.mkdir()
-    for number in range(2):
-        with tarfile.open(folder / f"shard-{number}.tar", "w") as shard:
-            for file in files[number::2]:
-                shard.add(file, file.name)
-
-
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-@pytest.mark.parametrize("write", [write_saved, write_saved_alone, write_parquet, write_folder, write_shards])
-def test_every_kind_of_dataset_opens(write, streaming, picture_files, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    write(picture_files, tmp_path / "data")
-    splits = load_splits(str(tmp_path / "data"), streaming=streaming)
-    assert list(splits) == ["train"] and len(list(splits["train"])) == 4
-    row = next(iter(splits["train"]))
-    assert "text" in row or write is not write_folder
-    assert "png" in row or write is not write_shards
-
-
-def read_from_the_hub(file: str, token: str, examples: str) -> list:
-    import sys
-
-    from huggingface_hub import HfApi
-
-    sys.path.insert(0, examples)
-    from recipe import load_splits
-
-    api = HfApi(token=token)
-    api.create_repo("alice/pictures", repo_type="dataset")
-    path = "data/train-00000-of-00001.parquet"
-    api.upload_file(path_or_fileobj=file, path_in_repo=path, repo_id="alice/pictures", repo_type="dataset")
-    found = []
-    for streaming in (False, True):
-        rows = load_splits("alice/pictures", streaming)["train"]
-        found.append([[row["image"].size, row["text"]] for row in rows])
-    return found
-
-
-def test_a_dataset_is_read_by_its_name_on_the_hub(hub, tmp_path):  # noqa: F811
-    rows = [{"image": Image.new("RGB", (width, 4)), "text": "x" * width} for width in (3, 5)]
-    Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    arguments = {"file": str(tmp_path / "train.parquet"), "token": TOKEN, "examples": str(PICTURES.parent)}
-    found = run_fresh(read_from_the_hub, tmp_path / "home", environment=hub, **arguments)
-    assert found == [[[[3, 4], "xxx"], [[5, 4], "xxxxx"]]] * 2, "whole, and as a stream"
-
-
-def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder, a .parquet or .tar file, or a name on the Hub"):
-        load_splits(str(tmp_path / "absent"))
-    with pytest.raises(ValueError, match="expected a folder"):
-        (tmp_path / "a.txt").write_text("")
-        load_splits(str(tmp_path / "a.txt"))
-
-
-def test_pictures_of_every_kind_become_rgb(tmp_path):
-    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "16bit.png")
-    deep = Image.open(tmp_path / "16bit.png")
-    assert deep.mode.startswith("I")
-    np.testing.assert_array_equal(np.asarray(as_rgb(deep))[..., 0], np.arange(256).reshape(16, 16))
-    np.testing.assert_array_equal(np.asarray(as_rgb(deep.convert("I")))[..., 2], np.arange(256).reshape(16, 16))
-
-    grey = Image.new("L", (2, 2), 7)
-    assert as_rgb(grey).getpixel((0, 0)) == (7, 7, 7)
-    assert as_rgb(Image.new("RGBA", (2, 2), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    assert as_rgb(palette).getpixel((0, 0)) == (10, 200, 30)
-    palette.info["transparency"] = 1
-    assert as_rgb(palette).getpixel((0, 0)) == (255, 255, 255)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    assert as_rgb(Image.open(tmp_path / "turned.jpg")).size == (2, 4)
-    with pytest.raises(ValueError, match="floating point"):
-        as_rgb(Image.new("F", (2, 2)))
-
-
-def draw_number(row: int) -> dict:
-    return {"row": row, "torch": torch.rand(()), "numpy": np.random.rand(), "python": __import__("random").random()}
-
-
-def test_what_is_drawn_depends_on_seed_epoch_and_row_alone():
-    rows = SeededRows(range(6), draw_number, seed=3)
-    loader = torch.utils.data.DataLoader(rows, num_workers=2, persistent_workers=True, batch_size=None)
-    one = torch.utils.data.DataLoader(rows, shuffle=True, batch_size=None)
-    drawn = {}
-    for epoch in (0, 1):
-        rows.set_epoch(epoch)
-        by_row = {item["row"]: item for item in loader}
-        drawn[epoch] = [by_row[row]["torch"].item() for row in range(6)]
-        for item in one:
-            for kind in ("torch", "numpy", "python"):
-                assert item[kind] == by_row[item["row"]][kind], "alike with workers and without, in any order"
-    assert len(set(drawn[0] + drawn[1])) == 12
-    rows.set_epoch(0)
-    assert rows[0]["torch"] == drawn[0][0]
-    assert SeededRows(range(6), draw_number, seed=4)[0]["torch"] != drawn[0][0]
-
-
-def test_drawing_from_a_key_leaves_other_randomness_as_it_was():
-    def after(inside: bool) -> list[float]:
-        with seeded(1):
-            if inside:
-                with seeded(2, 3):
-                    draw_number(0)
-            return [float(value) for value in draw_number(0).values()]
-
-    assert after(True) == after(False)
+def test_an_unfinished_checkpoint_is_left_out(tmp_path, caplog):
+    assert last_complete_checkpoint(str(tmp_path)) is None
+    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_step": 10}'), (15, '{"glob'), (20, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    assert "checkpoint-15 is unfinished" in caplog.text and "checkpoint-20 is unfinished" in caplog.text
+    for asked, given in ((None, None), ("somewhere", "somewhere"), ("True", str(tmp_path / "checkpoint-10"))):
+        arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint=asked, report_to=[])
+        assert checkpoint_to_resume(arguments) == given
 
 
 # --- the trainer ---
@@ -422,50 +303,6 @@ def test_early_stop(tmp_path):
     assert stop.steps == 3
 
 
-def test_early_stop_says_at_once_what_to_set(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="--early_stopping_patience of at least 1"):
-        RecipeArguments(early_stopping_patience=0)
-    monkeypatch.setattr("sys.argv", ["x", "--early_stopping_patience", "2", "--use_cpu", "--output_dir", str(tmp_path)])
-    with pytest.raises(ValueError, match="also set --eval_strategy.*--metric_for_best_model.*--load_best_model_at_end"):
-        parse()
-
-
-@pytest.mark.parametrize(
-    ("metric", "is_greater_better"),
-    [("loss", False), ("eval_median_scaled_abs_rel", False), ("rmse", False), ("delta1", True), ("accuracy", True)],
-)
-def test_the_best_of_errors_is_the_least(metric, is_greater_better, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "sys.argv", ["x", "--use_cpu", "--output_dir", str(tmp_path), "--metric_for_best_model", metric]
-    )
-    assert parse()[-1].greater_is_better is is_greater_better
-
-
-def test_parse_refuses_to_write_over_a_run(monkeypatch, tmp_path):
-    (tmp_path / "left").write_text("")
-    command = ["x", "--use_cpu", "--output_dir", str(tmp_path), "--do_train"]
-    monkeypatch.setattr("sys.argv", command)
-    with pytest.raises(ValueError, match="to be empty.*--resume_from_checkpoint True"):
-        parse()
-    monkeypatch.setattr("sys.argv", [*command, "--resume_from_checkpoint", "True", "--freeze", "a", "b"])
-    recipe, training = parse()
-    assert recipe.freeze == ["a", "b"] and not training.remove_unused_columns
-
-
-def test_an_unfinished_checkpoint_is_left_out(tmp_path, caplog):
-    assert last_complete_checkpoint(str(tmp_path)) is None
-    for step, text in ((5, '{"global_step": 5}'), (10, '{"global_step": 10}'), (15, '{"glob'), (20, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        if text is not None:
-            (folder / "trainer_state.json").write_text(text)
-    assert last_complete_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    assert "checkpoint-15 is unfinished" in caplog.text and "checkpoint-20 is unfinished" in caplog.text
-    for asked, given in ((None, None), ("somewhere", "somewhere"), ("True", str(tmp_path / "checkpoint-10"))):
-        arguments = TrainingArguments(str(tmp_path), resume_from_checkpoint=asked, report_to=[])
-        assert checkpoint_to_resume(arguments) == given
-
-
 class Board(TrainerCallback):
     """Stands where TensorBoardCallback stands: there is a `tb_writer` from the first metrics to the end of training."""
 
@@ -482,10 +319,10 @@ class Board(TrainerCallback):
         pass
 
     def add_image(self, name, pixels, step, dataformats):
-        self.images.append((name, pixels.shape, step, dataformats))
+        self.images.append((name, pixels.ndim, step, dataformats))
 
 
-def test_every_evaluation_leaves_a_picture_and_run_its_metrics(tmp_path):
+def test_every_evaluation_leaves_a_sheet_and_run_its_metrics(tmp_path):
     board, drawn = Board(), []
 
     def draw(output, path):
@@ -493,7 +330,7 @@ def test_every_evaluation_leaves_a_picture_and_run_its_metrics(tmp_path):
         assert output.predictions.shape == (4, 3)
         figure = Figure(figsize=(1, 1))
         figure.suptitle("$5 a shirt #$1")  # no formula, whatever matplotlib takes it for
-        figure.savefig(path, dpi=50)
+        save_figure(figure, path)
 
     trainer = trainer_of(
         MODELS["rms norm"](),
@@ -506,10 +343,28 @@ def test_every_evaluation_leaves_a_picture_and_run_its_metrics(tmp_path):
     assert drawn == ["eval", "eval", "eval", "test"]
     names = sorted(path.name for path in (tmp_path / "run" / "pictures").iterdir())
     assert names == ["eval-000001.png", "eval-000002.png", "test-000002.png"]
-    assert board.images[0] == ("pictures/eval", (50, 50, 3), 1, "HWC") and len(board.images) == 4
+    assert board.images[0] == ("pictures/eval", 3, 1, "HWC") and len(board.images) == 4
     results = {name: json.loads((tmp_path / "run" / f"{name}_results.json").read_text()) for name in ("eval", "test")}
     assert results["eval"]["eval_kind"] == 1.0 and results["test"]["test_kind"] == 2.0
     assert (tmp_path / "run" / "model.safetensors").exists() and (tmp_path / "run" / "train_results.json").exists()
+
+
+def test_evaluation_reads_every_row_once_and_in_order(tmp_path):
+    """Whatever training leaves out or sorts: 7 rows in batches of 4, by length."""
+    rows = [{**row, "labels": number, "input_ids": [0] * (9 - number)} for number, row in enumerate(labelled_pixels(7))]
+    seen = []
+    model = VitEmbedForImageClassification(tiny.vision_config(num_labels=7))
+    trainer = trainer_of(
+        model,
+        tmp_path,
+        **{"eval_dataset": rows, "compute_metrics": lambda found: seen.append(found.label_ids.tolist()) or {}},
+        **{"per_device_eval_batch_size": 4, "dataloader_drop_last": True, "train_sampling_strategy": "group_by_length"},
+    )
+    trainer.data_collator = lambda batch: default_data_collator([{**row, "input_ids": None} for row in batch])
+    trainer.evaluate()
+    trainer.predict(rows)
+    assert seen == [list(range(7))] * 2
+    assert trainer.args.dataloader_drop_last and trainer.args.train_sampling_strategy == "group_by_length"
 
 
 @pytest.mark.parametrize("name", ["two towers", "masked"])
@@ -529,3 +384,25 @@ def test_the_logit_scale_that_is_saved_is_the_one_that_was_computed_with(frozen,
     rows = [{"pixel_values": p, "input_ids": ids} for p, ids in zip(tiny.pixels(8), tiny.tokens(8))]
     trainer_of(model, tmp_path, train_dataset=rows, learning_rate=1e-5, max_steps=1).train()
     assert model.logit_scale.item() == (5.0 if frozen else pytest.approx(4.60517))
+
+
+def test_fsdp_is_refused_where_accelerate_would_not_shard(tmp_path, monkeypatch):
+    """On CPUs it falls back to DistributedDataParallel without a word."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="expected accelerators for FSDP, got .* on cpu, where accelerate does not"):
+        trainer_of(MODELS["rms norm"](), tmp_path)
+
+
+def test_fsdp_keeps_scalars_whole_and_input_embeddings_in_their_own_unit(tmp_path):
+    """Real sharding is tested in test_train_contrastive."""
+    trainer = trainer_of(MODELS["two towers"](), tmp_path)
+    plugin = SimpleNamespace(ignored_modules=None, transformer_cls_names_to_wrap=None)
+    trainer.is_fsdp_enabled, trainer.accelerator.state.fsdp_plugin = True, plugin
+    try:
+        trainer._prepare_fsdp()
+    finally:
+        del trainer.accelerator.state.fsdp_plugin  # a state that all accelerators of the process share
+    (scalars,) = plugin.ignored_modules
+    assert [parameter.ndim for parameter in scalars] == [0] and next(iter(scalars)) is trainer.model.logit_scale
+    assert "VitEmbedLayer" in plugin.transformer_cls_names_to_wrap
+    assert "VitEmbedEmbeddings" not in plugin.transformer_cls_names_to_wrap

@@ -1,6 +1,6 @@
 """How well a two-tower model finds held-out pictures by their names, in figures and in pictures of its failures.
 
-    python examples/evaluate_retrieval.py --dataset data/icons --model . --output_dir runs/evaluation
+    python examples/evaluation/evaluate_retrieval.py --dataset data/icons --model . --output_dir runs/evaluation
 
 Text to image, on the splits that `build_icon_dataset.py` writes: the share of names that have their own picture among
 the first 1, 5 and 10 (pictures of equal names count as one), with its standard error, a binomial's. Beside all names of
@@ -16,49 +16,29 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import textwrap
+import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # the rule of imports in examples/README.md
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
-import torch
-from build_icon_dataset import is_held_out
 from datasets import Dataset, load_from_disk
-from matplotlib.figure import Figure
-from npm_packages import written_aside
-from picture_files import as_rgb
-from tqdm import tqdm
-from train_contrastive import RECALL_AT, caption_id, recalls, token_ids
 from transformers import AutoProcessor
 
+from data.icon_names import is_held_out
+from recipes.drawing import draw_label, draw_picture, new_sheet, save_figure, spread_over
+from recipes.embedding import embed_pictures, embed_texts
+from recipes.files import check_absent, written_aside
+from recipes.pictures import as_rgb
+from recipes.retrieval import RECALL_AT, caption_id, recalls
 from vit_embed import VitEmbedForContrastive
 
 logger = logging.getLogger("evaluate_retrieval")
 
 SPLITS = ("validation", "validation_emoji", "test", "test_all", "test_emoji")
-LEAST_QUERIES = 20  # a figure of fewer names says nothing
+LEAST_QUERIES = 20  # the share of fewer names is mostly chance
 FAILURES, SHEET_COLUMNS = 16, 6
-
-
-@torch.inference_mode()
-def embed_pictures(model, processor, rows: Dataset, batch_size: int = 128) -> np.ndarray:
-    """(rows, projection_dim), unit length."""
-    parts = []
-    for batch in tqdm(
-        rows.select_columns(["image"]).iter(batch_size), total=-(-len(rows) // batch_size), desc="pictures"
-    ):
-        pixel_values = processor.image_processor(list(map(as_rgb, batch["image"])), return_tensors="pt").pixel_values
-        parts.append(model.get_image_features(pixel_values, normalize=True))
-    return torch.cat(parts).float().numpy()
-
-
-@torch.inference_mode()
-def embed_texts(model, processor, texts: list[str], batch_size: int = 256) -> np.ndarray:
-    """(texts, projection_dim), unit length."""
-    parts = []
-    for start in range(0, len(texts), batch_size):
-        inputs = token_ids(processor.tokenizer, texts[start : start + batch_size])
-        parts.append(model.get_text_features(inputs, normalize=True))
-    return torch.cat(parts).float().numpy()
 
 
 def with_error(similarity: np.ndarray, own: np.ndarray, ids: np.ndarray) -> dict[str, float | int]:
@@ -99,28 +79,29 @@ def draw_failures(rows: Dataset, similarity: np.ndarray, ids: np.ndarray, path: 
     if not missed:
         logger.info("%s: no failure to draw", path.stem)
         return
-    chosen = [missed[index] for index in np.linspace(0, len(missed) - 1, min(FAILURES, len(missed))).astype(int)]
-    figure = Figure(figsize=(SHEET_COLUMNS + 3, 1.05 * len(chosen)))
-    axes = figure.subplots(len(chosen), SHEET_COLUMNS + 2, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
+    chosen = [missed[index] for index in spread_over(len(missed), FAILURES)]
+    figure, axes = new_sheet(len(chosen), SHEET_COLUMNS + 2, (SHEET_COLUMNS + 3, 1.05 * len(chosen)))
     for line, query in zip(axes, chosen, strict=True):
         rank = int(np.flatnonzero(ids[order[query]] == ids[query])[0]) + 1
-        name = textwrap.fill(rows[int(query)]["name"], 20)
-        line[0].text(1, 0.5, f"{name}\nrank {rank}", ha="right", va="center", fontsize=8)
-        for axis, index in zip(line[1:], [query, *order[query, :SHEET_COLUMNS]], strict=True):
-            axis.imshow(as_rgb(rows[int(index)]["image"]))
+        draw_label(line[0], f"{rows[query]['name']}\nrank {rank}")
+        for axis, index in zip(line[1:], map(int, [query, *order[query, :SHEET_COLUMNS]])):
+            draw_picture(axis, as_rgb(rows[index]["image"]))
     axes[0, 1].set_title("wanted", fontsize=8)
     axes[0, 2].set_title("found first", fontsize=8)
-    figure.savefig(path, dpi=90, bbox_inches="tight")
+    save_figure(figure, path)
 
 
 def evaluate(model, processor, rows: Dataset, trained: set[str]) -> tuple[dict, np.ndarray, np.ndarray]:
     """Figures by kind of query; the similarity of all names with all pictures, and the pictures' ids."""
-    pictures = embed_pictures(model, processor, rows)
+
+    def embed_names(names: list[str]) -> np.ndarray:
+        return embed_texts(model, processor.tokenizer, names, truncate=True).numpy()
+
+    drawings = (as_rgb(row["image"]) for row in rows.select_columns(["image"]))
+    pictures = embed_pictures(model, processor.image_processor, drawings, len(rows)).numpy()
     names = rows["name"][:]
     ids = np.array(list(map(caption_id, names)))
-    similarity = embed_texts(model, processor, names) @ pictures.T
+    similarity = embed_names(names) @ pictures.T
     figures = {
         kind: with_error(similarity[chosen], ids[chosen], ids)
         for kind, chosen in choose_queries(rows, trained).items()
@@ -129,7 +110,7 @@ def evaluate(model, processor, rows: Dataset, trained: set[str]) -> tuple[dict, 
     others = [(text, own) for captions, own in zip(rows["captions"][:], ids, strict=True) for text in captions[1:]]
     if len(others) >= LEAST_QUERIES:
         texts, own = zip(*others, strict=True)
-        figures["synonyms"] = with_error(embed_texts(model, processor, list(texts)) @ pictures.T, np.array(own), ids)
+        figures["synonyms"] = with_error(embed_names(list(texts)) @ pictures.T, np.array(own), ids)
     return figures, similarity, ids
 
 
@@ -143,13 +124,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     splits = load_from_disk(arguments.dataset)
-    missing = set(arguments.splits) - set(splits)
-    if missing or arguments.output_dir.exists():
-        parser.error(
-            f"expected splits of {sorted(splits)}, got {sorted(missing)}"
-            if missing
-            else f"{arguments.output_dir} exists"
-        )
+    missing = sorted(set(arguments.splits) - set(splits))
+    if missing:
+        parser.error(f"expected --splits of {sorted(splits)}, got {missing}")
+    try:
+        check_absent(arguments.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
     model = VitEmbedForContrastive.from_pretrained(arguments.model).eval()
     processor = AutoProcessor.from_pretrained(arguments.model, trust_remote_code=True)
     trained = training_texts(splits["train"])

@@ -1,6 +1,6 @@
-"""Packages of the npm registry as pinned files, icons of iconify sets as pictures, folders written aside.
+"""Packages of the npm registry as pinned files, and icons of iconify sets as pictures.
 
-Shared by the scripts that build data sets. Needs the `npm` command to fetch, `pip install resvg-py` to render.
+Needs the `npm` command to fetch, `pip install resvg-py` to render.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import subprocess
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -55,23 +53,12 @@ class Package:
         return self.json("package.json")["license"]
 
 
-def check_absent(folder: Path) -> None:
-    """Refuse to write over an existing folder."""
-    if folder.exists():
-        raise ValueError(f"expected {folder} not to exist; remove it or name another folder")
-
-
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Give a path beside `folder` to write to; it becomes `folder` at the end, and is removed after an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        yield Path(scratch) / folder.name
-        os.rename(Path(scratch) / folder.name, folder)
-
-
 def fetch(spec: str, cache_dir: Path) -> Package:
-    """Fetch `NAME@VERSION` with `npm pack` into `cache_dir`, unless it is already there."""
+    """Fetch `NAME@VERSION` with `npm pack` into `cache_dir`, unless it is already there.
+
+    Raises:
+        ValueError: there is no `npm`, it fails, or the file is damaged.
+    """
     name, version = spec.rsplit("@", 1)
     path = cache_dir / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
     if not path.exists():
@@ -94,7 +81,7 @@ def fetch(spec: str, cache_dir: Path) -> Package:
 
 def render_svg(icon: dict, icons: dict, size: int) -> bytes:
     """Return a PNG of `size` x `size` pixels with alpha of one icon of a parsed iconify set."""
-    import resvg_py  # what does not render does without
+    import resvg_py  # only needed to render
 
     left, top = icon.get("left", icons.get("left", 0)), icon.get("top", icons.get("top", 0))
     width = icon.get("width", icons.get("width", 16))

@@ -1,10 +1,10 @@
-"""Run a training script of examples/ with several seeds, and tabulate what its test came to.
+"""Run a training script of examples/ with several seeds, and tabulate the metrics of its test.
 
-    python benchmarks/over_seeds.py --seeds 0 1 2 --output_dir runs/digits-full -- \\
+    python examples/evaluation/over_seeds.py --seeds 0 1 2 --output_dir runs/digits-full -- \\
         python examples/train_classification.py --dataset data/digits --mode full --do_train --do_predict ...
 
-Each run gets `--seed S --output_dir OUTPUT_DIR/seed-S` behind its own arguments, and writes its log to
-`OUTPUT_DIR/seed-S.log`; `{seed}` in an argument stands for S, so that a second stage takes up the first's
+Each run gets `--seed S --output_dir OUTPUT_DIR/seed-S` after its own arguments, and writes its log to
+`OUTPUT_DIR/seed-S.log`; `{seed}` in an argument stands for S, so that a second stage starts from the first one's
 (`--model_name_or_path runs/first/seed-{seed}`). A seed that has been tested is not run again and one that was stopped
 goes on from its last checkpoint, so the same command continues a series; another one in its folder is refused. The
 table, one row a metric with mean (least - most) of the seeds, is printed and written to `OUTPUT_DIR/metrics.md`.
@@ -91,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
-        parser.error("expected a command behind --, got none")
+        parser.error("expected a command after --, got none")
     if command[0] == "python":
         command = [sys.executable, *command[1:]]
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
