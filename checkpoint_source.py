@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from tqdm import tqdm
 
 from vit_embed.checkpoint_reader import INDEX_ENDING, listing, read_checkpoint, read_index, read_json
-from vit_embed.processor_files_vit_embed import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, TOKENIZER_FILES
+from vit_embed.saving_vit_embed import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizerFast
 
-from vit_embed.configuration_vit_embed import CLIP_VOCAB_SIZE, VitEmbedTextConfig
-from vit_embed.processor_files_vit_embed import TOKENIZER_FILES
+from vit_embed.configuration_vit_embed import VitEmbedTextConfig
+from vit_embed.options_vit_embed import CLIP_VOCAB_SIZE
+from vit_embed.saving_vit_embed import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 

@@ -43,13 +43,7 @@ from vit_embed.checkpoint_writer import (  # noqa: E402
     write_state_dict,
 )
 from vit_embed.clip_tokenizer import BPE_FILE, padding_id, read_tokenizer, write_tokenizer  # noqa: E402
-from vit_embed.configuration_vit_embed import (  # noqa: E402
-    HIDDEN_ACTS,
-    NORM_POSITIONS,
-    POOLING_TYPES,
-    VitEmbedConfig,
-    VitEmbedTextConfig,
-)
+from vit_embed.configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from vit_embed.contrastive_vit_embed import MAX_LOGIT_SCALE  # noqa: E402
 from vit_embed.conversion_card import model_card  # noqa: E402
 from vit_embed.layouts import LAYOUTS, detect_layout  # noqa: E402
@@ -68,10 +62,8 @@ from vit_embed.layouts.rules import (  # noqa: E402
     trunk_prefix,
 )
 from vit_embed.modeling_vit_embed import VitEmbedPreTrainedModel  # noqa: E402
-from vit_embed.processor_files_vit_embed import (  # noqa: E402
-    IMAGE_PROCESSOR_FILE,
-    image_processor_dict,
-)
+from vit_embed.options_vit_embed import HIDDEN_ACTS, NORM_POSITIONS, POOLING_TYPES
+from vit_embed.saving_vit_embed import IMAGE_PROCESSOR_FILE, image_processor_dict
 
 logger = logging.getLogger("vit_embed.convert_checkpoint")
 

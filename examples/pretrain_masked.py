@@ -37,7 +37,7 @@ def main() -> None:
     """Parse the command line, then train, evaluate and test as asked."""
     model_arguments, data, recipe, training = parse(ModelArguments, DataArguments, description=__doc__)
     model = load_model(VitEmbedForMaskedImageModeling, model_arguments)
-    processor = image_processor_of(model, model_arguments.model_name_or_path)
+    processor = image_processor_of(model)
     prepare(model, recipe)
     splits = load_splits(data.dataset)
     if training.do_eval:

@@ -60,7 +60,7 @@ def main() -> None:
         depth_loss="l2",
     )
     model = VitEmbedForDepthEstimation(config)
-    processor = image_processor_of(model, None)
+    processor = image_processor_of(model)
     prepare(model, recipe)
     splits = load_splits(data.dataset)
     require_splits(splits, wanted_splits(data, training), data.dataset)

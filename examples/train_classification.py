@@ -70,7 +70,7 @@ def main() -> None:
     check_label_sets(checked, data, names)
 
     model = load_classifier(model_arguments, names)
-    processor = image_processor_of(model, None if model_arguments.config_name else source)
+    processor = image_processor_of(model)
     model = choose_trained(model, model_arguments, recipe, training)
     judged = {split: SeededRows(rows, Process(processor), training.seed) for split, rows in checked.items()}
     trained = None

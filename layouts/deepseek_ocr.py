@@ -28,7 +28,7 @@ from vit_embed.layouts.rules import (
     layer_rules,
     rule,
 )
-from vit_embed.processor_files_vit_embed import image_processor_dict
+from vit_embed.saving_vit_embed import image_processor_dict
 
 # Where the half lies: in a file of its own, in a saved encoder, in the published model.
 PREFIXES = ("", "vision_model.", "model.vision_model.")

@@ -29,7 +29,7 @@ from vit_embed.layouts.rules import (
     reverse_rules,
     rule,
 )
-from vit_embed.processor_files_vit_embed import IMAGE_PROCESSOR_FILE, image_processor_dict
+from vit_embed.saving_vit_embed import IMAGE_PROCESSOR_FILE, image_processor_dict
 
 # The folders that can be converted: the class that reads their config, by its `model_type`.
 CONFIG_CLASSES = {

@@ -36,7 +36,7 @@ from vit_embed.layouts.rules import (
     left_out,
     rule,
 )
-from vit_embed.processor_files_vit_embed import image_processor_dict
+from vit_embed.saving_vit_embed import image_processor_dict
 
 
 @dataclass(frozen=True)

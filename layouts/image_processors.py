@@ -5,7 +5,7 @@ from typing import Any
 
 import transformers
 
-from vit_embed.processor_files_vit_embed import IMAGE_PROCESSOR_FILE, image_processor_kind
+from vit_embed.saving_vit_embed import IMAGE_PROCESSOR_FILE, image_processor_kind
 
 logger = logging.getLogger(__name__)
 

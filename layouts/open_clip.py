@@ -47,7 +47,7 @@ from vit_embed.layouts.rules import (
     reverse_rules,
     rule,
 )
-from vit_embed.processor_files_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
+from vit_embed.saving_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from vit_embed import VitEmbedConfig, VitEmbedTextConfig
-from vit_embed.configuration_vit_embed import CLIP_VOCAB_SIZE, LEGACY_EOS_TOKEN_ID
+from vit_embed.configuration_vit_embed import LEGACY_EOS_TOKEN_ID
 from vit_embed.layouts.hf_clip import SIGLIP_ARCHITECTURE, SIGLIP_DUAL_ARCHITECTURE
 from vit_embed.layouts.rules import (
     ConversionOptions,
@@ -18,6 +18,7 @@ from vit_embed.layouts.rules import (
     require,
 )
 from vit_embed.layouts.timm_names import architecture_of
+from vit_embed.options_vit_embed import CLIP_VOCAB_SIZE
 
 CONFIG_FILE = "open_clip_config.json"
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from vit_embed import VitEmbedConfig
 from vit_embed.layouts.rules import SourceConfig
 from vit_embed.layouts.timm_names import CLIP_EPS, DEFAULT_EPS, architecture_of
-from vit_embed.processor_files_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
+from vit_embed.saving_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
 
 logger = logging.getLogger(__name__)
 

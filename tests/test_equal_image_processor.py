@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor
 
 from vit_embed import VitEmbedConfig
 from vit_embed.layouts.image_processors import equal_image_processor
-from vit_embed.processor_files_vit_embed import image_processor_dict, image_processor_kind
+from vit_embed.saving_vit_embed import image_processor_dict, image_processor_kind
 
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 

@@ -391,5 +391,5 @@ def load_two_towers(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, 
             f"expected a tokenizer of text_config.vocab_size = {vocab_size} tokens, {arguments.tokenizer_name} has "
             f"{len(tokenizer)}; change one of them"
         )
-    image_processor = image_processor_of(model, arguments.model_name_or_path)
+    image_processor = image_processor_of(model)
     return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)

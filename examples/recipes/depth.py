@@ -459,4 +459,4 @@ def load_depth_model(arguments: ModelArguments) -> tuple[VitEmbedForDepthEstimat
         check_head(VitEmbedConfig.from_pretrained(source), arguments)
     # Depth needs every patch, whatever share of them the trunk was trained without.
     model = load_model(VitEmbedForDepthEstimation, arguments, default=SHIPPED_CHECKPOINT, patch_drop_rate=0.0)
-    return model, image_processor_of(model, source)
+    return model, image_processor_of(model)

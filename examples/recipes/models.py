@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import tempfile
 
 import torch
@@ -11,7 +10,6 @@ from transformers import CLIPImageProcessor, DPTImageProcessor, PreTrainedModel
 
 from recipes.arguments import ModelArguments, RecipeArguments
 from vit_embed import VitEmbedConfig, VitEmbedModel, VitEmbedTextModel
-from vit_embed.processor_files_vit_embed import write_processor_files
 
 # What wrappers put in front of the names of a model's own parameters (peft, FSDP, torch.compile, DDP).
 WRAPPER_NAMES = ("base_model.model.", "_fsdp_wrapped_module.", "_orig_mod.", "module.")
@@ -52,16 +50,12 @@ def load_model(
     )
 
 
-def image_processor_of(model: PreTrainedModel, source: str | None) -> CLIPImageProcessor | DPTImageProcessor:
-    """The image processor that the model is saved with: that of its checkpoint, at the size of its config.
-
-    Args:
-        source: folder or Hub id of the checkpoint; None for a new model, which gets CLIP's mean and deviation.
-    """
+def image_processor_of(model: PreTrainedModel) -> CLIPImageProcessor | DPTImageProcessor:
+    """The image processor that the model is saved with, at the size of its config: that of the checkpoint it was loaded
+    from; a new model gets CLIP's mean and standard deviation."""
     processor_class = DPTImageProcessor if model.image_processor_type == "DPTImageProcessor" else CLIPImageProcessor
-    source = os.path.abspath(source) if source is not None and os.path.isdir(source) else source
     with tempfile.TemporaryDirectory() as folder:
-        write_processor_files(folder, model.config, model.image_processor_type, False, source, {})
+        model.save_processor(folder)
         return processor_class.from_pretrained(folder)
 
 
