@@ -52,6 +52,7 @@ def main() -> None:
     learned = [row for number, row in enumerate(rows) if number % VALIDATION_EVERY]
     trainer = DistillationTrainer(
         recipe,
+        data=arguments.dataset,
         model=model,
         args=training,
         data_collator=Collator(processor.tokenizer),

@@ -13,11 +13,12 @@ The trunk then loads into every other class: `VitEmbedForImageClassification.fro
 Needs: `pip install accelerate datasets kornia matplotlib pillow tqdm`. Source: arXiv:2111.06377.
 """
 
+import numpy as np
 import torch
 
 from recipes.arguments import parse
 from recipes.data import SeededRows, hold_out, load_splits, require_splits, wanted_splits
-from recipes.drawing import spread_over
+from recipes.drawing import as_colours, spread_over
 from recipes.masked import (
     NUM_SHOWN,
     Collator,
@@ -28,7 +29,7 @@ from recipes.masked import (
     check_pictures,
 )
 from recipes.models import image_processor_of, load_model, prepare
-from recipes.reconstructions import draw_reconstructions
+from recipes.reconstructions import draw_reconstructions, masked_pictures
 from recipes.trainer import RecipeTrainer, run
 from vit_embed import VitEmbedForMaskedImageModeling
 
@@ -53,14 +54,18 @@ def main() -> None:
         make = TrainingPicture(data.image_column, model.config.image_shape)
         trained = SeededRows(checked[data.train_split], make, training.seed)
 
-    def draw(output, path) -> None:
-        rows = judged[data.test_split if path.name.startswith("test") else data.validation_split]
+    def reconstruct(prefix: str) -> dict[str, np.ndarray]:
+        rows = judged[data.test_split if prefix == "test" else data.validation_split]
         shown = torch.stack([rows[place]["pixel_values"] for place in spread_over(len(rows), NUM_SHOWN)])
-        draw_reconstructions(trainer.accelerator.unwrap_model(trainer.model), shown, processor, path)
+        seen, filled = masked_pictures(trainer.accelerator.unwrap_model(trainer.model), shown, processor)
+        hidden = f"{model.config.mask_ratio:.0%} hidden"
+        return {"picture": as_colours(shown, processor), hidden: seen, "filled in": filled}
 
     trainer = RecipeTrainer(
         recipe,
-        draw=draw,
+        draw=draw_reconstructions,
+        compute=reconstruct,
+        data=data.dataset,
         model=model,
         args=training,
         data_collator=Collator(processor, data, model.config.image_shape),

@@ -68,6 +68,7 @@ def main() -> None:
     make = TrainingPicture(data.image_column, config.image_shape)
     trainer = RecipeTrainer(
         recipe,
+        data=data.dataset,
         model=model,
         args=training,
         data_collator=BrightnessCollator(Collator(processor, data, config.image_shape), processor),

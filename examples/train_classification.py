@@ -80,6 +80,7 @@ def main() -> None:
     trainer = RecipeTrainer(
         recipe,
         draw=DrawMistakes(sheets, names),
+        data=data.dataset,
         model=model,
         args=training,
         data_collator=DefaultDataCollator(),

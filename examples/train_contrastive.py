@@ -79,6 +79,7 @@ def main() -> None:
     trainer = RecipeTrainer(
         recipe,
         draw=DrawFound(sheets, data.image_column, lambda row: as_list(row[data.caption_column])[0]),
+        data=data.dataset,
         model=model,
         args=training,
         data_collator=Collator(processor, data, model.config.image_shape),

@@ -67,6 +67,7 @@ def main() -> None:
     trainer = DepthTrainer(
         recipe,
         draw=lambda output, path: trainer.compute_metrics.draw(path),
+        data=data.dataset,
         model=model,
         args=training,
         data_collator=collate,

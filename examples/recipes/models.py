@@ -43,7 +43,9 @@ def load_model(
         raise ValueError("expected one of --model_name_or_path and --config_name, got neither")
     fields = {**fields, **arguments.config_fields(), "attn_implementation": arguments.attn_implementation}
     if config_name is not None:
-        return model_class(VitEmbedConfig.from_pretrained(config_name, **fields))
+        config = VitEmbedConfig.from_pretrained(config_name, **fields)
+        config.name_or_path = ""  # no weights come from there
+        return model_class(config)
     # The weights are trained in float32, whatever is stored; --bf16 is for the arithmetic.
     return model_class.from_pretrained(
         source or default, dtype=torch.float32, ignore_mismatched_sizes=any_head, **fields

@@ -14,7 +14,7 @@ HIDDEN_GREY = 0.7
 NUM_COLOURS = 256  # enough for a sheet of small pictures, and a third of the bytes
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: a sharded model is trained on
 def fill_in(
     model: VitEmbedForMaskedImageModeling, pixel_values: torch.Tensor, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,14 +47,11 @@ def masked_pictures(
     return seen, as_colours(filled, processor)
 
 
-def draw_reconstructions(
-    model: VitEmbedForMaskedImageModeling, pixel_values: torch.Tensor, processor, output: Path
-) -> None:
-    """Saves three rows: the pictures (B, C, H, W), what the model sees of them, and the hidden patches filled in."""
-    seen, filled = masked_pictures(model, pixel_values, processor)
-    figure, axes = picture_sheet(3, len(pixel_values), inches=1.1, shape=tuple(pixel_values.shape[2:]))
-    titles = ("picture", f"{model.config.mask_ratio:.0%} hidden", "filled in")
-    for row, title, pictures in zip(axes, titles, (as_colours(pixel_values, processor), seen, filled)):
+def draw_reconstructions(rows: dict[str, np.ndarray], output: Path) -> None:
+    """Saves a row for each title: pictures (B, H, W, 3) in [0, 1]."""
+    count, *shape, _ = next(iter(rows.values())).shape
+    figure, axes = picture_sheet(len(rows), count, inches=1.1, shape=tuple(shape))
+    for row, (title, pictures) in zip(axes, rows.items()):
         for axis, picture in zip(row, pictures):
             draw_picture(axis, picture)
         row[0].set_title(title, fontsize=8, loc="left")

@@ -26,6 +26,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from recipes.arguments import RecipeArguments
+from recipes.card import Base, write_model_card
 from recipes.data import SeededRows
 from recipes.models import base_model_of, frozen_modules, own_name, steps_to_head
 from vit_embed import VitEmbedForImageClassification
@@ -70,12 +71,20 @@ class BoundLogitScale(TrainerCallback):
                     parameter.clamp_(max=MAX_LOGIT_SCALE)
 
 
+def unsharded_class(model: torch.nn.Module) -> type[torch.nn.Module]:
+    """The model's class; FSDP 2 puts a class of its own in front of it."""
+    return next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))
+
+
 class RecipeTrainer(Trainer):
     """The stock Trainer, with layer-wise learning rates and a sheet of pictures after every evaluation.
 
     Args:
         recipe: as parsed.
-        draw: writes a sheet of an evaluation to a path.
+        draw: writes a sheet of an evaluation to a path, in the main process.
+        compute: prefix of the metrics -> what `draw` gets in place of the evaluation's output; called in every process,
+            as the parts of a sharded model compute together.
+        data: folder or Hub id of the data set, for the model card.
         kwargs: those of Trainer.
 
     Raises:
@@ -83,7 +92,12 @@ class RecipeTrainer(Trainer):
     """
 
     def __init__(
-        self, recipe: RecipeArguments, draw: Callable[[EvalLoopOutput, Path], None] | None = None, **kwargs
+        self,
+        recipe: RecipeArguments,
+        draw: Callable[[EvalLoopOutput, Path], None] | None = None,
+        compute: Callable[[str], object] | None = None,
+        data: str = "",
+        **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         own = base_model_of(self.model)
@@ -95,7 +109,9 @@ class RecipeTrainer(Trainer):
         self._prepare_fsdp()
         if getattr(own, "logit_scale", None) is not None and own.logit_bias is None:
             self.add_callback(BoundLogitScale())
-        self.recipe, self.draw = recipe, draw
+        self.recipe, self.draw, self.compute, self.data = recipe, draw, compute, data
+        self.base = Base.of(own) if self.is_world_process_zero() else None
+        self.results: dict[str, dict[str, float]] = {}  # metrics of the splits evaluated last, for the model card
         self.drawn: Path | None = None  # the last sheet, until it is logged
         self.frozen = frozen_modules(self.model)
         if hasattr(self.train_dataset, "set_epoch"):
@@ -160,8 +176,7 @@ class RecipeTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         if isinstance(model, FSDPModule):
             # transformers copies the file that defines the class; that of a sharded model's class is torch's.
-            sharded = type(model)
-            sharded.__module__ = next(base.__module__ for base in sharded.__bases__ if base is not FSDPModule)
+            type(model).__module__ = unsharded_class(model).__module__
         if output_dir is not None or not hasattr(model, "merge_and_unload"):
             super().save_model(output_dir, _internal_call)
             return
@@ -170,6 +185,13 @@ class RecipeTrainer(Trainer):
             self.processing_class.save_pretrained(self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes README.md and the licence files of the base to the output folder; `push_to_hub` calls it, too."""
+        if self.is_world_process_zero():
+            model = base_model_of(self.accelerator.unwrap_model(self.model))
+            own_class = unsharded_class(model)
+            write_model_card(model, own_class, self.base, self.data, self.args, self.state.global_step, self.results)
 
     # --- evaluation ---
 
@@ -194,9 +216,10 @@ class RecipeTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        shown = output if self.compute is None else self.compute(metric_key_prefix)
         if self.draw is not None and self.is_world_process_zero():
             path = Path(self.args.output_dir) / "pictures" / f"{metric_key_prefix}-{self.state.global_step:06d}.png"
-            self.draw(output, path)
+            self.draw(shown, path)
             logger.info("wrote %s", path)
             self.drawn = path
         return output
@@ -254,11 +277,15 @@ def run(trainer: RecipeTrainer, *, test_dataset=None, test_metrics: Callable | N
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+        trainer.results["eval"] = metrics
     if arguments.do_predict:
         # predict, not evaluate: with persistent workers evaluate would read the validation split again.
         trainer.compute_metrics = test_metrics or trainer.compute_metrics
         metrics = trainer.predict(test_dataset).metrics
         trainer.log_metrics("test", metrics)
         trainer.save_metrics("test", metrics)
+        trainer.results["test"] = metrics
+    if arguments.do_train:
+        trainer.create_model_card()
     if arguments.push_to_hub:
         trainer.push_to_hub()

@@ -12,6 +12,8 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
+from commands import Commands
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -36,7 +38,7 @@ fsdp_config:
 
 
 def flags(**options: object) -> list[str]:
-    """flags(dataset="x", max_steps=2, freeze=["a", "b"]) -> --dataset x --max_steps 2 --freeze a b; None is left out."""
+    """flags(dataset="x", steps=2, freeze=["a", "b"]) -> --dataset x --steps 2 --freeze a b; no flag for None."""
     given = []
     for name, value in options.items():
         if value is not None:
@@ -49,6 +51,15 @@ def run_here(command: ModuleType, **options: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command.__name__, *flags(**{**QUIET, **options})])
         command.main()
+
+
+def shared_by_two(command: Commands, script: str, options: dict, output_dir: Path, *, sharded: bool = False) -> None:
+    """Runs a recipe in two processes, two rows each a step, under DistributedDataParallel or FSDP."""
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "save_strategy": "no"}
+    given = flags(**{**options, **sizes, "output_dir": output_dir, "use_cpu": True, "report_to": "none"})
+    before = "import training_runs as runs; runs.record_wrapper()" + "; runs.fsdp_on_cpus()" * sharded
+    ran = command(script, *given, cwd=output_dir.parent, before=before, processes=2)
+    assert ran.returncode == 0, ran.stderr[-3000:]
 
 
 # --- what a run leaves ---
@@ -119,6 +130,14 @@ def record_wrapper() -> None:
         return step(self, model, *args, **kwargs)
 
     RecipeTrainer.training_step = recorded
+
+
+def fsdp_on_cpus() -> None:
+    """What `accelerate launch` with FSDP sets in the environment, and `shard_on_cpus`."""
+    settings = yaml.safe_load(FSDP)["fsdp_config"]
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+    os.environ.update({"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"})
+    shard_on_cpus()
 
 
 def shard_on_cpus() -> None:

@@ -1,4 +1,4 @@
-"""Commands of `examples/` for the tests of this folder, and their modules by the names that they import each other by."""
+"""For the tests of this folder: the commands of `examples/`, and the modules that they import."""
 
 import sys
 from collections.abc import Iterator

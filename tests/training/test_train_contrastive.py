@@ -415,8 +415,8 @@ RESUMED = {
 
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_killed_run_resumed_equals_an_unbroken_one(kind, small, command, tmp_path):
-    """Bit for bit, with pictures, captions, hidden patches, dropout and dropped layers drawn at random; the unbroken one
-    has no workers. A checkpoint whose writing was cut off is left out."""
+    """Bit for bit, with pictures, captions, hidden patches, dropout and dropped layers drawn at random; the unbroken
+    run has no workers. A checkpoint whose writing was cut off is left out."""
     config = VitEmbedConfig.from_pretrained(small["config_name"], hidden_dropout_prob=0.1, drop_path_rate=0.2)
     config.save_pretrained(tmp_path / "config")
     options = {**small, "config_name": tmp_path / "config", "tag_column": "tags", "max_steps": 8, **RESUMED[kind]}
