@@ -1,4 +1,4 @@
-"""The icon data set: what it keeps and what it keeps out, of packages made here; look-up and evaluation on it."""
+"""The icon data set, of packages made here: what it keeps and leaves out; and look-up and evaluation on it."""
 
 import gzip
 import io
@@ -13,14 +13,11 @@ import pytest
 from datasets import Dataset, load_from_disk
 from PIL import Image
 
-REPO = Path(__file__).parent.parent
-sys.path.insert(0, str(REPO / "examples"))
+from data import build_icon_dataset, icons, npm_packages
+from data.icon_names import is_held_out, split_style
+from evaluation import evaluate_retrieval, lookup_baseline
 
-import build_icon_dataset as icons  # noqa: E402
-import evaluate_retrieval  # noqa: E402
-import lookup_baseline  # noqa: E402
-import npm_packages  # noqa: E402
-import train_contrastive  # noqa: E402
+REPO = Path(__file__).resolve().parents[2]
 
 SQUARE = '<path d="M4 4h16v16H4z"/>'
 DISC = '<circle cx="12" cy="12" r="9" fill="none" stroke="currentColor"/>'
@@ -91,7 +88,7 @@ class FakePackage:
 
 
 PACKAGES = {
-    icons.ICONS_PACKAGE: {
+    build_icon_dataset.ICONS_PACKAGE: {
         "collections.json": COLLECTIONS,
         **{f"json/{name}.json": rows for name, rows in SETS.items()},
     },
@@ -132,23 +129,24 @@ EMOJI = {
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("icons") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(icons, "fetch", lambda spec, cache_dir: FakePackage(PACKAGES[spec]))
-        patch.setattr(icons, "TEST_SETS", ("ph",))
-        patch.setattr(icons, "VALIDATION_SETS", ("basil",))
-        patch.setattr(icons, "emoji_rows", lambda cache_dir, size: EMOJI)
-        icons.build(folder, folder.parent, size=32, processes=1)
+        for module in (build_icon_dataset, icons):
+            patch.setattr(module, "fetch", lambda spec, cache_dir: FakePackage(PACKAGES[spec]))
+            patch.setattr(module, "TEST_SETS", ("ph",))
+            patch.setattr(module, "VALIDATION_SETS", ("basil",))
+        patch.setattr(build_icon_dataset, "emoji_rows", lambda cache_dir, size: EMOJI)
+        build_icon_dataset.build(folder, folder.parent, size=32, processes=1)
         with pytest.raises(ValueError, match="expected .* not to exist"):
-            icons.build(folder, folder.parent, size=32, processes=1)
+            build_icon_dataset.build(folder, folder.parent, size=32, processes=1)
     return folder, load_from_disk(str(folder))
 
 
 def test_only_free_sets_without_brands_are_read(dataset):
     folder, splits = dataset
     assert set(splits["train"]["set"][:]) == {"kept", "emoji-noto"}
-    told = json.loads((folder / "sets.json").read_text())
-    counts = [told["training"][name] for name in ("rendered", "without held-out words", "without near-duplicates")]
+    written = json.loads((folder / "sets.json").read_text())
+    counts = [written["training"][name] for name in ("rendered", "without held-out words", "without near-duplicates")]
     assert counts == [7, 5, 4], "of two emoji one has a held-out word; the other counts once, whatever its share"
-    assert told["sets"] == {
+    assert written["sets"] == {
         "kept": {"name": "Kept", "author": "A. Hand", "license": "MIT", "url": MIT["url"], "drawings": 3},
     }, "what NOTICE lists: sets that are trained on"
 
@@ -203,7 +201,7 @@ def test_one_colour_is_stored_as_grey_and_alpha(dataset):
     ],
 )
 def test_held_out_words(text, held_out):
-    assert icons.is_held_out(text) == held_out
+    assert is_held_out(text) == held_out
 
 
 @pytest.mark.parametrize(
@@ -217,7 +215,7 @@ def test_held_out_words(text, held_out):
     ],
 )
 def test_styles_of_sets_without_a_table(name, expected):
-    assert icons.split_style(name, {}) == expected
+    assert split_style(name, {}) == expected
 
 
 def a_tarball(files: dict[str, bytes]) -> bytes:
@@ -260,12 +258,6 @@ def test_the_look_up_finds_what_a_dictionary_and_a_thumbnail_know(dataset):
     assert similarity[0].max() > 0 and (similarity[1] == 0).all()
 
 
-def test_recalls_count_equal_names_once():
-    similarity = np.array([[0.9, 0.8, 0.1, 0.0], [0.9, 0.8, 0.7, 0.0], [0.0, 0.1, 0.2, 0.3]])
-    found = np.array([7, 7, 8, 9])
-    assert train_contrastive.recalls(similarity, np.array([7, 8, 9]), found) == [pytest.approx(2 / 3), 1.0, 1.0]
-
-
 def test_each_name_is_of_one_kind():
     kinds = {
         "names with a held-out word": ["umbrella", "red umbrellas"],
@@ -299,3 +291,16 @@ def test_the_evaluation_reports_each_kind_of_name_and_shows_failures(dataset, tm
     assert all(figures["pictures"] == 3 and figures["recall@5"] == 1 for figures in report.values())
     with pytest.raises(SystemExit):
         evaluate_retrieval.main()
+
+
+def test_the_tokenizer_of_the_emoji_data_set(command, tmp_path):
+    merges = [f"{chr(97 + i)} {chr(97 + j)}" for i in range(26) for j in range(26)]
+    with gzip.open(tmp_path / "bpe.txt.gz", "wt") as file:
+        file.write("\n".join(["#header", *merges]))
+    asked = ["--bpe_file", "bpe.txt.gz", "--tokenizer_dir", "out", "--vocab_size", 614]
+    ran = command("examples/data/build_emoji_dataset.py", *asked, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    vocab = json.loads((tmp_path / "out" / "vocab.json").read_text())
+    assert len(vocab) == 614 and vocab["<|endoftext|>"] == 613 and vocab["aa"] == 512
+    again = command("examples/data/build_emoji_dataset.py", *asked, cwd=tmp_path)
+    assert again.returncode == 1 and "expected out not to exist" in again.stderr

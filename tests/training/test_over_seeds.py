@@ -1,10 +1,10 @@
-"""The series of seeds: every seed is run once, a stopped one is continued, and a failure is not passed over."""
+"""A series of seeds: each is run once, one that was stopped goes on, and a failure ends the series."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "over_seeds.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "evaluation" / "over_seeds.py"
 
 # Stands for a recipe: writes down its arguments, fails where it is told to, else leaves the metrics of a test.
 RECIPE = """
