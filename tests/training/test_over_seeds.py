@@ -69,4 +69,4 @@ def test_a_command_without_a_test_is_refused(tmp_path):
     nothing = [sys.executable, str(SCRIPT), "--seeds", "0", "--output_dir", str(tmp_path / "runs"), "--"]
     result = subprocess.run([*nothing, "python", "-c", "pass"], capture_output=True, text=True)
     assert "found none; add --do_predict" in result.stderr
-    assert "expected a command behind --" in subprocess.run(nothing, capture_output=True, text=True).stderr
+    assert "expected a command after --" in subprocess.run(nothing, capture_output=True, text=True).stderr
