@@ -147,8 +147,12 @@ def test_the_shipped_checkpoint_trains_on_a_folder(command, tmp_path):
     found = results(tmp_path / "run", "eval")
     assert found["chance_recall@1"] == pytest.approx(1 / len(PICTURES))
     assert found["text_to_image_recall@5"] > 0.5 and found["loss"] > 0
-    for name in ("model.safetensors", "modeling_vit_embed.py", "tokenizer_config.json", "checkpoint-2/optimizer.pt"):
+    kept = ("model.safetensors", "modeling_vit_embed.py", "tokenizer_config.json", "checkpoint-2/optimizer.pt")
+    for name in (*kept, "LICENSE", "NOTICE"):
         assert (tmp_path / "run" / name).exists()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "fine-tuned from the checkpoint of vit_embed on `data`" in card
+    assert f"| text_to_image_recall@5 | {found['text_to_image_recall@5']:.4g} |" in card and "softmax" in card
     again = command("examples/train_contrastive.py", *asked, cwd=tmp_path)
     assert again.returncode == 1 and "--resume_from_checkpoint" in again.stderr
 
@@ -209,18 +213,11 @@ def test_problems_are_named_before_training(processor, tmp_path, caplog):
 
 def test_held_out_rows_keep_the_numbers_of_their_file(processor, tmp_path, caplog):
     splits = with_row_names(DatasetDict(train=rows_with_problems(tmp_path)), Path("x"))
-    splits = hold_out(splits, DataArguments(dataset="x"), 0, lambda rows, share, seed: np.array([4, 2]))
-    for split in ("train", "validation"):
-        kept = (
-            check_pairs(splits[split], split, DataArguments(dataset="x"), processor.tokenizer)
-            if split == "train"
-            else 0
-        )
-        if split == "train":
-            assert kept[ROW][:] == [0, 3]
-        else:
-            with pytest.raises(ValueError, match="none of 2 are"):
-                check_pairs(splits[split], split, DataArguments(dataset="x"), processor.tokenizer)
+    arguments = DataArguments(dataset="x")
+    splits = hold_out(splits, arguments, 0, lambda rows, share, seed: np.array([4, 2]))
+    assert check_pairs(splits["train"], "train", arguments, processor.tokenizer)[ROW][:] == [0, 3]
+    with pytest.raises(ValueError, match="none of 2 are"):
+        check_pairs(splits["validation"], "validation", arguments, processor.tokenizer)
     assert "split validation: 1 rows with an empty caption: [2]" in caplog.text
     assert "split validation: 1 rows with an unreadable picture: [4]" in caplog.text
 
@@ -435,15 +432,20 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(kind, small, command, tmp_p
 # --- several processes ---
 
 
+def launched(command: list, cwd: Path) -> subprocess.CompletedProcess:
+    """A launcher, as a user starts it."""
+    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
 def test_two_processes_share_a_stream(small, tmp_path):
     """Started by torchrun. Texts of the two batches of a step differ in length; each process reads the shards that the
     other does not."""
     DatasetDict(train=rows().select(range(4))).save_to_disk(tmp_path / "data", num_shards={"train": 2})
     options = {**small, "dataset": tmp_path / "data", "output_dir": tmp_path / "run", "max_steps": 4, "streaming": True}
     options |= {"per_device_train_batch_size": 2, "save_strategy": "no", "use_cpu": True, "report_to": "none"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     script = REPO / "examples" / "train_contrastive.py"
-    ran = subprocess.run([*torchrun, script, *flags(**options)], cwd=tmp_path, capture_output=True, text=True)
+    ran = launched([*torchrun, script, *flags(**options)], tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert len(losses(tmp_path / "run")) == 4
 
@@ -483,7 +485,7 @@ def test_two_processes_and_fsdp_give_the_curve_of_one(small, command, tmp_path):
     (tmp_path / "fsdp.yaml").write_text(FSDP)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml"]
     launch += ["--main_process_port", "0", REPO / SUPPORT / "sharded_training.py", *asked("fsdp", 4)]
-    ran = subprocess.run(list(map(str, launch)), cwd=tmp_path, capture_output=True, text=True)
+    ran = launched(launch, tmp_path)
     assert ran.returncode == 0, ran.stderr[-3000:]
 
     wrapper = {name: json.loads((tmp_path / name / "wrapper.json").read_text()) for name in ("one", "ddp", "fsdp")}
@@ -493,4 +495,5 @@ def test_two_processes_and_fsdp_give_the_curve_of_one(small, command, tmp_path):
         assert_same_training(tmp_path / name, tmp_path / "one")
     names = {path.name for path in (tmp_path / "fsdp").iterdir()}
     assert "modeling_vit_embed.py" in names and not [name for name in names if name.startswith("_fsdp")]
-    VitEmbedForContrastive.from_pretrained(tmp_path / "fsdp")
+    loaded, saved = VitEmbedForContrastive.from_pretrained(tmp_path / "fsdp").state_dict(), weights(tmp_path / "fsdp")
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
