@@ -42,7 +42,7 @@ GATE_STEPS = 100
 
 
 class Row(NamedTuple):
-    """One line of the table: tokens behind the prefix in and out of the encoder, and seconds of each round."""
+    """One line of the table: tokens after the prefix in and out of the encoder, and seconds of each round."""
 
     what: str
     tokens: str
@@ -82,7 +82,7 @@ def with_field(model: VitEmbedForContrastive, name: str, value: float, call: Cal
 
 
 def count_tokens(model: VitEmbedForContrastive, call: Callable[[], object]) -> list[int]:
-    """Tokens behind the prefix that the attention of each layer sees during a call."""
+    """Tokens after the prefix that the attention of each layer sees during a call."""
     counts, num_prefix = [], model.config.num_prefix_tokens
     hooks = [
         layer.self_attn.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1] - num_prefix))
@@ -224,7 +224,7 @@ def teach_gate(stem: nn.Module, cell: int) -> None:
         loss = nn.functional.cross_entropy(stem.gate(coarse).flatten(0, 2), is_flat.long().flatten())
         loss.backward()
         optimizer.step()
-    logger.info("the gate tells flat cells: loss %.1e after %d steps", loss.item(), GATE_STEPS)
+    logger.info("the gate separates flat cells: loss %.1e after %d steps", loss.item(), GATE_STEPS)
 
 
 def bench_adaptive(args: argparse.Namespace) -> list[Row]:

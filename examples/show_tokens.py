@@ -3,7 +3,7 @@
     python examples/show_tokens.py --pictures photo.jpg --merged . --merged_size 512 --token_merge_size 128 \\
         --adaptive runs/adaptive --masked runs/masked --output tokens.png
 
-A row for each picture, and behind the picture itself columns for each kind of checkpoint that is named:
+A row for each picture: the picture itself, then columns for each kind of checkpoint that is named:
 
 - --adaptive: one of the stem "adaptive". Its coarse tokens are the large cells, its fine tokens the small ones.
 - --merged: any of another stem. The tokens that are left when each layer has merged `token_merge_size` of them, each

@@ -298,7 +298,7 @@ class TrainingPair:
         """(height, width) to crop from: the model's shape, or up to a quarter more where the picture has more."""
         if self.arguments.smallest_crop == 1:
             return self.shape
-        finest = min(has / wants for has, wants in zip(picture.size[::-1], self.shape))
+        finest = min(side / target for side, target in zip(picture.size[::-1], self.shape))
         return tuple(round(side * min(max(finest, 1.0), 1.25)) for side in self.shape)
 
     def __call__(self, row: dict) -> dict[str, torch.Tensor]:

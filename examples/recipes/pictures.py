@@ -23,7 +23,7 @@ SCALED = "16 bits of grey, scaled to 8"
 ON_WHITE = "transparency, put on white"
 ON_BLACK = "a white drawing on transparency, put on black"
 Source = str | Path | BinaryIO | Image.Image
-# Two greys nearer than this (of 255) cannot be told apart: what is drawn in one cannot be seen on the other.
+# Two greys nearer than this (of 255) look alike: what is drawn in one cannot be seen on the other.
 VISIBLE_CONTRAST = 16
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "evaluation" / "over_seeds.py"
 
-# Stands for a recipe: writes down its arguments, fails where it is told to, else leaves the metrics of a test.
+# Stands for a recipe: writes down its arguments, fails where --failing says so, else leaves the metrics of a test.
 RECIPE = """
 import argparse, json, pathlib, sys
 parser = argparse.ArgumentParser()

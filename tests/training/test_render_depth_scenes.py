@@ -91,7 +91,7 @@ def test_a_texture_depends_on_the_seed_and_its_number_alone(tmp_path):
 
 
 def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkeypatch, tmp_path):
-    """What pybullet is really told to load, for scenes of every split."""
+    """What pybullet really loads, for scenes of every split."""
     loaded: dict[str, set[int]] = {}
     create, load = pybullet.createVisualShape, pybullet.loadTexture
 

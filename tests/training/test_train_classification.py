@@ -50,7 +50,7 @@ def digits(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trunks(tmp_path_factory) -> dict[str, Path]:
-    """A trunk that computes alike in training, and one that drops values, layers and patches at random."""
+    """A trunk without randomness in training, and one that drops values, layers and patches at random."""
     root = tmp_path_factory.mktemp("trunks")
     random = {"hidden_dropout_prob": 0.1, "drop_path_rate": 0.2, "patch_drop_rate": 0.25}
     for name, options in {"still": {}, "random": random}.items():
@@ -96,31 +96,31 @@ def read_folders(folders: dict, pictures: dict) -> dict:
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    told = {}
+    found = {}
     for name, folder in folders.items():
         model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
         processor = AutoImageProcessor.from_pretrained(folder)
         shown = [Image.open(path).convert("RGB") for path in pictures]
         with torch.no_grad():
             logits = model(**processor(shown, return_tensors="pt")).logits
-        told[name] = {
+        found[name] = {
             "digests": digests(model),
             "id2label": model.config.id2label,
             "guessed": logits.argmax(1).tolist(),
         }
-    told["modules"] = [name for name in sys.modules if name in ("peft", "vit_embed")]
-    return told
+    found["modules"] = [name for name in sys.modules if name in ("peft", "vit_embed")]
+    return found
 
 
 def test_saved_folders_load_by_auto_class_alone(trained, digits, tmp_path):
     pictures = sorted(map(str, (digits / "test").rglob("*.png")))
     folders = {mode: str(folder) for mode, folder in trained.items()}
-    told = run_fresh(read_folders, tmp_path, folders=folders, pictures=pictures)
-    assert told.pop("modules") == []
+    found = run_fresh(read_folders, tmp_path, folders=folders, pictures=pictures)
+    assert found.pop("modules") == []
     for mode, folder in trained.items():
-        assert told[mode]["id2label"] == {str(number): f"digit {number}" for number in range(10)}
-        assert told[mode]["digests"] == digests(VitEmbedForImageClassification.from_pretrained(folder))
-        right = [f"digit {guess}" == Path(path).parent.name for guess, path in zip(told[mode]["guessed"], pictures)]
+        assert found[mode]["id2label"] == {str(number): f"digit {number}" for number in range(10)}
+        assert found[mode]["digests"] == digests(VitEmbedForImageClassification.from_pretrained(folder))
+        right = [f"digit {guess}" == Path(path).parent.name for guess, path in zip(found[mode]["guessed"], pictures)]
         assert np.mean(right) == pytest.approx(results(folder, "test")["accuracy"]), "as the script measured it"
 
 
@@ -307,9 +307,9 @@ def test_digits_data_set_script(monkeypatch, tmp_path, capsys):
     assert {split: len(rows) for split, rows in captioned.items()} == {"train": 1437, "test": 360}
     assert set(captioned["test"].column_names) == {"image", "text"}
     lines = (tmp_path / "captioned" / "test" / "metadata.jsonl").read_text().splitlines()
-    for told in map(json.loads, lines):
-        name = build_digits_dataset.NAMES[labels[int(Path(told["file_name"]).stem)]]
-        assert told["text"] == f"the digit {name}"
+    for line in map(json.loads, lines):
+        name = build_digits_dataset.NAMES[labels[int(Path(line["file_name"]).stem)]]
+        assert line["text"] == f"the digit {name}"
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit):
         build_digits_dataset.main()

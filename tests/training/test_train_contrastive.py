@@ -175,7 +175,7 @@ def test_a_validation_split_is_held_out_by_whole_groups():
 
 
 def test_one_split_may_be_validation_and_test_and_trained_on(small, tmp_path):
-    for split, streaming in (("validation", False), ("train", False), ("train", True)):
+    for split, streaming in (("train", False), ("train", True)):
         folder = tmp_path / f"{split}-{streaming}"
         one = {"validation_split": split, "test_split": split, "do_eval": True, "do_predict": True}
         run_here(train_contrastive, **small, **one, output_dir=folder, max_steps=1, streaming=streaming)
