@@ -1,7 +1,7 @@
 """The stems, the heads that read them, and which of the two do not go together: the tables that test_stems.py crosses.
 
 A stem needs a row here only where it needs fields that have no default; every other stem is tested as it stands in
-`configuration_vit_embed.STEM_TYPES`.
+`options_vit_embed.STEM_TYPES`.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,7 @@ from transformers import AutoBackbone, BitConfig, ConvNextConfig, ResNetConfig
 
 from vit_embed import (
     VitEmbedModel,
-    configuration_vit_embed,
+    options_vit_embed,
 )
 from vit_embed.stem_layers_vit_embed import dct_basis, haar_basis
 from vit_embed.stems_vit_embed import STEMS
@@ -182,7 +182,7 @@ def test_overlap_is_a_convolution(patch_size, kernel, pointwise):
     torch.testing.assert_close(output.states, expected.flatten(2).transpose(1, 2), **CLOSE)
 
 
-@pytest.mark.parametrize("norm", configuration_vit_embed.STEM_NORM_TYPES)
+@pytest.mark.parametrize("norm", options_vit_embed.STEM_NORM_TYPES)
 @torch.no_grad()
 def test_hierarchical_is_the_sequence_of_its_layers(norm):
     stem = build("hierarchical", stem_norm_type=norm).embeddings.patch_embedding
