@@ -74,12 +74,12 @@ class Base:
             try:
                 folder = Path(snapshot_download(name, allow_patterns=[CARD, *LICENCE_FILES]))
             except (OSError, HfHubHTTPError, ValueError) as error:
-                logger.warning("the licence of %s goes not into the model card: %s", name, error)
+                logger.warning("the licence of %s is missing from the model card: %s", name, error)
                 return cls(name)
         try:
             stated = (metadata_load(folder / CARD) or {}) if (folder / CARD).is_file() else {}
         except (ValueError, yaml.YAMLError) as error:
-            logger.warning("the licence in %s goes not into the model card: %s", folder / CARD, error)
+            logger.warning("the licence in %s is missing from the model card: %s", folder / CARD, error)
             stated = {}
         return cls(name, folder, {name: stated[name] for name in LICENCE_FIELDS if name in stated})
 
@@ -197,5 +197,5 @@ def licence_text(base: Base, files: list[str]) -> str:
     if not base.name:
         return "A new model: it has the licence that its owner gives it, within the terms of the data."
     stated = base.licence.get("license_name") or base.licence.get("license")
-    text = f"The base states the licence {stated}" if stated else "The base states no licence"
+    text = f"The base states the licence {stated}" if stated else "No card of the base states its licence"
     return f"{text}; its {', '.join(files)} {'lies' if len(files) == 1 else 'lie'} here." if files else f"{text}."

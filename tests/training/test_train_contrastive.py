@@ -53,19 +53,12 @@ def rows() -> Dataset:
     )
 
 
-# --- every kind of data ---
+# --- every kind of data, beside test_data.py ---
 
 
 def write_saved(folder: Path) -> dict:
     DatasetDict(train=rows(), validation=rows().select(range(len(PICTURES)))).save_to_disk(str(folder))
     return {"tag_column": "tags", "group_column": "group", "num_train_epochs": 1}
-
-
-def write_parquet(folder: Path) -> dict:
-    folder.mkdir()
-    for split in ("train", "validation"):
-        rows().to_parquet(str(folder / f"{split}.parquet"))
-    return {"max_steps": 2}
 
 
 def write_pictures(folder: Path) -> dict:
@@ -110,15 +103,7 @@ def small(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("write", "streaming"),
-    [
-        (write_saved, 0),
-        (write_parquet, 0),
-        (write_pictures, 0),
-        (write_folder, 1),
-        (write_shards, 0),
-        (write_shards, 1),
-    ],
+    ("write", "streaming"), [(write_saved, 0), (write_pictures, 0), (write_folder, 1), (write_shards, 1)]
 )
 def test_every_kind_of_data_trains(write, streaming, small, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
