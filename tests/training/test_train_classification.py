@@ -326,7 +326,7 @@ def test_lora_refuses_fsdp():
 # --- the Hub ---
 
 
-def train_and_push(examples: str, arguments: list) -> dict:
+def train_and_push(examples: str, base: str, token: str, arguments: list) -> dict:
     import sys
 
     sys.path.insert(0, examples)
@@ -334,6 +334,9 @@ def train_and_push(examples: str, arguments: list) -> dict:
     from huggingface_hub import HfApi, ModelCard, hf_hub_download
     from transformers import AutoModelForImageClassification
 
+    hub = HfApi(token=token)
+    hub.create_repo("alice/licensed-base")
+    hub.upload_folder(repo_id="alice/licensed-base", folder_path=base)
     given, sys.argv = sys.argv, ["x", *arguments]
     train_classification.main()
     sys.argv = given
@@ -350,7 +353,7 @@ def train_and_push(examples: str, arguments: list) -> dict:
 
 
 def test_what_is_pushed_to_the_hub(digits, trunks, tmp_path):
-    """With lora, whose checkpoints hold files that must not be pushed; the card, and the licence of the base."""
+    """With lora, whose checkpoints hold files that must not be pushed; a card, and the licence of the base."""
     base = tmp_path / "licensed-base"
     shutil.copytree(trunks["still"], base)
     (base / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
@@ -358,16 +361,17 @@ def test_what_is_pushed_to_the_hub(digits, trunks, tmp_path):
     (base / "NOTICE").write_text("made by A. Hand")
     asked = {"do_train": True, "do_eval": True, "mode": "lora", "max_steps": 2, "save_steps": 1, "push_to_hub": True}
     asked |= {"hub_model_id": "alice/digits", "hub_token": loopback_hub.TOKEN, "use_cpu": True, "report_to": "none"}
-    given = flags(**options_of(digits, base, tmp_path / "run", **asked))
+    given = flags(**options_of(digits, "alice/licensed-base", tmp_path / "run", **asked))
     with loopback_hub.started(tmp_path / "hub") as hub:
-        found = run_fresh(train_and_push, tmp_path / "home", environment=hub, examples=str(EXAMPLES), arguments=given)
+        sent = {"examples": str(EXAMPLES), "base": str(base), "token": loopback_hub.TOKEN, "arguments": given}
+        found = run_fresh(train_and_push, tmp_path / "home", environment=hub, **sent)
     wanted = {"README.md", "config.json", "model.safetensors", "modeling_vit_embed.py", "preprocessor_config.json"}
     assert set(found["files"]) >= {*wanted, "LICENSE", "NOTICE"}
     assert not [name for name in found["files"] if "adapter" in name]
     assert found["labels"] == 10 and found["notice"] == "made by A. Hand"
-    assert found["card"] == ["mit", "image-classification", None], "a folder is no base model on the Hub"
+    assert found["card"] == ["mit", "image-classification", "alice/licensed-base"]
     for line in (
-        "fine-tuned from `licensed-base` on `digits`",
+        "fine-tuned from `alice/licensed-base` on `digits`",
         f"| accuracy | {results(tmp_path / 'run', 'eval')['accuracy']:.4g} |",
         'name = "alice/digits"',
         "The base states the licence mit; its LICENSE, NOTICE lie here.",
