@@ -7,12 +7,9 @@ NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("expected Pyth
 BIN := $(VENV)/bin
 # Tests are many small models: two processes of one thread each.
 PYTEST := -m pytest -n 2 --dist loadfile
-# The README and the examples are written for the newest releases.
-EXAMPLE_TESTS := readme examples examples_tokens recipe icon_dataset distill_text render_depth_scenes \
-	train_classification train_contrastive train_depth
-# Graphs, compilation and transformers' own suite are of the newest releases, too.
-NEWEST_TESTS := $(EXAMPLE_TESTS) common_suite compile export wrappers_table
-NOT_ON_4_57 := $(NEWEST_TESTS:%=--ignore=tests/test_%.py)
+# The README, the examples (tests/training), graphs, compilation and transformers' own suite are of the newest releases.
+NEWEST_TESTS := readme common_suite compile export wrappers_table
+NOT_ON_4_57 := --ignore=tests/training $(NEWEST_TESTS:%=--ignore=tests/test_%.py)
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' requirements.txt)
 COMMON_SUITE := $(VENV)/transformers-tests/$(TRANSFORMERS)
 

@@ -1,14 +1,19 @@
 """The model card (README.md) of weights that are pushed to the Hub, and the texts of their licence."""
 
+import logging
 import os
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
 from transformers import PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 # What the licences of weights ask to be passed on with them.
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 # How each class is loaded, what it reads, and what the Hub calls its task.
 LOADED_AS = {
@@ -23,11 +28,8 @@ LOADED_AS = {
         "image-classification",
     ),
     "VitEmbedForDepthEstimation": ("AutoModelForDepthEstimation", "AutoImageProcessor", "depth-estimation"),
-    "VitEmbedForMaskedImageModeling": (
-        "AutoModelForMaskedImageModeling",
-        "AutoImageProcessor",
-        "image-feature-extraction",
-    ),
+    # What its decoder gives is for training; its trunk is what is used.
+    "VitEmbedForMaskedImageModeling": ("AutoModel", "AutoImageProcessor", "image-feature-extraction"),
     "VitEmbedBackbone": ("AutoBackbone", "AutoImageProcessor", "image-feature-extraction"),
 }
 
@@ -123,8 +125,8 @@ def licence_in(folder: str | None) -> str | None:
     path = os.path.join(folder or "", CARD_FILE)
     if folder is None or not os.path.isfile(path):
         return None
-    with open(path, encoding="utf-8") as file:
-        head = file.read().split("---")
-    lines = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
-    stated = [line.partition(":")[2].strip().strip("\"'") for line in lines if line.startswith("license:")]
-    return stated[0] or None if stated else None
+    try:
+        return (metadata_load(path) or {}).get("license")
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("the licence in %s is missing from the model card: %s", path, error)
+        return None

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
@@ -129,8 +130,9 @@ def resized(source: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 def carried_image_processor(source: dict[str, Any], own: dict[str, Any], same_image_size: bool) -> dict[str, Any]:
     """The source's image processor as a model with the image processor `own` needs it.
 
-    Of the same kind, or of one that it does not name, it is the source's, at its size where the model has kept its `image_size`, which need not be the
-    processor's (DINOv2: positions for 518 pixels, images of 224). Of another kind, its mean and deviation in `own`.
+    Of the same kind, or of one that it does not name, it is the source's, at its size where the model has kept its
+    `image_size`, which need not be the processor's (DINOv2: positions for 518 pixels, images of 224). Of another kind,
+    its mean and deviation in `own`.
     """
     if image_processor_kind(source) not in ("", own["image_processor_type"]):
         return {**own, **{name: source[name] for name in ("image_mean", "image_std") if name in source}}
@@ -211,17 +213,15 @@ def image_processor_files(
     return files
 
 
-def carried_files(names: tuple[str, ...], source: str | None, target: str) -> dict[str, bytes]:
+def carried_files(patterns: tuple[str, ...], source: str | None, target: str) -> dict[str, bytes]:
     """{name: content} of the source's files of these names, where the target has none of them."""
-    if source is None or any(os.path.exists(os.path.join(target, name)) for name in names):
+
+    def found_in(folder: str) -> list[Path]:
+        return [path for pattern in patterns for path in sorted(Path(folder).glob(pattern)) if path.is_file()]
+
+    if source is None or found_in(target):
         return {}
-    files = {}
-    for name in names:
-        path = os.path.join(source, name)
-        if os.path.isfile(path):
-            with open(path, "rb") as file:
-                files[name] = file.read()
-    return files
+    return {path.name: path.read_bytes() for path in found_in(source)}
 
 
 def tokenizer_files(source: str | None, target: str) -> dict[str, bytes]:

@@ -12,18 +12,13 @@ Needs: `pip install matplotlib tqdm`. Source: arXiv:2101.06983.
 """
 
 import argparse
-import ctypes
 import logging
-import multiprocessing
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from bench_clip import machine, memory_mib
 from matplotlib.figure import Figure
+from timing import CLOCKS, in_fork, machine, memory_mib, reset_peak, return_freed_memory, table, timed
 from tqdm import tqdm
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
@@ -66,12 +61,6 @@ def make_batch(batch_size: int) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "input_ids": ids}
 
 
-def return_freed_memory() -> None:
-    """Tells malloc to give every freed tensor of 64 KiB and more back at once: otherwise resident memory holds the gaps
-    of its heap, which are no tensors. It costs time."""
-    ctypes.CDLL(None).mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD of glibc
-
-
 def measure(way: str, batch_size: int, chunk_size: int, exact_memory: bool) -> dict[str, float]:
     """MiB above model and batch, or seconds of processor time, of one step in this process."""
     if exact_memory:
@@ -79,16 +68,10 @@ def measure(way: str, batch_size: int, chunk_size: int, exact_memory: bool) -> d
     model, batch = make_model(None if way == WAYS[0] else chunk_size), make_batch(batch_size)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # no matter of the batch
-    before, start = memory_mib("VmRSS"), time.process_time()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    model(**batch).loss.backward()
-    return {"mib": memory_mib("VmHWM") - before} if exact_memory else {"seconds": time.process_time() - start}
-
-
-def apart(function: Callable, *args):
-    """`function(*args)` in a process of its own, that nothing has left memory to."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as fork:
-        return fork.submit(function, *args).result()
+    before = memory_mib("VmRSS")
+    reset_peak()
+    seconds = timed(lambda: model(**batch).loss.backward(), CLOCKS["cpu"])()
+    return {"mib": memory_mib("VmHWM") - before} if exact_memory else {"seconds": seconds}
 
 
 def largest_difference(batch_size: int, chunk_size: int) -> float:
@@ -101,15 +84,14 @@ def largest_difference(batch_size: int, chunk_size: int) -> float:
     return float((gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max())
 
 
-def table(results: dict[str, list[dict[str, float]]], batch_sizes: list[int]) -> str:
-    """The results as markdown."""
+def as_table(results: dict[str, list[dict[str, float]]], batch_sizes: list[int]) -> str:
     header = ("batch", *(f"{way}, MiB" for way in WAYS), "times less", *(f"{way}, s" for way in WAYS), "times as long")
-    lines = [header, ("---:",) * len(header)]
+    rows = []
     for size, whole, chunked in zip(batch_sizes, *(results[way] for way in WAYS)):
         mib, seconds = ([whole[unit], chunked[unit]] for unit in ("mib", "seconds"))
         memory = (*(f"{value:.0f}" for value in mib), f"{mib[0] / mib[1]:.1f}")
-        lines.append((str(size), *memory, *(f"{value:.1f}" for value in seconds), f"{seconds[1] / seconds[0]:.2f}"))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append((size, *memory, *(f"{value:.1f}" for value in seconds), f"{seconds[1] / seconds[0]:.2f}"))
+    return table(header, rows)
 
 
 def draw(results: dict[str, list[dict[str, float]]], batch_sizes: list[int], chunk_size: int, path: Path) -> None:
@@ -147,19 +129,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     size = min(args.batch_sizes)
-    difference = apart(largest_difference, size, args.chunk_size)
+    difference = in_fork(largest_difference, size, args.chunk_size)
     logger.info("batch %d: gradients differ by %.1e of the largest", size, difference)
     if difference > 1e-5:
         raise RuntimeError(f"gradients in chunks must be those of the batch, they differ by {difference:.1e}")
     runs = [(way, batch_size) for batch_size in args.batch_sizes for way in WAYS]
     results = {way: [] for way in WAYS}
     for way, batch_size in tqdm(runs, unit="step"):
-        parts = [apart(measure, way, batch_size, args.chunk_size, exact_memory) for exact_memory in (True, False)]
+        parts = [in_fork(measure, way, batch_size, args.chunk_size, exact_memory) for exact_memory in (True, False)]
         results[way].append(parts[0] | parts[1])
     draw(results, args.batch_sizes, args.chunk_size, args.picture)
     sys.stdout.write(
         f"{machine()}, chunk {args.chunk_size}, gradients on a batch of {size} differ by "
-        f"{difference:.1e} of the largest\n\n{table(results, args.batch_sizes)}\n"
+        f"{difference:.1e} of the largest\n\n{as_table(results, args.batch_sizes)}\n"
     )
 
 

@@ -3,30 +3,36 @@
     python benchmarks/bench_clip.py --part all --rounds 6
 
 Both read one CLIPModel folder of random weights, and their outputs are compared before anything is timed. Every round
-measures both, in an order that is swapped from round to round, so what else the machine does reaches both alike: read
-the ratios, not the times. Training memory and loading are measured in a fresh process for each model.
+measures both: read the ratios, not the times. Training memory and loading are measured in a fresh process for each
+model.
 """
 
 import argparse
 import contextlib
-import ctypes
 import json
 import logging
-import multiprocessing
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import transformers
-from tqdm import tqdm
+from timing import (
+    CLOCK_HELP,
+    CLOCKS,
+    Ratios,
+    in_fork,
+    interleave,
+    keep_freed_memory,
+    machine,
+    memory_mib,
+    reset_peak,
+    table,
+    timed,
+)
 from transformers import CLIPConfig, CLIPModel, PreTrainedModel
 
 from vit_embed import VitEmbedForContrastive
@@ -36,18 +42,16 @@ logger = logging.getLogger("bench_clip")
 MODELS = {"ours": VitEmbedForContrastive, "theirs": CLIPModel}
 PATCH_SIZES = {"ViT-B/32": 32, "ViT-B/16": 16}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 IMAGE_SIZE = 224  # pixels
 NUM_TOKENS = 77
 START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
-MIB = 2**20
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 # Largest relative difference between two equal models: sums taken in another order. 2e-2 is a few steps of bf16.
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 
 Batch = dict[str, torch.Tensor]
 Calls = dict[str, Callable[[], object]]  # for each of MODELS what is to be measured
 Row = tuple[str, ...]  # a line of the table
+HEADER = ("measured", "vit_embed", "transformers", "ratio", "range of ratios", "ratio of the best")
 
 
 def save_checkpoint(patch_size: int, folder: Path) -> None:
@@ -95,45 +99,10 @@ def check_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype_name:
     logger.info("%s: outputs agree to %.1e", what, difference)
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc's malloc reuse what was freed instead of returning it to the system.
-
-    Without this the page faults of large activations, a tenth of the time, come and go with the layout of the heap:
-    between two processes that run the same model, and between two models in one process.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def interleave(what: str, calls: Calls, rounds: int) -> dict[str, list]:
-    """What `rounds` calls of each model return, ours first in one round and theirs first in the next."""
-    results = {name: [] for name in calls}
-    for i in tqdm(range(rounds), desc=what, file=sys.stderr):
-        for name in sorted(calls, reverse=i % 2 == 1):
-            results[name].append(calls[name]())
-    return results
-
-
-def timed(call: Callable[[], object], clock: Callable[[], float]) -> Callable[[], float]:
-    """A call that returns its own seconds."""
-
-    def measure() -> float:
-        started = clock()
-        call()
-        return clock() - started
-
-    return measure
-
-
 def make_row(what: str, values: dict[str, list[float]], unit: str, digits: int) -> Row:
-    """Medians of both, the median of the rounds' ratios and their range, and the ratio of the smallest values."""
-    ratios = [ours / theirs for ours, theirs in zip(values["ours"], values["theirs"])]
+    """Medians of both, and their ratios."""
     medians = (f"{statistics.median(values[name]):.{digits}f} {unit}" for name in MODELS)
-    best = min(values["ours"]) / min(values["theirs"])
-    spread = f"{min(ratios):.3f} - {max(ratios):.3f}"
-    return (what, *medians, f"{statistics.median(ratios):.3f}", spread, f"{best:.3f}")
+    return (what, *medians, *Ratios.of(values["ours"], values["theirs"]).cells(3))
 
 
 def bench_forward(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
@@ -208,18 +177,13 @@ def in_process(job: str, folder: Path, args: argparse.Namespace, *options: str) 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory_mib(field: str) -> float:
-    """VmRSS, memory held now, or VmHWM, its peak since the last reset (Linux only)."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / MIB
-
-
 def job_memory(args: argparse.Namespace) -> dict[str, float]:
     """Peaks of two training steps, the second with the optimizer's state in place, in MiB above the loaded model."""
     model, batch = load(args.model, args.folder).train(), make_batch(args.batch_size)
     for parameter in model.parameters():
         parameter.detach().sum()  # a weight that is mapped from the file counts only once it has been read
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    reset_peak()
     before = memory_mib("VmRSS")
     forward_backward(model, batch, args.dtype)
     after_backward = memory_mib("VmHWM") - before
@@ -231,12 +195,7 @@ def job_memory(args: argparse.Namespace) -> dict[str, float]:
 
 def job_load(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of loads, each in a fork of this process, which has imported everything and loaded nothing."""
-
-    def load_in_fork(name: str) -> float:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as fork:
-            return fork.submit(load_seconds, name, args.folder, args.clock).result()
-
-    calls = {name: lambda n=name: load_in_fork(n) for name in MODELS}
+    calls = {name: lambda n=name: in_fork(load_seconds, n, args.folder, args.clock) for name in MODELS}
     for call in calls.values():
         call()  # fills the disk cache
     return interleave("from_pretrained", calls, args.load_rounds)
@@ -250,21 +209,6 @@ PARTS = {"forward": bench_forward, "train": bench_train, "memory": bench_memory,
 JOBS = {"memory": job_memory, "load": job_load}
 
 
-def machine() -> str:
-    """The processor's name and what it runs."""
-    cpuinfo = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
-    return f"{named[1] if named else platform.processor()}, {torch.get_num_threads()} thread(s); {versions}"
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as markdown."""
-    header = ("measured", "vit_embed", "transformers", "ratio", "range of ratios", "ratio of the best")
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
@@ -274,12 +218,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--load_rounds", type=int, default=24, help="the same for loading, which is short")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--clock",
-        choices=list(CLOCKS),
-        default="cpu",
-        help="cpu: processor time, which other processes disturb least; wall: elapsed time, for more than one thread",
-    )
+    parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     for_processes = parser.add_argument_group("for the processes that this script starts")
     for_processes.add_argument("--job", choices=list(JOBS))
     for_processes.add_argument("--model", choices=list(MODELS))
@@ -304,7 +243,7 @@ def main() -> None:
             save_checkpoint(PATCH_SIZES[size], folder)
         for part in PARTS if args.part == "all" else [args.part]:
             rows += PARTS[part](folders, args)
-    sys.stdout.write(f"{machine()}, batch {args.batch_size}, {args.clock} time\n\n{table(rows)}\n")
+    sys.stdout.write(f"{machine()}, batch {args.batch_size}, {args.clock} time\n\n{table(HEADER, rows)}\n")
 
 
 if __name__ == "__main__":

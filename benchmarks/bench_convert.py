@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import torch
+from timing import median_and_range, table
 from tqdm import tqdm
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
@@ -98,14 +98,11 @@ def main() -> None:
         for name, arguments in jobs.items():
             measured[name].append(run(given.folder, arguments))
     print(f"{weights / 1e9:.2f} GB of float32 weights, {os.cpu_count()} cores, median (range) of {given.rounds}")
-    print("| | seconds | peak memory / float32 weights |\n|---|---|---|")
+    rows = []
     for name, rounds in measured.items():
         seconds, peaks = zip(*((second, peak / weights) for second, peak in rounds))
-        cells = [
-            f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} - {max(values):.{digits}f})"
-            for values, digits in ((seconds, 0), (peaks, 2))
-        ]
-        print(f"| {name} | {' | '.join(cells)} |")
+        rows.append((name, median_and_range(seconds, 0), median_and_range(peaks, 2)))
+    print(table(("", "seconds", "peak memory / float32 weights"), rows))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 
 import torch
 import transformers
+from timing import MIB, table
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,7 +20,6 @@ from tqdm import tqdm
 
 import vit_embed
 
-MIB = 2**20
 SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 SIZES.update(image_size=224, patch_size=16)
 DEEP = {**SIZES, "num_hidden_layers": 24}
@@ -133,14 +133,15 @@ def main() -> int:
     ids = torch.full((args.batch_size, args.num_tokens), 320)
     ids[:, 0], ids[:, -1] = 49406, 49407
     given = {"pixel_values": torch.randn(args.batch_size, 3, 224, 224), "input_ids": ids}
-    print(f"| class | vit_embed, MiB | transformers {transformers.__version__}, MiB | ratio |\n|---|---|---|---|")
-    larger = []
+    rows, larger = [], []
     for what, (make_ours, make_theirs, names) in tqdm(PAIRS.items(), file=sys.stderr):
         inputs = {name: given[name] for name in names}
         peaks = [peak_of(make().eval(), inputs) for make in (make_ours, make_theirs)]
         ratio = peaks[0] / peaks[1]
         larger += [what] if ratio > 1 and "beside" not in what else []
-        print(f"| {what} | {peaks[0] / MIB:.1f} | {peaks[1] / MIB:.1f} | {ratio:.2f} |", flush=True)
+        rows.append((what, *(f"{peak / MIB:.1f}" for peak in peaks), f"{ratio:.2f}"))
+    header = ("class", "vit_embed, MiB", f"transformers {transformers.__version__}, MiB", "ratio")
+    print(table(header, rows))
     if larger:
         print("more than the peer:", ", ".join(larger), file=sys.stderr)
     return bool(larger)

@@ -17,21 +17,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from bench_clip import (
-    CLOCKS,
-    DTYPES,
-    END_TOKEN,
-    IMAGE_SIZE,
-    NUM_TOKENS,
-    START_TOKEN,
-    Batch,
-    forward_backward,
-    interleave,
-    keep_freed_memory,
-    machine,
-    make_batch,
-    timed,
-)
+from bench_clip import DTYPES, END_TOKEN, IMAGE_SIZE, NUM_TOKENS, START_TOKEN, Batch, forward_backward, make_batch
+from timing import CLOCK_HELP, CLOCKS, Ratios, interleave, keep_freed_memory, machine, table, timed
 from torch import nn
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
@@ -55,7 +42,7 @@ GATE_STEPS = 100
 
 
 class Row(NamedTuple):
-    """One line of the table: tokens behind the prefix in and out of the encoder, and seconds of each round."""
+    """One line of the table: tokens after the prefix in and out of the encoder, and seconds of each round."""
 
     what: str
     tokens: str
@@ -64,12 +51,9 @@ class Row(NamedTuple):
     target: float | None
 
     def cells(self) -> tuple[str, ...]:
-        ratios = [slow / fast for slow, fast in zip(self.without, self.with_it)]
         medians = (f"{statistics.median(values):.3f} s" for values in (self.without, self.with_it))
-        best = min(self.without) / min(self.with_it)
-        spread = f"{min(ratios):.2f} - {max(ratios):.2f}"
         target = "" if self.target is None else f"{self.target:.1f}"
-        return (self.what, self.tokens, *medians, f"{statistics.median(ratios):.2f}", spread, f"{best:.2f}", target)
+        return (self.what, self.tokens, *medians, *Ratios.of(self.without, self.with_it).cells(2), target)
 
 
 def measure(what: str, calls: dict[str, Callable], tokens: str, target: float | None, args: argparse.Namespace) -> Row:
@@ -98,7 +82,7 @@ def with_field(model: VitEmbedForContrastive, name: str, value: float, call: Cal
 
 
 def count_tokens(model: VitEmbedForContrastive, call: Callable[[], object]) -> list[int]:
-    """Tokens behind the prefix that the attention of each layer sees during a call."""
+    """Tokens after the prefix that the attention of each layer sees during a call."""
     counts, num_prefix = [], model.config.num_prefix_tokens
     hooks = [
         layer.self_attn.register_forward_pre_hook(lambda _, inputs: counts.append(inputs[0].shape[1] - num_prefix))
@@ -240,7 +224,7 @@ def teach_gate(stem: nn.Module, cell: int) -> None:
         loss = nn.functional.cross_entropy(stem.gate(coarse).flatten(0, 2), is_flat.long().flatten())
         loss.backward()
         optimizer.step()
-    logger.info("the gate tells flat cells: loss %.1e after %d steps", loss.item(), GATE_STEPS)
+    logger.info("the gate separates flat cells: loss %.1e after %d steps", loss.item(), GATE_STEPS)
 
 
 def bench_adaptive(args: argparse.Namespace) -> list[Row]:
@@ -270,11 +254,7 @@ def bench_adaptive(args: argparse.Namespace) -> list[Row]:
 PARTS = {"merge": bench_merge, "matching": bench_matching, "drop": bench_drop, "adaptive": bench_adaptive}
 
 
-def table(rows: list[Row]) -> str:
-    """The rows as markdown."""
-    header = ("measured", "tokens", "without", "with", "times as fast", "range", "of the best", "asked for")
-    lines = [header, ("---",) * len(header), *(row.cells() for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+HEADER = ("measured", "tokens", "without", "with", "times as fast", "range", "of the best", "asked for")
 
 
 def parse_args() -> argparse.Namespace:
@@ -284,12 +264,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6, help="measures of each side of each row")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--clock",
-        choices=list(CLOCKS),
-        default="cpu",
-        help="cpu: processor time, which other processes disturb least; wall: elapsed time, for more than one thread",
-    )
+    parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     return parser.parse_args()
 
 
@@ -300,7 +275,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     parts = PARTS if "all" in args.part else args.part
     rows = [row for part in parts for row in PARTS[part](args)]
-    sys.stdout.write(f"{machine()}, batch {args.batch_size}, {args.clock} time\n\n{table(rows)}\n")
+    sys.stdout.write(
+        f"{machine()}, batch {args.batch_size}, {args.clock} time\n\n{table(HEADER, [row.cells() for row in rows])}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every stem, position scheme and token budget on one trunk: accuracy, tokens, multiply-adds, speed, parameters.
 
-    python examples/build_emoji_dataset.py --output_dir data/emoji
+    python examples/data/build_emoji_dataset.py --output_dir data/emoji
     python benchmarks/compare_stems.py --output_dir runs/stems --figure benchmarks/compare_stems.png
 
 All rows share the trunk, the data, the seeds and the training (steps, batch, learning rate, augmentation). Settings
@@ -19,7 +19,6 @@ import logging
 import os
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,8 +29,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import matplotlib
 import torch
 import transformers
-from bench_clip import interleave, keep_freed_memory, machine, timed
 from compare_stems_data import DATASETS, Collator, Part, Pictures, load, normalize, prepare
+from timing import CLOCKS, Ratios, interleave, keep_freed_memory, machine, timed
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import ResNetConfig, Trainer, TrainingArguments, set_seed
@@ -179,9 +178,9 @@ def train(
     trainer = Trainer(model, training, Collator(part, pictures), train_dataset=indices)
     # The Trainer's own callback writes its last metrics to standard output.
     trainer.remove_callback(transformers.PrinterCallback)
-    started = time.process_time()
-    loss = trainer.train().training_loss
-    return {"training_loss": loss, "training_seconds": time.process_time() - started}
+    seconds = timed(trainer.train, CLOCKS["cpu"])()
+    loss = trainer.state.log_history[-1]["train_loss"]
+    return {"training_loss": loss, "training_seconds": seconds}
 
 
 @torch.inference_mode()
@@ -283,7 +282,7 @@ def measure_speed(data: str, args: argparse.Namespace) -> dict[str, list[float]]
         path = file_of(args, "models", data, row, args.seeds[0])
         model = VitEmbedForImageClassification.from_pretrained(path, attn_implementation="sdpa", **options).eval()
         model(images)
-        calls[row] = timed(lambda m=model: m(images), time.process_time)
+        calls[row] = timed(lambda m=model: m(images), CLOCKS["cpu"])
     return interleave(f"speed, {data}", calls, args.speed_rounds)
 
 
@@ -304,15 +303,10 @@ def summarize(args: argparse.Namespace) -> dict:
             figures["images_per_second"] = SPEED_BATCH / statistics.median(seconds[row])
             figures["training_seconds"] = statistics.median(training[row])
             if REFERENCE in args.rows:
-                figures["speed_ratio"] = median_ratio(seconds[REFERENCE], seconds[row])
-                figures["training_ratio"] = median_ratio(training[row], training[REFERENCE])
+                figures["speed_ratio"] = Ratios.of(seconds[REFERENCE], seconds[row]).median
+                figures["training_ratio"] = Ratios.of(training[row], training[REFERENCE]).median
             summary[data][row] = figures
     return summary
-
-
-def median_ratio(values: list[float], others: list[float]) -> float:
-    """Median of the ratios of values that were measured side by side."""
-    return statistics.median(value / other for value, other in zip(values, others))
 
 
 HEADER = ("row", "accuracy, %", "tokens", "multiply-adds, M", "images/s", "training, s", "parameters, k")

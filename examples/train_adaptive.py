@@ -10,17 +10,18 @@ stand-in for real depth, segmentation or the like. `examples/show_tokens.py --ad
 Needs: `pip install accelerate datasets kornia matplotlib pillow tqdm`.
 """
 
-import logging
 from dataclasses import dataclass
 
 import torch
-from pretrain_masked import Collator, DataArguments, TrainingPictures, readable_rows
-from recipe import check_output_dir, checkpoint_to_resume, load_splits
-from transformers import CLIPImageProcessor, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import CLIPImageProcessor
 
+from recipes.arguments import parse
+from recipes.data import SeededRows, load_splits, require_splits, wanted_splits
+from recipes.masked import Collator, DataArguments, TrainingPicture, check_pictures
+from recipes.models import image_processor_of, prepare
+from recipes.trainer import RecipeTrainer, run
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
 
-IMAGE_SIZE = 64
 # Depth is positive; brightness spreads over a range in which its squared error weighs like the budget loss.
 DARKEST, BRIGHTEST = 0.1, 4.1
 
@@ -41,22 +42,16 @@ class BrightnessCollator:
 
 def main() -> None:
     """Parse the command line and train."""
-    data_arguments, arguments = HfArgumentParser(
-        (DataArguments, TrainingArguments), description=__doc__
-    ).parse_args_into_dataclasses()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    if not arguments.do_train or arguments.do_eval or arguments.do_predict:
+    data, recipe, training = parse(DataArguments, description=__doc__)
+    if not training.do_train or training.do_eval or training.do_predict:
         raise ValueError("expected --do_train and neither --do_eval nor --do_predict: this script trains, no more")
-    check_output_dir(arguments)
-    set_seed(arguments.seed)
-    arguments.remove_unused_columns = False  # rows carry pictures, which no forward takes by name
     config = VitEmbedConfig(
         hidden_size=64,
         num_hidden_layers=1,
         num_attention_heads=2,
         intermediate_size=128,
         hidden_act="gelu",
-        image_size=IMAGE_SIZE,
+        image_size=64,
         patch_size=4,
         stem_type="adaptive",
         adaptive_budget_weight=0.5,
@@ -64,22 +59,23 @@ def main() -> None:
         pooling_type="mean",
         depth_loss="l2",
     )
-    shape = config.image_shape
-    processor = CLIPImageProcessor(
-        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
-    rows = readable_rows(
-        load_splits(data_arguments.dataset)[data_arguments.train_split], data_arguments.train_split, data_arguments
-    )
-    trainer = Trainer(
-        model=VitEmbedForDepthEstimation(config),
-        args=arguments,
-        data_collator=BrightnessCollator(Collator(processor, data_arguments, shape), processor),
-        train_dataset=TrainingPictures(rows, data_arguments.image_column, tuple(side * 5 // 4 for side in shape)),
+    model = VitEmbedForDepthEstimation(config)
+    processor = image_processor_of(model)
+    prepare(model, recipe)
+    splits = load_splits(data.dataset)
+    require_splits(splits, wanted_splits(data, training), data.dataset)
+    rows = check_pictures(splits[data.train_split], data.train_split, data.image_column)
+    make = TrainingPicture(data.image_column, config.image_shape)
+    trainer = RecipeTrainer(
+        recipe,
+        data=data.dataset,
+        model=model,
+        args=training,
+        data_collator=BrightnessCollator(Collator(processor, data, config.image_shape), processor),
+        train_dataset=SeededRows(rows, make, training.seed),
         processing_class=processor,
     )
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
-    trainer.save_model()
+    run(trainer)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from vit_embed.configuration_vit_embed import AUTO_MAP
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "examples"))
 
-import search_pictures  # noqa: E402
+from recipes.embedding import embed_texts  # noqa: E402
+from recipes.search import embed_files, find_pictures  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +31,10 @@ def processor():
 @pytest.fixture(scope="module")
 def retrieval(model, processor):
     """(texts, pictures) cosines of the demo's pictures, a vendor never trained on, and their names."""
-    paths = search_pictures.find_pictures(REPO / "examples" / "pictures")
-    paths, image_embeds = search_pictures.embed_pictures(model, processor, paths, batch_size=64)
+    paths = find_pictures(REPO / "examples" / "pictures")
+    paths, image_embeds = embed_files(model, processor, paths, batch_size=64)
     names = [path.stem.replace("-", " ") for path in paths]
-    return search_pictures.embed_queries(model, processor, names) @ image_embeds.t()
+    return embed_texts(model, processor.tokenizer, names) @ image_embeds.t()
 
 
 def test_it_is_complete_and_small():

@@ -1,16 +1,15 @@
 """Push and pull over HTTP, against a Hub on loopback: every class, revisions, a private repo, refusals, Trainer."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import hub_server
+import loopback_hub
 import pytest
 import tiny
 import torch
 from fresh_process import digests, run_fresh
+from loopback_hub import TOKEN
 from test_loading import MODEL_CODE
 from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
 
@@ -26,10 +25,6 @@ from vit_embed import (
     VitEmbedTextModelWithProjection,
 )
 from vit_embed.configuration_vit_embed import AUTO_MAP, TEXT_AUTO_MAP
-
-TOKEN = "hf_alice"
-# Weights go the way of large files, the rest the way of small ones, as on the Hub.
-REGULAR_LIMIT = 60_000
 
 # repo -> (class, Auto class that pulls it, its config)
 REPOS = {
@@ -63,17 +58,8 @@ PIPELINES = {
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory) -> Iterator[dict[str, str]]:
     """The environment in which the Hub is the one on loopback; nobody is logged in."""
-    root = tmp_path_factory.mktemp("hub")
-    command = [sys.executable, hub_server.__file__, "--root", str(root), "--port", "0", "--token", f"{TOKEN}=alice"]
-    command += ["--regular-limit", str(REGULAR_LIMIT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            ready, address = server.stdout.readline().split()
-            assert ready == "READY"
-            # The server has the plain protocol for large files, not the Hub's newer one.
-            yield {"HF_ENDPOINT": address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
-        finally:
-            server.terminate()
+    with loopback_hub.started(tmp_path_factory.mktemp("hub")) as environment:
+        yield environment
 
 
 def push(repos: dict, token: str) -> dict:

@@ -37,7 +37,7 @@ from vit_embed.embeddings_vit_embed import interpolate_positions
 
 REPO = Path(vit_embed.__file__).parent
 MODEL_CODE = {path.name for path in REPO.glob("*_vit_embed.py")}
-DEPENDENCIES = {"huggingface_hub", "typing_extensions"}
+DEPENDENCIES = {"huggingface_hub", "typing_extensions", "yaml"}
 # The other transformers version that CI tests: a python of a second environment.
 OTHER_PYTHON = os.environ.get("VIT_EMBED_OTHER_PYTHON")
 

@@ -1,0 +1,1 @@
+"""The commands that build data sets, and what they share."""

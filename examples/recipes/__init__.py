@@ -1,0 +1,1 @@
+"""What the commands in `examples/` are made of; how they import it stands in `examples/README.md`."""

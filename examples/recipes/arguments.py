@@ -1,0 +1,134 @@
+"""The command line of the recipes: what they all take beside TrainingArguments, and what is refused at once."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+HELD_OUT_HELP = "share of the training split to hold out for --do_eval without a validation split, in (0, 1)"
+SHIPPED_CHECKPOINT = str(Path(__file__).resolve().parents[2])
+# Endings of the names of metrics of which less is better.
+ERRORS = ("loss", "abs_rel", "rmse", "log10")
+
+
+@dataclass
+class ModelArguments:
+    """Which model to start from. What a recipe adds and names in CONFIG_FIELDS replaces that field of its config."""
+
+    CONFIG_FIELDS = ()
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint to start from"})
+    config_name: str | None = field(default=None, metadata={"help": "config.json of a model to train from scratch"})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "eager or sdpa; under bf16 on a CPU eager can be the faster one, time both"}
+    )
+
+    def config_fields(self) -> dict:
+        """The fields of the config that the command line sets."""
+        chosen = {name: getattr(self, name) for name in self.CONFIG_FIELDS}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+
+@dataclass
+class DataArguments:
+    """Which pictures, and which part of them is for what."""
+
+    dataset: str = field(metadata={"help": "folder of pictures, of a saved dataset, of parquet, or a name on the Hub"})
+    image_column: str = field(default="image", metadata={"help": "column of the pictures"})
+    train_split: str = field(default="train", metadata={"help": "split that is trained on"})
+    validation_split: str = field(default="validation", metadata={"help": "split that picks the best checkpoint"})
+    test_split: str = field(default="test", metadata={"help": "split for --do_predict, never seen before"})
+    validation_share: float = field(default=0.1, metadata={"help": HELD_OUT_HELP})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"expected --validation_share in (0, 1), got {self.validation_share}")
+
+    @property
+    def validation_splits(self) -> list[str]:
+        """`validation_split`, of which a recipe may take several, as a list."""
+        return [self.validation_split] if isinstance(self.validation_split, str) else list(self.validation_split)
+
+
+@dataclass
+class RecipeArguments:
+    """What all recipes can do beside TrainingArguments."""
+
+    freeze: list[str] = field(
+        default_factory=list,
+        metadata={"help": "beginnings of names of parameters not to train, as in vision_model.embeddings"},
+    )
+    layer_decay: float = field(
+        default=1.0,
+        metadata={
+            "help": "learning rate of a layer = --learning_rate * layer_decay ** (steps from it to the head), in "
+            "(0, 1]; 0.65 to 0.9 keep a pretrained trunk close to where it was"
+        },
+    )
+    patch_drop_rate: float | None = field(
+        default=None,
+        metadata={"help": "share in [0, 1) of the patches left out while training; default: the checkpoint's own"},
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after so many evaluations without a better --metric_for_best_model"}
+    )
+    channels_last: bool = field(
+        default=False,
+        metadata={
+            "help": "lay out convolutions channels last: the same up to rounding, faster with a convolutional stem"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"expected --layer_decay in (0, 1], got {self.layer_decay}; 1 trains all layers alike")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(f"expected --early_stopping_patience of at least 1, got {self.early_stopping_patience}")
+
+
+def parse(*dataclasses: type, description: str | None = None) -> tuple:
+    """Read the command line into `dataclasses`, RecipeArguments and TrainingArguments, start the log, set the seed.
+
+    Raises:
+        ValueError: training would write over a run, or an option lacks another one that it needs.
+    """
+    parser = HfArgumentParser((*dataclasses, RecipeArguments, TrainingArguments), description=description)
+    parsed = parser.parse_args_into_dataclasses()
+    recipe, training = parsed[-2:]
+    level = logging.INFO if training.process_index == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
+    with training.main_process_first(local=False):
+        if training.process_index == 0:
+            check_output_dir(training)
+    if recipe.early_stopping_patience is not None:
+        check_early_stopping(training)
+    if training.metric_for_best_model is not None and training.metric_for_best_model.endswith(ERRORS):
+        training.greater_is_better = False  # transformers assumes that larger is better for all but the loss
+    # Rows carry pictures, which no forward takes by name; the recipe turns them into what it takes.
+    training.remove_unused_columns = False
+    set_seed(training.seed)
+    return parsed
+
+
+def check_output_dir(training: TrainingArguments) -> None:
+    """ValueError where training would write over a run."""
+    output_dir = Path(training.output_dir)
+    used = output_dir.is_dir() and any(output_dir.iterdir())
+    if training.do_train and not training.resume_from_checkpoint and used:
+        raise ValueError(
+            f"expected --output_dir {output_dir} to be empty, it is not; name another folder, or continue "
+            "with --resume_from_checkpoint True"
+        )
+
+
+def check_early_stopping(training: TrainingArguments) -> None:
+    """ValueError that names all that stopping at the best evaluation still needs."""
+    strategies = {"--eval_strategy": training.eval_strategy, "--save_strategy": training.save_strategy}
+    unset = [f"{name} epoch or steps" for name, strategy in strategies.items() if strategy == "no"]
+    unset += ["--metric_for_best_model, e.g. loss"] if training.metric_for_best_model is None else []
+    if unset or not training.load_best_model_at_end:
+        unset += [] if training.load_best_model_at_end else ["--load_best_model_at_end True"]
+        raise ValueError(f"--early_stopping_patience stops at the best evaluation; also set {', '.join(unset)}")

@@ -1,0 +1,261 @@
+"""Rows of a data set for the recipes: opening, holding out, checking, and drawing at random.
+
+Rows are named as their user knows them, by the number in their split or by the file, in the log and in sheets: the
+column ROW is added when a data set is opened and stays with its row through every selection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import Image as ImageFeature
+from PIL import Image
+from tqdm import tqdm
+from transformers import TrainingArguments
+
+from recipes.arguments import DataArguments
+from recipes.pictures import UNREADABLE, read_rgb
+
+logger = logging.getLogger(__name__)
+
+NUM_NAMED = 10  # rows that the log names for each finding
+ROW = "__row__"
+
+
+# --- opening ---
+
+
+def load_splits(path: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
+    """Open a data set by the reader that `datasets` has for it; each split gets the column ROW, a stream does not.
+
+    Args:
+        path: a folder written by `save_to_disk`, a folder of parquet files, of tar shards (WebDataset) or of pictures
+            (with a folder for each label or with `metadata.jsonl`), one such file, or a name on the Hub.
+        streaming: read rows as they are needed, with no copy in the cache.
+
+    Raises:
+        ValueError: nothing is there.
+    """
+    with PartialState().main_process_first():  # one process fills the cache, the others read it
+        splits = _open(Path(path), path, streaming)
+    return splits if streaming else with_row_names(splits, Path(path))
+
+
+def _open(location: Path, path: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
+    if (location / "dataset_dict.json").exists() or (location / "dataset_info.json").exists():
+        saved = load_from_disk(path)
+        splits = DatasetDict(train=saved) if isinstance(saved, Dataset) else saved
+        if not streaming:
+            return splits
+        return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
+    for suffix, reader in ((".parquet", "parquet"), (".tar", "webdataset")):
+        if location.is_file() and location.suffix == suffix:
+            return load_dataset(reader, data_files=path, streaming=streaming)
+        if location.is_dir() and any(location.rglob(f"*{suffix}")):
+            return load_dataset(reader, data_dir=path, streaming=streaming)
+    if location.is_dir():
+        return load_dataset("imagefolder", data_dir=path, streaming=streaming)
+    if location.exists() or path.startswith((".", "/", "~")):
+        raise ValueError(f"expected a folder, a .parquet or .tar file, or a name on the Hub, got {path}")
+    return load_dataset(path, streaming=streaming)
+
+
+def with_row_names(splits: DatasetDict, folder: Path) -> DatasetDict:
+    """Adds the column ROW: the path of a row's picture in `folder` where it lies there, else the number of the row."""
+    named = DatasetDict()
+    for split, rows in splits.items():
+        names = _paths_in(folder, rows) or list(range(len(rows)))
+        named[split] = rows if ROW in rows.column_names else rows.add_column(ROW, names)
+    return named
+
+
+def _paths_in(folder: Path, rows: Dataset) -> list[str] | None:
+    """The paths of the pictures below `folder`, or None where one is not there or stands inside the data set."""
+    feature = rows.features.get("image") if rows.features else None
+    if not folder.is_dir() or not isinstance(feature, ImageFeature) or not len(rows):
+        return None
+    start = f"{folder.resolve()}{os.sep}"
+    stored = rows.select_columns(["image"]).cast_column("image", ImageFeature(decode=False))
+    if not _is_below(stored[0]["image"], start):  # looks at one row before it reads all of them
+        return None
+    cells = stored["image"][:]
+    return [cell["path"].removeprefix(start) for cell in cells] if all(_is_below(c, start) for c in cells) else None
+
+
+def _is_below(cell: dict | None, start: str) -> bool:
+    return cell is not None and cell["bytes"] is None and (cell["path"] or "").startswith(start)
+
+
+def columns_of(rows: Dataset) -> list[str]:
+    """The columns that the user knows."""
+    return [name for name in rows.column_names or () if name != ROW]
+
+
+def require_columns(rows: Dataset, split: str, flags: dict[str, str | None]) -> None:
+    """ValueError for a column that is asked for and is not there.
+
+    Args:
+        flags: {flag of the command line: the column it names, or None}.
+    """
+    missing = sorted({column for column in flags.values() if column is not None} - set(rows.column_names or ()))
+    if missing:
+        raise ValueError(
+            f"expected columns {missing} in split {split!r}, found {columns_of(rows)}; set {', '.join(flags)}"
+        )
+
+
+def require_pictures(rows: Dataset, split: str, column: str) -> None:
+    """ValueError where a column holds no pictures."""
+    feature = (rows.features or {}).get(column)
+    if not isinstance(feature, ImageFeature):
+        raise ValueError(
+            f"expected pictures in column {column!r} of split {split!r}, it has {feature}; set --image_column, or cast "
+            "it to datasets.Image()"
+        )
+
+
+# --- splits ---
+
+
+def wanted_splits(arguments: DataArguments, training: TrainingArguments) -> list[str]:
+    """The splits that --do_train, --do_eval and --do_predict need, each once."""
+    names = [arguments.train_split] * training.do_train + arguments.validation_splits * training.do_eval
+    return list(dict.fromkeys(names + [arguments.test_split] * training.do_predict))
+
+
+def random_rows(rows: Dataset, share: float, seed: int) -> np.ndarray:
+    """The numbers of a `share` of the rows, at least one, drawn by `seed`."""
+    count = max(1, round(share * len(rows)))
+    return np.random.default_rng(seed).permutation(len(rows))[:count]
+
+
+def hold_out(
+    splits: DatasetDict,
+    arguments: DataArguments,
+    seed: int,
+    choose: Callable[[Dataset, float, int], np.ndarray] = random_rows,
+) -> DatasetDict:
+    """The splits, with a validation split taken out of the training split where there is none.
+
+    Args:
+        choose: (training split, --validation_share, seed) -> the numbers of the rows to hold out.
+    """
+    train, validation = arguments.train_split, arguments.validation_splits[0]
+    if len(arguments.validation_splits) > 1 or validation in splits or train not in splits:
+        return splits
+    chosen = np.sort(choose(splits[train], arguments.validation_share, seed))
+    logger.info("no split %r: %d rows of %r are held out", validation, len(chosen), train)
+    kept = np.setdiff1d(np.arange(len(splits[train])), chosen)
+    return DatasetDict({**splits, train: splits[train].select(kept), validation: splits[train].select(chosen)})
+
+
+def require_splits(splits: dict, wanted: list[str], dataset: str) -> None:
+    """ValueError where a split that is asked for is missing."""
+    missing = sorted(set(wanted) - set(splits))
+    if missing:
+        raise ValueError(
+            f"expected splits {missing} in {dataset}, found {sorted(splits)}; set --train_split, --validation_split "
+            "and --test_split"
+        )
+
+
+# --- checking ---
+
+
+class Finding(NamedTuple):
+    """Something that was found about a row, in words that continue "rows with"; by default the row is of no use."""
+
+    reason: str
+    drop: bool = True
+    level: int = logging.WARNING
+
+
+def picture_findings(picture: Callable[[], Image.Image]) -> Iterator[Finding]:
+    """What is wrong with a picture, or had to be changed, given a function that opens it."""
+    try:
+        for note in read_rgb(picture())[1]:
+            yield Finding(note, drop=False, level=logging.INFO)
+    except UNREADABLE:
+        yield Finding("an unreadable picture")
+
+
+def check_rows(rows: Dataset, split: str, examine: Callable[[int], Iterable[Finding]]) -> Dataset:
+    """The rows that are of use, before the first step; the others are counted and named in the log.
+
+    Args:
+        examine: number of a row -> what was found about it.
+
+    Raises:
+        ValueError: no row is of use.
+    """
+    names = rows[ROW][:] if ROW in rows.column_names else range(len(rows))
+    found: dict[Finding, list[int | str]] = defaultdict(list)
+    kept = []
+    for number in tqdm(range(len(rows)), desc=f"check {split}", disable=not logger.isEnabledFor(logging.INFO)):
+        findings = list(examine(number))
+        for finding in findings:
+            found[finding].append(names[number])
+        if not any(finding.drop for finding in findings):
+            kept.append(number)
+    for finding, named in found.items():
+        more = " ..." if len(named) > NUM_NAMED else ""
+        what = (split, len(named), finding.reason, named[:NUM_NAMED], more)
+        logger.log(finding.level, "split %s: %d rows with %s: %s%s", *what)
+    if not kept:
+        reasons = ", ".join(f"{len(named)} with {finding.reason}" for finding, named in found.items() if finding.drop)
+        raise ValueError(
+            f"expected usable rows in split {split!r}, none of {len(rows)} are: {reasons or 'it is empty'}"
+        )
+    logger.info("split %s: %d rows kept, %d dropped", split, len(kept), len(rows) - len(kept))
+    return rows.select(kept) if len(kept) < len(rows) else rows
+
+
+# --- randomness that belongs to rows ---
+
+
+@contextlib.contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Draw from python, numpy and torch as `key` determines, and afterwards as if nothing had been drawn."""
+    words = np.random.SeedSequence([int(number) for number in key]).generate_state(3)
+    python, numpy, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(int(words[0]))
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would seed devices too, and takes 0.3 ms
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+
+
+class SeededRows(torch.utils.data.Dataset):
+    """`make(rows[i])` with randomness that depends on the seed, the epoch and the row alone.
+
+    RecipeTrainer sets the epoch. Workers share that number with the process that started them.
+    """
+
+    def __init__(self, rows, make: Callable[[object], dict], seed: int) -> None:
+        self.rows, self.make, self.seed = rows, make, seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict:
+        with seeded(self.seed, int(self.epoch), row):
+            return self.make(self.rows[row])

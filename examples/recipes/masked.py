@@ -1,0 +1,99 @@
+"""Pictures without labels: crops for training, and evaluation that hides the same patches every time."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import Dataset
+from kornia import augmentation
+from PIL import ImageOps
+from transformers import CLIPImageProcessor
+
+from recipes import arguments as base
+from recipes.data import check_rows, picture_findings, require_columns, require_pictures, seeded
+from recipes.pictures import as_rgb
+from vit_embed import VitEmbedConfig
+
+NUM_SHOWN = 8
+# A margin keeps detail where a crop is enlarged.
+MARGIN = 5 / 4
+
+
+@dataclass
+class ModelArguments(base.ModelArguments):
+    """Which model to start from."""
+
+    CONFIG_FIELDS = ("mask_ratio",)
+
+    mask_ratio: float | None = field(
+        default=None, metadata={"help": "share of the patches to hide, in [0, 1); default: that of the config, 0.75"}
+    )
+
+
+@dataclass
+class DataArguments(base.DataArguments):
+    """Which pictures, and how they are cropped while training."""
+
+    validation_share: float = field(default=0.05, metadata={"help": base.HELD_OUT_HELP})
+    smallest_crop: float = field(default=0.2, metadata={"help": "smallest share of a picture's area in a crop, 0 to 1"})
+    mirror: float = field(default=0.5, metadata={"help": "chance of a mirrored picture, 0 to 1"})
+
+
+def check_pictures(rows: Dataset, split: str, column: str) -> Dataset:
+    """Drop rows with an unreadable picture, and name them in the log."""
+    require_columns(rows, split, {"--image_column": column})
+    require_pictures(rows, split, column)
+    pictures = rows.select_columns([column])
+    return check_rows(rows, split, lambda row: picture_findings(lambda: pictures[row][column]))
+
+
+class TrainingPicture:
+    """A row -> the middle of its picture as uint8 (3, h, w), MARGIN larger than the model's, and a key for its crop."""
+
+    def __init__(self, column: str, image_shape: tuple[int, int]) -> None:
+        self.column, self.shape = column, tuple(round(MARGIN * side) for side in image_shape)
+
+    def __call__(self, row: dict) -> dict[str, object]:
+        picture = as_rgb(row[self.column])
+        if picture.size != self.shape[::-1]:
+            picture = ImageOps.fit(picture, self.shape[::-1])
+        return {"rgb": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "key": random.getrandbits(32)}
+
+
+class EvaluationPictures(torch.utils.data.Dataset):
+    """The middle of each picture as the model takes it, and patches to hide that depend on its number alone."""
+
+    def __init__(self, rows: Dataset, column: str, processor: CLIPImageProcessor, config: VitEmbedConfig) -> None:
+        self.rows, self.column, self.processor, self.config = rows, column, processor, config
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        picture = as_rgb(self.rows[index][self.column])
+        rows, columns = self.config.grid_size
+        order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(index))
+        return {
+            "pixel_values": self.processor(picture, return_tensors="pt").pixel_values[0],
+            "bool_masked_pos": order < int(rows * columns * self.config.mask_ratio),
+        }
+
+
+class Collator:
+    """Rows -> what the model takes; rows for training are cropped, mirrored and normalised, the whole batch at once."""
+
+    def __init__(self, processor: CLIPImageProcessor, arguments: DataArguments, shape: tuple[int, int]) -> None:
+        self.vary = torch.nn.Sequential(
+            augmentation.RandomResizedCrop(shape, scale=(arguments.smallest_crop, 1.0)),
+            augmentation.RandomHorizontalFlip(p=arguments.mirror),
+            augmentation.Normalize(processor.image_mean, processor.image_std),
+        )
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if "rgb" in rows[0]:
+            with seeded(*(row["key"] for row in rows)):
+                return {"pixel_values": self.vary(torch.stack([row["rgb"] for row in rows]).float() / 255)}
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

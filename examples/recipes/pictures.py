@@ -1,0 +1,97 @@
+"""Pictures as they come in files and data sets -> RGB or RGBA of 8 bits, upright.
+
+The only place of the examples that opens or converts a picture. What had to be changed comes back as notes, which the
+callers count and log (`NoteCounts`, `recipes.data.check_rows`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+# What opening or converting a picture can raise; AttributeError where the cell of a dataset is empty.
+UNREADABLE = (OSError, ValueError, SyntaxError, AttributeError, Image.DecompressionBombError)
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+TURNED = "an EXIF rotation, turned upright"
+SCALED = "16 bits of grey, scaled to 8"
+ON_WHITE = "transparency, put on white"
+ON_BLACK = "a white drawing on transparency, put on black"
+Source = str | Path | BinaryIO | Image.Image
+# Two greys nearer than this (of 255) look alike: what is drawn in one cannot be seen on the other.
+VISIBLE_CONTRAST = 16
+
+
+def read_rgba(picture: Source) -> tuple[Image.Image, list[str]]:
+    """A picture, its file or its path -> RGBA of 8 bits, upright, opaque where it has no alpha; and notes on changes.
+
+    Raises:
+        one of UNREADABLE: no picture, a damaged one, or floating point values, whose range is unknown.
+    """
+    picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
+    notes = []
+    upright = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        notes.append(TURNED)
+    if upright.mode.startswith("I"):  # Pillow would cut values above 255
+        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+        notes.append(SCALED)
+    elif upright.mode == "F":
+        raise ValueError("expected a picture of 8 or 16 bits, got floating point values of unknown range")
+    return upright.convert("RGBA"), notes
+
+
+def read_rgb(picture: Source) -> tuple[Image.Image, list[str]]:
+    """A picture, its file or its path -> RGB of 8 bits, upright, no transparency; and notes on changes.
+
+    What is transparent becomes white, and black where the drawing is white and could not be seen: dropping the alpha
+    channel, as `convert("RGB")` and transformers' `load_image` do, makes most icons one black square.
+
+    Raises:
+        as read_rgba.
+    """
+    rgba, notes = read_rgba(picture)
+    alpha = rgba.getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return rgba.convert("RGB"), notes
+    rgb = put_on(rgba, "white")
+    is_blank = rgb.convert("L").getextrema()[0] > 255 - VISIBLE_CONTRAST
+    if is_blank and alpha.getextrema()[1] >= VISIBLE_CONTRAST:
+        return put_on(rgba, "black"), [*notes, ON_BLACK]
+    return rgb, [*notes, ON_WHITE]
+
+
+def as_rgb(picture: Source) -> Image.Image:
+    """`read_rgb` without the notes."""
+    return read_rgb(picture)[0]
+
+
+def put_on(rgba: Image.Image, colour: str) -> Image.Image:
+    """An RGBA picture on a ground of one colour, in RGB."""
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, colour), rgba).convert("RGB")
+
+
+def is_one_grey(rgba: Image.Image) -> bool:
+    """Whether a picture is transparent in parts and drawn in one grey (black and white included), as most icons are."""
+    pixels = np.asarray(rgba).reshape(-1, 4)
+    drawn = pixels[pixels[:, 3] >= VISIBLE_CONTRAST, :3]
+    return 0 < len(drawn) < len(pixels) and int(np.ptp(drawn.astype(int))) < VISIBLE_CONTRAST
+
+
+class NoteCounts:
+    """Counts the notes of many pictures for one line of the log each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, notes: list[str]) -> None:
+        self.counts.update(notes)
+
+    def log(self, logger: logging.Logger, total: int) -> None:
+        for note, count in self.counts.items():
+            logger.info("%d of %d pictures with %s", count, total, note)

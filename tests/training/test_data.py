@@ -1,0 +1,157 @@
+"""recipes/data.py: data sets of every kind, names of rows, what is held out, what is checked, and what is drawn."""
+
+import json
+import logging
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from recipes.arguments import DataArguments
+from recipes.data import (
+    ROW,
+    Finding,
+    SeededRows,
+    check_rows,
+    hold_out,
+    load_splits,
+    require_splits,
+    seeded,
+    wanted_splits,
+)
+
+PICTURES = sorted((Path(__file__).resolve().parents[2] / "examples" / "pictures").glob("*.png"))[:4]
+
+
+def write_saved(folder: Path) -> None:
+    DatasetDict(train=Dataset.from_dict({"image": list(map(str, PICTURES))})).save_to_disk(folder)
+
+
+def write_saved_alone(folder: Path) -> None:
+    Dataset.from_dict({"image": list(map(str, PICTURES))}).save_to_disk(folder)
+
+
+def write_parquet(folder: Path) -> None:
+    folder.mkdir()
+    Dataset.from_dict({"image": list(map(str, PICTURES))}).to_parquet(folder / "train-00000.parquet")
+
+
+def write_folder(folder: Path) -> None:
+    (folder / "train").mkdir(parents=True)
+    for file in PICTURES:
+        (folder / "train" / file.name).write_bytes(file.read_bytes())
+    lines = [json.dumps({"file_name": file.name, "text": file.stem}) for file in PICTURES]
+    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def write_shards(folder: Path) -> None:
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"shard-{number}.tar", "w") as shard:
+            for file in PICTURES[number::2]:
+                shard.add(file, file.name)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("write", [write_saved, write_saved_alone, write_parquet, write_folder, write_shards])
+def test_every_kind_of_dataset_opens(write, streaming, tmp_path, monkeypatch):
+    """And its rows have the names that their user knows."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "data")
+    splits = load_splits(str(tmp_path / "data"), streaming=streaming)
+    assert list(splits) == ["train"] and len(list(splits["train"])) == 4
+    row = next(iter(splits["train"]))
+    assert "text" in row or write is not write_folder
+    assert "png" in row or write is not write_shards
+    if not streaming:
+        files = [f"train/{file.name}" for file in PICTURES]
+        assert splits["train"][ROW][:] == (files if write is write_folder else [0, 1, 2, 3])
+
+
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="expected a folder, a .parquet or .tar file, or a name on the Hub"):
+        load_splits(str(tmp_path / "absent"))
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(ValueError, match="expected a folder"):
+        load_splits(str(tmp_path / "a.txt"))
+
+
+def test_a_validation_split_is_held_out_where_there_is_none():
+    rows = Dataset.from_dict({"x": list(range(20)), ROW: list(range(20))})
+    arguments = DataArguments(dataset="data", validation_share=0.25)
+    first, again, other = (hold_out(DatasetDict(train=rows), arguments, seed) for seed in (0, 0, 1))
+    assert first["validation"]["x"][:] == again["validation"]["x"][:] != other["validation"]["x"][:]
+    assert len(first["validation"]) == 5 and sorted(first["train"]["x"][:] + first["validation"]["x"][:]) == [
+        *range(20)
+    ]
+    assert first["validation"][ROW][:] == first["validation"]["x"][:], "rows keep the numbers of the file"
+    whole = DatasetDict(train=rows, validation=rows)
+    assert hold_out(whole, arguments, 0) is whole
+    with pytest.raises(ValueError, match=r"--validation_share in \(0, 1\), got 1"):
+        DataArguments(dataset="data", validation_share=1.0)
+
+
+def test_splits_that_are_asked_for_and_missing_are_named():
+    asked = type("Training", (), {"do_train": True, "do_eval": True, "do_predict": True})
+    wanted = wanted_splits(DataArguments(dataset="data", validation_split="test"), asked)
+    assert wanted == ["train", "test"], "each once"
+    with pytest.raises(ValueError, match=r"expected splits \['test'\] in data, found \['train'\]; set --train_split"):
+        require_splits({"train": None}, wanted, "data")
+
+
+def test_findings_are_counted_and_named_by_the_users_own_rows(caplog):
+    rows = Dataset.from_dict({ROW: [f"cat/{number}.png" for number in range(20)]})
+
+    def examine(row: int) -> list[Finding]:
+        bad, cut = Finding("an unreadable picture"), Finding("a caption too long, cut", drop=False)
+        return [bad] * (row < 12) + [cut] * (row in (3, 13)) + [Finding("a note", False, logging.INFO)] * (row == 19)
+
+    with caplog.at_level(logging.INFO):
+        kept = check_rows(rows, "train", examine)
+    assert len(kept) == 8 and kept[0][ROW] == "cat/12.png"
+    assert "split train: 12 rows with an unreadable picture: ['cat/0.png', 'cat/1.png'" in caplog.text
+    assert "'cat/9.png'] ..." in caplog.text and "8 rows kept, 12 dropped" in caplog.text
+    assert "split train: 2 rows with a caption too long, cut: ['cat/3.png', 'cat/13.png']" in caplog.text
+    levels = {record.message.split(" rows with ")[-1][:6]: record.levelname for record in caplog.records}
+    assert levels["an unr"] == "WARNING" and levels["a note"] == "INFO"
+    with pytest.raises(ValueError, match="none of 12 are: 12 with an unreadable picture"):
+        check_rows(rows.select(range(12)), "train", examine)
+    with pytest.raises(ValueError, match="it is empty"):
+        check_rows(rows.select([]), "train", examine)
+
+
+def draw_number(row: int) -> dict:
+    return {"row": row, "torch": torch.rand(()), "numpy": np.random.rand(), "python": random.random()}
+
+
+def test_what_is_drawn_depends_on_seed_epoch_and_row_alone():
+    rows = SeededRows(range(6), draw_number, seed=3)
+    loader = torch.utils.data.DataLoader(rows, num_workers=2, persistent_workers=True, batch_size=None)
+    one = torch.utils.data.DataLoader(rows, shuffle=True, batch_size=None)
+    drawn = {}
+    for epoch in (0, 1):
+        rows.set_epoch(epoch)
+        by_row = {item["row"]: item for item in loader}
+        drawn[epoch] = [by_row[row]["torch"].item() for row in range(6)]
+        for item in one:
+            for kind in ("torch", "numpy", "python"):
+                assert item[kind] == by_row[item["row"]][kind], "alike with workers and without, in any order"
+    assert len(set(drawn[0] + drawn[1])) == 12
+    rows.set_epoch(0)
+    assert rows[0]["torch"] == drawn[0][0]
+    assert SeededRows(range(6), draw_number, seed=4)[0]["torch"] != drawn[0][0]
+
+
+def test_drawing_from_a_key_leaves_other_randomness_as_it_was():
+    def after(inside: bool) -> list[float]:
+        with seeded(1):
+            if inside:
+                with seeded(2, 3):
+                    draw_number(0)
+            return [float(value) for value in draw_number(0).values()]
+
+    assert after(True) == after(False)

@@ -1,0 +1,147 @@
+"""Pictures of every kind become RGB by one helper, in every recipe and viewer, and the log names the changes."""
+
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image, ImageDraw
+from transformers import AutoImageProcessor, AutoTokenizer
+
+from recipes import classification, contrastive, data, depth, masked, search, tokens
+from recipes.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def icon(colour: tuple[int, int, int], mode: str = "RGBA") -> Image.Image:
+    """A disc on nothing, whose hidden pixels are black, as most programs write them."""
+    picture = Image.new("RGBA", (48, 48), (0, 0, 0, 0))
+    ImageDraw.Draw(picture).ellipse((8, 8, 40, 40), fill=(*colour, 255))
+    return picture.convert(mode)
+
+
+ICONS = {
+    "black": (icon((0, 0, 0)), ON_WHITE),
+    "black, grey and alpha": (icon((0, 0, 0), "LA"), ON_WHITE),
+    "black, palette": (icon((0, 0, 0)).quantize(), ON_WHITE),
+    "white": (icon((255, 255, 255)), ON_BLACK),
+    "nearly white": (icon((245, 245, 245)), ON_BLACK),
+    "red": (icon((255, 0, 0)), ON_WHITE),
+}
+
+
+@pytest.mark.parametrize("name", ICONS)
+def test_a_transparent_icon_keeps_its_drawing(name):
+    """`convert("RGB")` would make the black ones one black square, and white paper the white ones one white square."""
+    picture, note = ICONS[name]
+    rgb, notes = read_rgb(picture)
+    ground, ink = np.asarray(rgb)[0, 0].astype(int), np.asarray(rgb)[24, 24].astype(int)
+    assert notes == [note] and rgb.mode == "RGB"
+    assert np.abs(ground - ink).max() > 200
+    assert (ground == (255 if note == ON_WHITE else 0)).all()
+
+
+def test_pictures_of_every_other_kind(tmp_path):
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "16bit.png")
+    for deep in (tmp_path / "16bit.png", Image.open(tmp_path / "16bit.png").convert("I")):
+        rgb, notes = read_rgb(deep)
+        np.testing.assert_array_equal(np.asarray(rgb)[..., 0], np.arange(256).reshape(16, 16))
+        assert notes == [SCALED]
+    assert as_rgb(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
+    assert read_rgb(Image.new("CMYK", (2, 2), (0, 255, 255, 0)))[0].getpixel((0, 0)) == (255, 0, 0)
+    palette = Image.new("P", (2, 2), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    assert read_rgb(palette) == (as_rgb(palette), []) and as_rgb(palette).getpixel((0, 0)) == (10, 200, 30)
+    assert as_rgb(Image.new("RGBA", (2, 2))).getpixel((0, 0)) == (255, 255, 255), "nothing is drawn"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
+    rgb, notes = read_rgb(tmp_path / "turned.jpg")
+    assert rgb.size == (2, 4) and notes == [TURNED]
+    with pytest.raises(ValueError, match="floating point"):
+        as_rgb(Image.new("F", (2, 2)))
+
+
+def test_what_is_drawn_in_one_grey():
+    greys = [icon((0, 0, 0)), icon((255, 255, 255)), icon((90, 90, 90), "LA")]
+    shaded = icon((90, 90, 90))
+    ImageDraw.Draw(shaded).ellipse((20, 20, 28, 28), fill=(200, 200, 200, 255))
+    others = [icon((255, 0, 0)), shaded, Image.new("L", (4, 4), 90), Image.new("RGBA", (4, 4))]
+    assert [is_one_grey(read_rgba(picture)[0]) for picture in [*greys, *others]] == [True] * 3 + [False] * 4
+
+
+def pixels_of_classification(picture, path, processor) -> torch.Tensor:
+    return classification.Process(processor)({"image": picture, "labels": 0})["pixel_values"]
+
+
+def pixels_of_contrastive(picture, path, processor) -> torch.Tensor:
+    rows = Dataset.from_dict({"image": [path], "text": ["x"]}).cast_column("image", ImageFeature())
+    arguments = contrastive.DataArguments(dataset="x", caption_column="text")
+    return contrastive.evaluation_pictures(rows, arguments, processor)[0]["pixel_values"]
+
+
+def pixels_of_depth(picture, path, processor) -> torch.Tensor:
+    shape = type("Config", (), {"image_shape": (48, 48), "max_depth": None})
+    make = depth.EvaluationPair(depth.DataArguments(dataset="x"), shape, processor, None)
+    return make({"image": path, "depth": np.ones((48, 48))})["pixel_values"]
+
+
+def pixels_of_masked(picture, path, processor) -> torch.Tensor:
+    rgb = masked.TrainingPicture("image", (48, 48))({"image": picture})["rgb"].float() / 255
+    return (rgb - 0.45) / 0.27
+
+
+def pixels_of_tokens(picture, path, processor) -> torch.Tensor:
+    return tokens.read_pixels([path], processor, (48, 48))[0]
+
+
+@pytest.mark.parametrize("name", ["black", "white"])
+@pytest.mark.parametrize(
+    "pixels_of",
+    [pixels_of_classification, pixels_of_contrastive, pixels_of_depth, pixels_of_masked, pixels_of_tokens],
+)
+def test_every_recipe_and_viewer_sees_the_drawing(pixels_of, name, tmp_path):
+    """The disc in the middle is as far from its ground as black from white."""
+    picture, note = ICONS[name]
+    picture.save(tmp_path / "icon.png")
+    pixels = pixels_of(picture, str(tmp_path / "icon.png"), AutoImageProcessor.from_pretrained(REPO))
+    middle, corner = (pixels[:, place, place].mean().item() for place in (pixels.shape[1] // 2, 1))
+    assert (corner - middle if note == ON_WHITE else middle - corner) > 3
+
+
+def test_training_on_captions_draws_it_in_any_colour_on_any_ground():
+    arguments, tokenizer = contrastive.DataArguments(dataset="x"), AutoTokenizer.from_pretrained(REPO)
+    random.seed(0)
+    for name, (picture, _) in ICONS.items():
+        item = contrastive.training_item({"image": picture, "captions": "disc"}, arguments, tokenizer, 48)
+        assert item["is_mono"] == (name != "red") and item["rgba"][3, 0, 0] == 0 and item["rgba"][3, 24, 24] == 255
+
+
+def test_the_log_counts_what_was_changed(tmp_path, caplog):
+    """For a folder that is searched, and, row by row, for what a recipe reads."""
+
+    class Model:
+        device = "cpu"
+
+        def get_image_features(self, pixel_values, normalize):
+            return pixel_values.flatten(1)[:, :2]
+
+    paths = []
+    for name, (picture, _) in ICONS.items():
+        paths.append(tmp_path / f"{name}.png")
+        picture.save(paths[-1])
+    processor = type("Processor", (), {"image_processor": AutoImageProcessor.from_pretrained(REPO)})
+    with caplog.at_level(logging.INFO):
+        kept, embeds = search.embed_files(Model(), processor, paths, batch_size=4)
+    assert kept == paths and embeds.shape == (6, 2)
+    assert f"4 of 6 pictures with {ON_WHITE}" in caplog.text and f"2 of 6 pictures with {ON_BLACK}" in caplog.text
+    rows = Dataset.from_dict({"image": list(map(str, paths))}, features=Features(image=ImageFeature()))
+    with caplog.at_level(logging.INFO):
+        masked.check_pictures(data.with_row_names({"train": rows}, tmp_path)["train"], "train", "image")
+    assert f"split train: 2 rows with {ON_BLACK}: ['white.png', 'nearly white.png']" in caplog.text

@@ -1,0 +1,380 @@
+"""The classification recipe: every mode, what it says of the data, what it refuses, and what it pushes to a Hub.
+
+Killed, resumed and shared among processes it is in test_every_recipe.py.
+"""
+
+import json
+import logging
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+import loopback_hub
+import numpy as np
+import pytest
+import tiny
+import torch
+import train_classification
+import training_runs
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
+from datasets import Image as ImageFeature
+from fresh_process import digests, run_fresh
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from training_runs import flags, results
+
+from data import build_digits_dataset
+from recipes import classification
+from recipes.data import ROW, hold_out, load_splits
+from vit_embed import VitEmbedForImageClassification, VitEmbedModel
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+COUNTS = {"train": 48, "validation": 20, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """An image folder of handwritten digits, 8 x 8 pixels."""
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    pictures, labels = load_digits(return_X_y=True)
+    starts = dict(zip(COUNTS, np.cumsum([0, *COUNTS.values()])))
+    for split, count in COUNTS.items():
+        for row in range(starts[split], starts[split] + count):
+            path = folder / split / f"digit {labels[row]}" / f"{row:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((pictures[row].reshape(8, 8) * 15).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trunks(tmp_path_factory) -> dict[str, Path]:
+    """A trunk without randomness in training, and one that drops values, layers and patches at random."""
+    root = tmp_path_factory.mktemp("trunks")
+    random = {"hidden_dropout_prob": 0.1, "drop_path_rate": 0.2, "patch_drop_rate": 0.25}
+    for name, options in {"still": {}, "random": random}.items():
+        tiny.randomised(VitEmbedModel(tiny.vision_config(**options))).save_pretrained(root / name)
+    return {name: root / name for name in ("still", "random")}
+
+
+def options_of(dataset: Path, trunk: Path, output_dir: Path, **options: object) -> dict[str, object]:
+    given = {"dataset": dataset, "model_name_or_path": trunk, "output_dir": output_dir, "learning_rate": 1e-2}
+    return {**given, "per_device_eval_batch_size": 16, **options}
+
+
+def train(dataset: Path, trunk: Path, output_dir: Path, **options: object) -> None:
+    training_runs.run_here(train_classification, **options_of(dataset, trunk, output_dir, **options))
+
+
+# --- the three modes ---
+
+MODES = {
+    "linear": {},
+    "full": {"bf16": True, "gradient_checkpointing": True, "layer_decay": 0.8},
+    "lora": {"gradient_checkpointing": True, "mirror": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(digits, trunks, tmp_path_factory) -> dict[str, Path]:
+    """A run of each mode with evaluations and a test; of lora also the model before it was merged."""
+    root = tmp_path_factory.mktemp("trained")
+    asked = {"do_train": True, "do_eval": True, "do_predict": True, "max_steps": 12, "eval_strategy": "epoch"}
+    asked |= {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 6, "logging_steps": 1}
+    for mode, options in MODES.items():
+        train(digits, trunks["random"], root / mode, **asked, mode=mode, **options)
+    return {mode: root / mode for mode in MODES}
+
+
+def read_folders(folders: dict, pictures: dict) -> dict:
+    """What each folder is to a process that knows nothing of peft or of this project."""
+    import sys
+
+    import torch
+    from fresh_process import digests
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    found = {}
+    for name, folder in folders.items():
+        model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+        processor = AutoImageProcessor.from_pretrained(folder)
+        shown = [Image.open(path).convert("RGB") for path in pictures]
+        with torch.no_grad():
+            logits = model(**processor(shown, return_tensors="pt")).logits
+        found[name] = {
+            "digests": digests(model),
+            "id2label": model.config.id2label,
+            "guessed": logits.argmax(1).tolist(),
+        }
+    found["modules"] = [name for name in sys.modules if name in ("peft", "vit_embed")]
+    return found
+
+
+def test_saved_folders_load_by_auto_class_alone(trained, digits, tmp_path):
+    pictures = sorted(map(str, (digits / "test").rglob("*.png")))
+    folders = {mode: str(folder) for mode, folder in trained.items()}
+    found = run_fresh(read_folders, tmp_path, folders=folders, pictures=pictures)
+    assert found.pop("modules") == []
+    for mode, folder in trained.items():
+        assert found[mode]["id2label"] == {str(number): f"digit {number}" for number in range(10)}
+        assert found[mode]["digests"] == digests(VitEmbedForImageClassification.from_pretrained(folder))
+        right = [f"digit {guess}" == Path(path).parent.name for guess, path in zip(found[mode]["guessed"], pictures)]
+        assert np.mean(right) == pytest.approx(results(folder, "test")["accuracy"]), "as the script measured it"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_run_leaves_behind(mode, trained):
+    folder = trained[mode]
+    assert not list(folder.glob("adapter*")), "with them transformers would ask for peft"
+    for split in ("eval", "test"):
+        metrics = results(folder, split)
+        assert 0 <= metrics["accuracy"] <= 1 and 0 <= metrics["macro_f1"] <= 1
+    steps = [f"eval-{step:06d}.png" for step in (6, 12)]
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == [*steps, "test-000012.png"]
+    sheet = Image.open(folder / "pictures" / "test-000012.png").convert("L")
+    assert sheet.width > 800 and sheet.height > 500 and len(sheet.getcolors()) > 100
+    curve = training_runs.losses(folder)
+    assert len(curve) == 12 and np.mean(curve[-3:]) < np.mean(curve[:3])
+
+
+def test_linear_leaves_the_trunk_bit_equal(trained, trunks):
+    before, after = (load_file(folder / "model.safetensors") for folder in (trunks["random"], trained["linear"]))
+    trunk = {name: tensor for name, tensor in after.items() if name.startswith("vision_model.")}
+    assert len(trunk) == len(before) and set(after) - set(trunk) == {"classifier.weight", "classifier.bias"}
+    for name, tensor in trunk.items():
+        assert torch.equal(tensor, before[name.removeprefix("vision_model.")]), name
+    moved = load_file(trained["full"] / "model.safetensors")
+    assert not any(torch.equal(moved[name], tensor) for name, tensor in trunk.items() if name.endswith("proj.weight"))
+
+
+def test_lora_merged_equals_unmerged(trained, trunks):
+    """float32 sums in another order; the changes themselves are far larger."""
+    from peft import PeftModel
+
+    merged = VitEmbedForImageClassification.from_pretrained(trained["lora"]).eval()
+    base = VitEmbedForImageClassification.from_pretrained(trunks["random"], num_labels=10)
+    still = VitEmbedForImageClassification.from_pretrained(trunks["random"], num_labels=10).eval()
+    unmerged = PeftModel.from_pretrained(base, trained["lora"] / "checkpoint-12").eval()
+    with torch.no_grad():
+        still.classifier.load_state_dict(merged.classifier.state_dict())
+        logits = [model(tiny.pixels()).logits for model in (merged, unmerged, still)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+    assert (logits[0] - logits[2]).abs().max() > 1e-2
+
+
+def test_training_goes_on_from_a_classifier(trained, digits, tmp_path):
+    """The same labels keep their outputs; without training the script judges what it is given, on any split."""
+    asked = {"do_eval": True, "do_predict": True, "validation_split": "test"}
+    train(digits, trained["full"], tmp_path / "judged", **asked)
+    expected = results(trained["full"], "test")
+    for name in ("accuracy", "macro_f1"):
+        assert (
+            results(tmp_path / "judged", "test")[name] == results(tmp_path / "judged", "eval")[name] == expected[name]
+        )
+
+
+def test_a_split_that_is_trained_on_is_judged_without_augmentation(digits, trunks, tmp_path):
+    both = {"validation_split": "train", "do_eval": True}
+    train(digits, trunks["still"], tmp_path / "run", **both, do_train=True, max_steps=1)
+    train(digits, tmp_path / "run", tmp_path / "judged", **both)
+    ours, theirs = (results(tmp_path / run, "eval") for run in ("run", "judged"))
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_a_trunk_without_a_classifier_cannot_be_judged(digits, trunks, tmp_path):
+    shutil.copytree(digits / "test", tmp_path / "data" / "test")
+    with pytest.raises(ValueError, match="expected a classifier in the checkpoint or split 'train'"):
+        train(tmp_path / "data", trunks["still"], tmp_path / "run", do_predict=True)
+
+
+# --- what is wrong with the data ---
+
+
+ONE_STEP = {"do_train": True, "do_eval": True, "max_steps": 1}
+
+
+def test_problems_of_the_data_are_named_before_the_first_step(digits, trunks, tmp_path, caplog):
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    broken = data / "train" / "digit 3" / "broken.png"
+    broken.write_text("no picture")
+    shutil.rmtree(data / "train" / "digit 7")
+    (data / "train" / "digit 11").mkdir()
+    with caplog.at_level(logging.INFO):
+        train(data, trunks["still"], tmp_path / "run", **ONE_STEP)
+    assert "split train: 1 rows with an unreadable picture: ['train/digit 3/broken.png']" in caplog.text
+    assert "split train: no picture of labels ['digit 7']" in caplog.text
+    assert "split validation: labels that training lacks, always counted as mistakes: ['digit 7']" in caplog.text
+    assert "1 empty folders" in caplog.text and "digit 11" in caplog.text
+    before_training = caplog.text.index("empty folders")
+    assert "rows kept" in caplog.text[:before_training], "all of it before the first step"
+
+
+def saved(folder: Path, feature: object, **columns: list) -> Path:
+    """A dataset of three train rows with these labels, and as many of the other splits."""
+    splits = {}
+    for split, labels in columns.items():
+        features = Features({"picture": ImageFeature(), "kind": feature})
+        pictures = [Image.new("L", (9, 7), 40 * row) for row in range(len(labels))]
+        splits[split] = Dataset.from_dict({"picture": pictures, "kind": labels}, features=features)
+    DatasetDict(splits).save_to_disk(folder)
+    return folder
+
+
+NAMED = {"image_column": "picture", "label_column": "kind"}
+
+
+def test_labels_outside_the_label_set(trunks, tmp_path, caplog):
+    data = saved(
+        tmp_path / "data",
+        Value("string"),
+        train=["cat", "dog", None, "cat"],
+        validation=["dog", "cow", "cat"],
+    )
+    with caplog.at_level(logging.INFO):
+        train(data, trunks["still"], tmp_path / "run", **ONE_STEP, **NAMED)
+    assert "split train: 1 rows with no label: [2]" in caplog.text
+    assert "split validation: 1 rows with a label outside the 2 known: [1]" in caplog.text
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["id2label"] == {"0": "cat", "1": "dog"} and config["label2id"] == {"cat": 0, "dog": 1}
+
+
+def test_a_validation_share_is_stratified_and_seeded(tmp_path):
+    labels = [0] * 20 + [1] * 10 + [2]
+    splits = load_splits(str(saved(tmp_path / "data", ClassLabel(names=["a", "b", "c"]), train=labels)))
+    arguments = classification.DataArguments("", validation_share=0.2, **NAMED)
+    choose = partial(classification.stratified_rows, column="kind")
+    taken = [hold_out(splits, arguments, seed, choose) for seed in (0, 0, 1)]
+    rows = [parts["validation"][ROW][:] for parts in taken]
+    assert rows[0] == rows[1] != rows[2]
+    assert sorted(taken[0]["validation"]["kind"]) == [0] * 4 + [1] * 2
+    assert 2 in taken[0]["train"]["kind"], "a label with one picture stays in training"
+    assert len(taken[0]["train"]) + len(taken[0]["validation"]) == 31
+
+
+@pytest.mark.parametrize(
+    ("feature", "labels", "options", "message"),
+    [
+        (Value("string"), ["a", "b"], {"image_column": "img"}, "set --image_column"),
+        (Value("string"), ["a", "b"], {**NAMED, "image_column": "kind"}, "expected pictures in column 'kind'"),
+        (Value("float32"), [0.5, 0.1], NAMED, "expected one label a picture"),
+        (Value("string"), ["a", "a"], NAMED, "expected at least two labels"),
+        (Value("string"), ["a", "b"], {**NAMED, "do_predict": True}, r"expected splits \['test'\]"),
+        (Value("string"), ["a", "b"], {**NAMED, "mode": "half"}, "expected --mode linear, full, lora, got 'half'"),
+    ],
+)
+def test_refusals(feature, labels, options, message, trunks, tmp_path):
+    data = saved(tmp_path / "data", feature, train=labels, validation=labels)
+    with pytest.raises(ValueError, match=message):
+        train(data, trunks["still"], tmp_path / "run", do_train=True, **options)
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_folders_of_pictures_at_several_depths_are_refused(split, digits, trunks, tmp_path):
+    """`datasets` would take the last folder for the label, or no labels at all."""
+    data = tmp_path / "data"
+    shutil.copytree(digits, data)
+    folder = next(path for path in sorted((data / split).iterdir()))
+    (folder / "small").mkdir()
+    for path in list(folder.glob("*.png"))[:1]:
+        path.rename(folder / "small" / path.name)
+    with pytest.raises(ValueError, match="beside each other|--label_column"):
+        train(data, trunks["still"], tmp_path / "run", do_train=True, do_eval=True, max_steps=1)
+    assert not (tmp_path / "run" / "trainer_state.json").exists()
+
+
+def test_digits_data_set_script(monkeypatch, tmp_path, capsys):
+    arguments = ["x", "--source", "digits", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    build_digits_dataset.main()
+    files = {split: sorted((tmp_path / "out" / split).rglob("*.png")) for split in ("train", "test")}
+    assert {split: len(paths) for split, paths in files.items()} == {"train": 1437, "test": 360}
+    names = [path.name for paths in files.values() for path in paths]
+    assert len(set(names)) == 1797, "no picture is in both"
+    pictures, labels = load_digits(return_X_y=True)
+    path = files["test"][100]
+    assert path.parent.name == str(labels[int(path.stem)])
+    drawn = pictures[int(path.stem)].reshape(8, 8)
+    np.testing.assert_allclose(np.asarray(Image.open(path)) / 255, drawn / 16, atol=0.5 / 255)
+    by_digit = [sum(path.parent.name == str(digit) for path in files["test"]) for digit in range(10)]
+    assert max(by_digit) - min(by_digit) <= 2
+    assert not list((tmp_path / "out").rglob("metadata.jsonl"))
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "captioned"), "--captions"])
+    build_digits_dataset.main()
+    captioned = load_dataset("imagefolder", data_dir=str(tmp_path / "captioned"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in captioned.items()} == {"train": 1437, "test": 360}
+    assert set(captioned["test"].column_names) == {"image", "text"}
+    lines = (tmp_path / "captioned" / "test" / "metadata.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        name = build_digits_dataset.NAMES[labels[int(Path(line["file_name"]).stem)]]
+        assert line["text"] == f"the digit {name}"
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit):
+        build_digits_dataset.main()
+    assert "not to exist" in capsys.readouterr().err
+
+
+def test_lora_refuses_fsdp():
+    arguments = classification.ModelArguments(mode="lora")
+    training = type("Training", (), {"fsdp": True})()
+    with pytest.raises(ValueError, match="merges its changes into whole weights"):
+        classification.choose_trained(None, arguments, None, training)
+
+
+# --- the Hub ---
+
+
+def train_and_push(examples: str, base: str, token: str, arguments: list) -> dict:
+    import sys
+
+    sys.path.insert(0, examples)
+    import train_classification
+    from huggingface_hub import HfApi, ModelCard, hf_hub_download
+    from transformers import AutoModelForImageClassification
+
+    hub = HfApi(token=token)
+    hub.create_repo("alice/licensed-base")
+    hub.upload_folder(repo_id="alice/licensed-base", folder_path=base)
+    given, sys.argv = sys.argv, ["x", *arguments]
+    train_classification.main()
+    sys.argv = given
+    pulled = AutoModelForImageClassification.from_pretrained("alice/digits", trust_remote_code=True)
+    card = ModelCard.load("alice/digits")
+    with open(hf_hub_download("alice/digits", "NOTICE")) as notice:
+        return {
+            "files": HfApi().list_repo_files("alice/digits"),
+            "labels": pulled.config.num_labels,
+            "card": [card.data.license, card.data.pipeline_tag, card.data.base_model],
+            "text": card.text,
+            "notice": notice.read(),
+        }
+
+
+def test_what_is_pushed_to_the_hub(digits, trunks, tmp_path):
+    """With lora, whose checkpoints hold files that must not be pushed; a card, and the licence of the base."""
+    base = tmp_path / "licensed-base"
+    shutil.copytree(trunks["still"], base)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# The base\n")
+    (base / "LICENSE").write_text("MIT License")
+    (base / "NOTICE").write_text("made by A. Hand")
+    asked = {"do_train": True, "do_eval": True, "mode": "lora", "max_steps": 2, "save_steps": 1, "push_to_hub": True}
+    asked |= {"hub_model_id": "alice/digits", "hub_token": loopback_hub.TOKEN, "use_cpu": True, "report_to": "none"}
+    given = flags(**options_of(digits, "alice/licensed-base", tmp_path / "run", **asked))
+    with loopback_hub.started(tmp_path / "hub") as hub:
+        sent = {"examples": str(EXAMPLES), "base": str(base), "token": loopback_hub.TOKEN, "arguments": given}
+        found = run_fresh(train_and_push, tmp_path / "home", environment=hub, **sent)
+    wanted = {"README.md", "config.json", "model.safetensors", "modeling_vit_embed.py", "preprocessor_config.json"}
+    assert set(found["files"]) >= {*wanted, "LICENSE", "NOTICE"}
+    assert not [name for name in found["files"] if "adapter" in name]
+    assert found["labels"] == 10 and found["notice"] == "made by A. Hand"
+    assert found["card"] == ["mit", "image-classification", "alice/licensed-base"]
+    for line in (
+        "fine-tuned from `alice/licensed-base` on `digits`",
+        f"| accuracy | {results(tmp_path / 'run', 'eval')['accuracy']:.4g} |",
+        'name = "alice/digits"',
+        "The base states the licence mit; its LICENSE, NOTICE lie here.",
+    ):
+        assert line in found["text"]
+    assert str(tmp_path) not in found["text"]

@@ -1,0 +1,367 @@
+"""The depth recipe: what it leaves, and its parts against formulas that a reader can check.
+
+Killed, resumed and shared among processes it is in test_every_recipe.py.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import train_depth
+from datasets import Dataset, DatasetDict
+from PIL import Image
+from training_runs import results, run_here
+from transformers import DPTImageProcessor, EvalPrediction, pipeline
+
+from data.scenes import SPLITS, render_to_folder
+from recipes.data import ROW
+from recipes.depth import (
+    DataArguments,
+    DepthEvaluation,
+    EvaluationPair,
+    ModelArguments,
+    TrainingPair,
+    check_pairs,
+    load_depth_model,
+    load_pairs,
+    read_depth,
+)
+from vit_embed.saving_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
+
+SIZE = 32
+TRAINING = {"do_train": True, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    """16 scenes for training, 2 for validation and 3 for testing, 32 pixels wide, as the script renders them."""
+    folder, textures = tmp_path_factory.mktemp("scenes"), tmp_path_factory.mktemp("textures")
+    for split in SPLITS:
+        for kind in ("images", "depths"):
+            (folder / split / kind).mkdir(parents=True)
+    render_to_folder(folder, textures, 0, list(range(21)), SIZE)
+    return folder
+
+
+# --- end to end ---
+
+
+@pytest.fixture(scope="module")
+def trained(scenes, tmp_path_factory) -> Path:
+    """A folder after four steps with every option of the training that costs no time."""
+    folder = tmp_path_factory.mktemp("trained")
+    tiny.vision_config(max_depth=10.0).save_pretrained(folder / "config")
+    options = {**TRAINING, "do_eval": True, "do_predict": True, "eval_strategy": "steps", "eval_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 2, "bf16": True, "gradient_checkpointing": True}
+    options |= {"depth_gradient_weight": 0.5, "layer_decay": 0.8, "freeze": "vision_model.embeddings", "hue": 0.5}
+    options |= {"deconv_kernel_size": 4, "channels_last": True}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "abs_rel", "per_device_eval_batch_size": 4}
+    run_here(train_depth, dataset=scenes, config_name=folder / "config", output_dir=folder / "run", **options)
+    return folder / "run"
+
+
+def test_training_evaluates_with_metrics_and_pictures(trained):
+    assert json.loads((trained / "config.json").read_text())["deconv_kernel_size"] == 4
+    for split in ("eval", "test"):
+        metrics = results(trained, split)
+        for name in ("abs_rel", "rmse", "log10", "delta1", "delta2", "delta3"):
+            assert np.isfinite(metrics[name]) and f"median_scaled_{name}" in metrics
+        assert metrics["delta1"] <= metrics["delta2"] <= metrics["delta3"] <= 1
+    state = json.loads((trained / "trainer_state.json").read_text())
+    assert state["best_metric"] == min(entry["eval_abs_rel"] for entry in state["log_history"] if "eval_loss" in entry)
+    pictures = sorted(path.name for path in (trained / "pictures").iterdir())
+    assert pictures == ["eval-000002.png", "eval-000004.png", "test-000004.png"]
+    sheet = Image.open(trained / "pictures" / "test-000004.png").convert("RGB")
+    assert sheet.width > 600 and len(sheet.getcolors(2**24)) > 500
+
+
+def test_the_saved_folder_is_a_depth_pipeline(trained, scenes):
+    saved = json.loads((trained / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"].startswith("DPTImageProcessor")
+    assert saved["image_mean"] == CLIP_IMAGE_MEAN and saved["image_std"] == CLIP_IMAGE_STD
+    assert saved["size"] == {"height": SIZE, "width": SIZE}
+    picture = Image.open(scenes / "test" / "images" / "000010.png")
+    found = pipeline("depth-estimation", model=str(trained), trust_remote_code=True)(picture)["predicted_depth"]
+    assert tuple(found.shape[-2:]) == (SIZE, SIZE) and found.min() > 0 and found.max() < 10
+
+
+def test_a_trained_folder_is_evaluated_elsewhere_as_in_training(trained, scenes, tmp_path):
+    options = {"model_name_or_path": trained, "dataset": scenes, "output_dir": tmp_path, "do_predict": True}
+    run_here(train_depth, **options, bf16=True)
+    again, expected = results(tmp_path, "test"), results(trained, "test")
+    for name in ("abs_rel", "median_scaled_delta1", "loss"):
+        assert again[name] == pytest.approx(expected[name], rel=1e-6)
+
+
+def test_a_head_of_another_kernel_is_refused_by_its_flag(trained):
+    checkpoint = {"model_name_or_path": str(trained)}
+    with pytest.raises(ValueError, match="expected --deconv_kernel_size 4.*got 2; leave the flag out"):
+        load_depth_model(ModelArguments(**checkpoint, deconv_kernel_size=2))
+    for fine in ({"deconv_kernel_size": 4}, {"depth_head_type": "dpt", "deconv_kernel_size": 2}):
+        load_depth_model(ModelArguments(**checkpoint, **fine))
+
+
+def test_the_shipped_trunk_trains_with_the_other_head(scenes, tmp_path):
+    """Its licence goes along, and the card names it."""
+    options = {**TRAINING, "max_steps": 1, "do_eval": True, "image_size": 64, "depth_head_type": "dpt"}
+    run_here(train_depth, dataset=scenes, output_dir=tmp_path / "run", **options, depth_loss="l1", max_depth=8)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (saved["depth_head_type"], saved["depth_loss"], saved["max_depth"]) == ("dpt", "l1", 8)
+    assert saved["architectures"] == ["VitEmbedForDepthEstimation"] and saved["image_size"] == 64
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "fine-tuned from the checkpoint of vit_embed" in card
+    assert "its LICENSE, NOTICE lie here" in card
+    assert (tmp_path / "run" / "NOTICE").stat().st_size > 1000
+
+
+# --- data ---
+
+
+def arguments_for(path: Path | str, **fields) -> DataArguments:
+    return DataArguments(dataset=str(path), **fields)
+
+
+METRES = np.array([[0.5, 1.0, 2.0, 4.0], [0.0, 3.0, 12.0, 8.0]], dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "scale", "stored"),
+    [
+        (".png", 1000, (METRES * 1000).astype(np.uint16)),
+        (".png", 256, (METRES * 256).astype(np.uint16)),
+        (".tif", 1000, (METRES * 1000).astype(np.uint16)),
+        (".npy", 1000, METRES),
+        (".npy", 1000, METRES.astype(np.float64)[None]),
+        (".npy", 1000, (METRES * 1000).astype(np.int32)),
+        (".npy", 256, METRES.astype(np.float16)[..., None]),
+    ],
+)
+def test_depths_of_every_format_are_the_same_metres(suffix, scale, stored, tmp_path):
+    path = tmp_path / f"depth{suffix}"
+    np.save(path, stored) if suffix == ".npy" else Image.fromarray(stored).save(path)
+    np.testing.assert_allclose(read_depth(str(path), scale, None), METRES, rtol=1e-3)
+    bounded = read_depth(str(path), scale, 10.0)
+    np.testing.assert_allclose(bounded, np.where(METRES > 10, 0, METRES), rtol=1e-3)
+    cell = Image.open(path) if suffix != ".npy" else stored.tolist() if stored.dtype.kind == "f" else stored
+    np.testing.assert_allclose(read_depth(cell, scale, None), METRES, rtol=1e-3)
+
+
+def test_what_is_no_depth_is_zero():
+    depth = np.array([[np.nan, np.inf, -np.inf], [-1.0, 0.0, 2.5]])
+    assert read_depth(depth, 1000, None).tolist() == [[0, 0, 0], [0, 0, 2.5]]
+    with pytest.raises(ValueError, match=r"one number a pixel, got shape \(4, 4, 3\) of uint8"):
+        read_depth(np.zeros((4, 4, 3), np.uint8), 1000, None)
+
+
+def write_pair(folder: Path, name: str, depth: np.ndarray | bytes | None, picture: bytes | str | None = "good") -> None:
+    for kind in ("images", "depths"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    if picture == "good":
+        Image.fromarray(np.full((16, 24, 3), 90, np.uint8)).save(folder / "images" / f"{name}.png")
+    elif picture is not None:
+        (folder / "images" / f"{name}.png").write_bytes(picture)
+    if isinstance(depth, bytes):
+        (folder / "depths" / f"{name}.npy").write_bytes(depth)
+    elif depth is not None:
+        np.save(folder / "depths" / f"{name}.npy", depth)
+
+
+GOOD = np.linspace(1, 5, 16 * 24, dtype=np.float32).reshape(16, 24)
+# What is wrong with a pair: its depth, its picture, what the log says, and whether it is left out.
+PROBLEMS = {
+    "alone": (None, "good", "a picture without a depth", True),
+    "blind": (GOOD, None, "a depth without a picture", True),
+    "noise": (GOOD, b"this is no picture", "an unreadable picture", True),
+    "torn": (b"this is no array", "good", "an unreadable depth", True),
+    "colour": (np.zeros((16, 24, 3), np.uint8), "good", "an unreadable depth", True),
+    "empty": (np.zeros((16, 24), np.float32), "good", "a depth without a valid pixel", True),
+    "infinite": (np.full((16, 24), np.inf), "good", "a depth without a valid pixel", True),
+    "turned": (np.ascontiguousarray(GOOD.T), "good", "a depth of another shape than its picture", True),
+    "far": (GOOD + 80, "good", "no valid pixel within --max_depth 50", True),
+    "half": (GOOD[::2, ::2], "good", "a depth of another size than its picture, which is scaled to it", False),
+    "millimetres": (GOOD * 1e4, "good", "a depth that looks wrongly scaled", False),
+    "whole": (np.round(GOOD), "good", "a depth that looks wrongly scaled", False),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_each_problem_is_named_with_its_file(name, tmp_path, caplog):
+    depth, picture, reason, is_dropped = PROBLEMS[name]
+    write_pair(tmp_path, "fine", GOOD)
+    write_pair(tmp_path, name, depth, picture)
+    arguments = arguments_for(tmp_path)
+    bound = {"far": 50.0}.get(name)
+    with caplog.at_level("INFO"):
+        rows, shape = check_pairs(load_pairs(arguments)["train"], "train", arguments, bound)
+    assert f"split train: 1 rows with {reason}: ['{name}']" in caplog.text
+    assert sorted(rows[ROW]) == sorted(["fine"] if is_dropped else ["fine", name])
+    assert shape == (None if name == "half" else (16, 24))
+
+
+def test_data_that_is_all_wrong_is_refused_with_what_to_set(tmp_path, caplog):
+    write_pair(tmp_path / "a", "one", (GOOD * 1000).astype(np.uint16))
+    arguments = arguments_for(tmp_path / "a", depth_scale=1)
+    with pytest.raises(ValueError, match="medians of 3e[+]03 to 3e[+]03 with --depth_scale 1; set it"):
+        check_pairs(load_pairs(arguments)["train"], "train", arguments, None)
+    write_pair(tmp_path / "b", "one", None)
+    with pytest.raises(ValueError, match="none of 1 are: 1 with a picture without a depth"):
+        check_pairs(load_pairs(arguments_for(tmp_path / "b"))["train"], "train", arguments, None)
+    (tmp_path / "c" / "images").mkdir(parents=True)
+    with pytest.raises(ValueError, match="a folder depths/ beside images/"):
+        load_pairs(arguments_for(tmp_path / "c"))
+    shutil.copy(tmp_path / "a" / "images" / "one.png", tmp_path / "a" / "images" / "one.jpg")
+    with pytest.raises(ValueError, match="one file of the name 'one'"):
+        load_pairs(arguments_for(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"expected columns \['depth'\] in split 'x'.*--depth_column"):
+        check_pairs(Dataset.from_dict({"image": ["a"]}), "x", arguments_for("x"), None)
+
+
+def test_a_saved_dataset_reads_as_its_files_do(scenes, tmp_path):
+    """Columns of pictures as `datasets` keeps them, 16-bit depths among them."""
+    pairs = load_pairs(arguments_for(scenes))["test"]
+    rows = [{name: Image.open(row[name]) for name in ("image", "depth")} for row in pairs]
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "saved")
+    saved = load_pairs(arguments_for(tmp_path / "saved"))["test"]
+    kept, shape = check_pairs(saved, "test", arguments_for("x"), 10.0)
+    assert shape == (SIZE, SIZE) and len(kept) == 3
+    for pair, row in zip(pairs, kept):
+        expected, found = (read_depth(each["depth"], 1000, 10.0) for each in (pair, row))
+        np.testing.assert_array_equal(found, expected)
+        assert expected.max() > 1
+
+
+def test_rows_of_one_name_are_told_apart(caplog):
+    """A column `name` of somebody else's, as of a scene."""
+    black, white = (Image.new("L", (24, 16), value) for value in (0, 200))
+    rows = Dataset.from_list([{"image": white, "depth": depth, "name": "hall"} for depth in (black, black, white)])
+    with caplog.at_level("INFO"):
+        kept, _ = check_pairs(rows, "x", arguments_for("x", depth_scale=50), None)
+    assert "2 rows with a depth without a valid pixel: [0, 1]" in caplog.text
+    assert len(kept) == 1 and "split x: 1 rows kept, 2 dropped" in caplog.text
+    with pytest.raises(ValueError, match="none of 2 are: 2 with a depth without a valid pixel"):
+        check_pairs(rows.select(range(2)), "x", arguments_for("x"), None)
+
+
+def test_a_picture_beyond_pillows_limit_is_named(tmp_path, monkeypatch, caplog):
+    """Its guard against decompression bombs is no OSError."""
+    Image.new("1", (900, 900)).save(tmp_path / "huge.png")
+    Image.new("1", (90, 90)).save(tmp_path / "fine.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300_000)
+    pictures = [str(tmp_path / f"{name}.png") for name in ("huge", "fine")]
+    rows = Dataset.from_dict({"image": pictures, "depth": [[[1.5, 2.5], [3.5, 4.5]]] * 2})
+    kept, _ = check_pairs(rows, "x", arguments_for("x"), None)
+    assert kept["image"][:] == pictures[1:] and "1 rows with an unreadable picture: [0]" in caplog.text
+
+
+def test_depths_that_are_pictures_of_depth_are_named(tmp_path, caplog):
+    """A palette PNG holds the numbers of colours; 8 bits reach 0.255 m in millimetres, and 2.5 m with --depth_scale."""
+    ramp = np.tile(np.linspace(1, 250, 24, dtype=np.uint8), (16, 1))
+    pictures = {"palette": Image.fromarray(ramp).convert("P"), "8bit": Image.fromarray(ramp)}
+    for name, picture in pictures.items():
+        write_pair(tmp_path, name, None)
+        picture.save(tmp_path / "depths" / f"{name}.png")
+    rows = load_pairs(arguments_for(tmp_path))["train"]
+    with pytest.raises(ValueError, match="none of 2 are: 1 with a depth of 8 bits, at most 0.255 m with --depth_scale"):
+        check_pairs(rows, "train", arguments_for(tmp_path), None)
+    assert "1 rows with a palette PNG for a depth: ['palette']" in caplog.text
+    kept, _ = check_pairs(rows, "train", arguments_for(tmp_path, depth_scale=100), None)
+    assert kept[ROW][:] == ["8bit"] and "1 rows with a depth of 8 bits, at most 255 distances: ['8bit']" in caplog.text
+
+
+# --- augmentation ---
+
+
+def pair_that_shows_its_depth(height: int, width: int) -> dict[str, object]:
+    """A picture whose red is its depth (1 to 5 m) and whose green is the place in the row."""
+    rows, columns = np.mgrid[:height, :width]
+    depth = (1 + 4 * (0.7 * columns / width + 0.3 * rows / height)).astype(np.float32)
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[..., 0], picture[..., 1] = np.round(depth * 50), np.round(255 * columns / width)
+    return {"image": Image.fromarray(picture), "depth": depth}
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 48)])
+@pytest.mark.parametrize("crop", [1.0, 0.5])
+def test_augmentation_keeps_picture_and_depth_aligned(shape, crop):
+    """Red over 50 is the depth wherever the pair is cropped and mirrored, but for the zoom, one factor a picture."""
+    config = tiny.vision_config(image_size=shape)
+    processor = DPTImageProcessor(**image_processor_dict(config, "DPTImageProcessor"))
+    arguments = arguments_for("x", smallest_crop=crop, mirror=0.5, jitter=0.0)
+    make = TrainingPair(arguments, config, processor)
+    mean, std = CLIP_IMAGE_MEAN[0], CLIP_IMAGE_STD[0]
+    mirrored, zooms = [], []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        pair = make(pair_that_shows_its_depth(40, 40 * shape[1] // shape[0]))
+        assert pair["pixel_values"].shape == (3, *shape) and pair["labels"].shape == shape
+        shown = (pair["pixel_values"][0] * std + mean) * 255 / 50
+        ratio = (shown / pair["labels"])[2:-2, 2:-2]
+        assert ratio.std() < 0.02 * ratio.mean(), "a flip or a crop of one alone would show here"
+        zooms.append(float(ratio.mean()))
+        mirrored.append(bool(shown[5, 3] > shown[5, -4]))
+        if crop < 1:  # the greatest and the least green that is seen say how much of the width is
+            green = (pair["pixel_values"][1] * CLIP_IMAGE_STD[1] + CLIP_IMAGE_MEAN[1])[16]
+            assert 1 / float(green.max() - green.min()) == pytest.approx(zooms[-1], rel=0.08)
+    assert len(set(mirrored)) == 2
+    assert (max(zooms) > 1.2) if crop < 1 else (np.abs(np.array(zooms) - 1) < 0.02).all()
+
+
+def test_colours_change_in_the_picture_alone():
+    config = tiny.vision_config()
+    processor = DPTImageProcessor(**image_processor_dict(config, "DPTImageProcessor"))
+    row = pair_that_shows_its_depth(32, 32)
+    made = []
+    for jitter, hue in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5)):
+        arguments = arguments_for("x", smallest_crop=1.0, mirror=0.0, jitter=jitter, hue=hue)
+        torch.manual_seed(1)
+        made.append(TrainingPair(arguments, config, processor)(row))
+        assert torch.equal(made[0]["labels"], made[-1]["labels"])
+    np.testing.assert_array_equal(made[0]["labels"], row["depth"])
+    for changed in made[1:]:
+        assert (made[0]["pixel_values"] - changed["pixel_values"]).abs().mean() > 0.05
+    # Without changes it is what the stock processor makes of the picture.
+    evaluated = EvaluationPair(arguments_for("x"), config, processor, (32, 32))(row)
+    torch.testing.assert_close(made[0]["pixel_values"], evaluated["pixel_values"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made[0]["labels"], evaluated["labels"])
+
+
+# --- metrics ---
+
+
+def test_metrics_equal_their_formulas_batch_by_batch():
+    """Mean over pictures of each metric over its measured pixels; batches of any size; a picture without any is left
+    out."""
+    generator = np.random.default_rng(0)
+    depth = generator.uniform(0.5, 9, (5, 8, 8)).astype(np.float32)
+    depth[generator.random(depth.shape) < 0.3] = 0
+    depth[3] = 0
+    predicted = (generator.uniform(0.6, 1.6, depth.shape) * np.where(depth > 0, depth, 1)).astype(np.float32)
+    evaluation = DepthEvaluation(range(5), None)
+    for start, stop in ((0, 2), (2, 5)):
+        batch = EvalPrediction(torch.tensor(predicted[start:stop]), torch.tensor(depth[start:stop]))
+        found = evaluation(batch, compute_result=stop == 5)
+    expected: dict[str, list] = {}
+    for p, d in [(p[d > 0], d[d > 0]) for p, d in zip(predicted, depth) if (d > 0).any()]:
+        for prefix, q in (("", p), ("median_scaled_", p * np.median(d) / np.median(p))):
+            ratio = np.maximum(q / d, d / q)
+            values = {"abs_rel": (abs(q - d) / d).mean(), "rmse": ((q - d) ** 2).mean() ** 0.5}
+            values["log10"] = abs(np.log10(q) - np.log10(d)).mean()
+            values |= {f"delta{k}": (ratio < 1.25**k).mean() for k in (1, 2, 3)}
+            for name, value in values.items():
+                expected.setdefault(prefix + name, []).append(value)
+    assert found == {name: pytest.approx(np.mean(values), rel=1e-5) for name, values in expected.items()}
+    assert len(expected["abs_rel"]) == 4
+    # The next evaluation starts anew, and keeps maps to draw from one batch to the next.
+    again = evaluation(EvalPrediction(torch.tensor(depth), torch.tensor(depth)), compute_result=True)
+    assert again["abs_rel"] == 0 and again["delta1"] == 1 and sorted(evaluation.shown) == [0, 1, 2, 3, 4]
+
+
+def test_predictions_are_compared_at_the_size_of_the_labels():
+    evaluation = DepthEvaluation(range(1), None)
+    batch = EvalPrediction(torch.full((1, 4, 4), 2.0), torch.full((1, 10, 14), 1.0))
+    found = evaluation(batch, compute_result=True)
+    assert found["abs_rel"] == pytest.approx(1) and found["median_scaled_abs_rel"] == pytest.approx(0, abs=1e-6)
