@@ -3,7 +3,8 @@
     python examples/search_pictures.py --pictures my_photos --queries "red fruit" "a happy face" --output sheet.png
 
 Each query is a row of its best matches with their cosines; the last row shows where the class token looks in one
-picture, head by head. Needs matplotlib and tqdm besides the package's own requirements.
+picture, head by head, unless `--no_attention` is given. Needs matplotlib and tqdm besides the package's own
+requirements.
 """
 
 import argparse
@@ -96,32 +97,8 @@ def class_attention(model, processor, picture: Image.Image) -> np.ndarray:
     return (attention / attention.amax(dim=(1, 2), keepdim=True)).numpy()
 
 
-def draw_sheet(
-    matches: dict[str, list[tuple[Path, float]]], picture: Image.Image, attention: np.ndarray, output: Path
-) -> None:
-    """Saves the matches of each query as a row, and the attention over one picture as the last.
-
-    Args:
-        matches: query -> (path, cosine), best first.
-        picture: the picture that the attention is of, as the model sees it.
-        attention: (heads, gh, gw), 1 at each head's largest weight.
-        output: the file to write; it is written aside and then renamed.
-    """
-    rows = len(matches) + 1
-    figure, axes = pyplot.subplots(rows, COLUMNS + 1, figsize=(1.6 * (COLUMNS + 1), 1.85 * rows), squeeze=False)
-    figure.subplots_adjust(hspace=0.5)  # room for names of two lines
-    for axis in axes.flat:
-        axis.axis("off")
-    for row, (query, found) in zip(axes, matches.items()):
-        row[0].text(
-            *(0.95, 0.5, textwrap.fill(f"“{query}”", QUERY_COLUMNS)),
-            **{"ha": "right", "va": "center", "fontsize": 11, "parse_math": False},
-            transform=row[0].transAxes,
-        )
-        for axis, (path, cosine) in zip(row[1:], found):
-            axis.imshow(as_rgb(Image.open(path)))
-            axis.set_title(f"{textwrap.fill(path.stem, 18)}\n{cosine:.2f}", fontsize=8, parse_math=False)
-    last = axes[-1]
+def draw_attention(figure, last: np.ndarray, picture: Image.Image, attention: np.ndarray) -> None:
+    """Fills a row of axes with the picture and each head's attention over it."""
     last[0].text(0.95, 0.5, "class attention,\nlast layer", ha="right", va="center", transform=last[0].transAxes)
     last[1].imshow(picture)
     last[1].set_title("picture", fontsize=8)
@@ -140,6 +117,35 @@ def draw_sheet(
         )
         axis.set_title(f"head {head + 1}", fontsize=8)
     figure.colorbar(shade, ax=list(last), fraction=0.02, label="share of largest weight")
+
+
+def draw_sheet(
+    matches: dict[str, list[tuple[Path, float]]], picture: Image.Image, attention: np.ndarray | None, output: Path
+) -> None:
+    """Saves the matches of each query as a row, and the attention over one picture as the last.
+
+    Args:
+        matches: query -> (path, cosine), best first.
+        picture: the picture that the attention is of, as the model sees it.
+        attention: (heads, gh, gw), 1 at each head's largest weight; None leaves its row out.
+        output: the file to write; it is written aside and then renamed.
+    """
+    rows = len(matches) + (attention is not None)
+    figure, axes = pyplot.subplots(rows, COLUMNS + 1, figsize=(1.6 * (COLUMNS + 1), 1.85 * rows), squeeze=False)
+    figure.subplots_adjust(hspace=0.5)  # room for names of two lines
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (query, found) in zip(axes, matches.items()):
+        row[0].text(
+            *(0.95, 0.5, textwrap.fill(f"“{query}”", QUERY_COLUMNS)),
+            **{"ha": "right", "va": "center", "fontsize": 11, "parse_math": False},
+            transform=row[0].transAxes,
+        )
+        for axis, (path, cosine) in zip(row[1:], found):
+            axis.imshow(as_rgb(Image.open(path)))
+            axis.set_title(f"{textwrap.fill(path.stem, 18)}\n{cosine:.2f}", fontsize=8, parse_math=False)
+    if attention is not None:
+        draw_attention(figure, axes[-1], picture, attention)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent) as aside:
         written = Path(aside) / f"sheet{output.suffix or '.png'}"
@@ -159,6 +165,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attention_of", type=Path, help="picture for the attention row; default: the first query's best"
     )
+    parser.add_argument("--no_attention", action="store_true", help="leave the attention row out")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
     return parser.parse_args(arguments)
 
@@ -181,7 +188,8 @@ def main(arguments: list[str] | None = None) -> None:
     attended = as_rgb(Image.open(options.attention_of or matches[options.queries[0]][0][0]))
     height, width = (ATTENTION_SCALE * side for side in model.config.image_shape)
     attended = attended.resize((width, height), Image.Resampling.BICUBIC)
-    draw_sheet(matches, attended, class_attention(model, processor, attended), options.output)
+    attention = None if options.no_attention else class_attention(model, processor, attended)
+    draw_sheet(matches, attended, attention, options.output)
     logger.info("%d pictures searched; the sheet is %s", len(paths), options.output)
 
 
