@@ -7,9 +7,8 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 PAGES = [
     *(REPO / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
-    *(REPO / "docs").glob("*.md"),
+    *sorted((REPO / "docs").glob("*.md")),
 ]
-PAGES.sort()
 
 # Where files lie once the examples are sorted into folders: {path as the pages name it: path before}.
 MOVES = {
@@ -24,7 +23,13 @@ MOVES = {
     "examples/recipes/pictures.py": "examples/picture_files.py",
     "tests/support/img_focus.py": "tests/img_focus.py",
     "tests/support/training_runs.py": "tests/training_runs.py",
+    "conversion/": "layouts/",
     "conversion/layouts/": "layouts/",
+    "conversion/layouts/__init__.py": "layouts/__init__.py",
+    "conversion/layouts/layout.py": "layouts/rules.py",
+    "conversion/layouts/openai.py": "layouts/openai.py",
+    "conversion/layouts/questions.py": "layouts/rules.py",
+    "conversion/layouts/rules.py": "layouts/rules.py",
     "docs/ecosystem.md": "docs/wrappers.md",
 }
 
