@@ -163,7 +163,7 @@ def commands(code: str) -> list[tuple[str, set[str]]]:
 
 
 def test_blocks_that_are_not_run_name_scripts_and_flags_that_exist():
-    """A flag is a name in the source of some script, or a field of TrainingArguments: to ask every `--help` takes long."""
+    """A flag is a name in the source of some script or a field of TrainingArguments; every `--help` would take long."""
     sources = [
         path for name in ("examples", "benchmarks", "tests", "conversion") for path in (REPO / name).rglob("*.py")
     ]
