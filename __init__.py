@@ -1,6 +1,13 @@
-"""CLIP and ViT embeddings and encoder for transformers: the flat files of this folder, as the package `vit_embed`."""
+"""CLIP and ViT embeddings and encoder for transformers: the flat files of this folder, as the package `vit_embed`.
 
-from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
+Importing it registers config and models with the Auto classes, so that `AutoModel.from_pretrained` and the
+`backbone_config` of transformers' dense models need no `trust_remote_code`.
+"""
+
+import transformers
+
+from . import modeling_vit_embed
+from .configuration_vit_embed import AUTO_MAP, TEXT_AUTO_MAP, VitEmbedConfig, VitEmbedTextConfig
 from .modeling_vit_embed import (
     VitEmbedBackbone,
     VitEmbedForContrastive,
@@ -10,8 +17,10 @@ from .modeling_vit_embed import (
     VitEmbedModel,
     VitEmbedModelWithProjection,
     VitEmbedTextModel,
+    VitEmbedTextModelWithProjection,
 )
 
+__version__ = "0.2.0"
 __all__ = [
     "VitEmbedBackbone",
     "VitEmbedConfig",
@@ -23,4 +32,17 @@ __all__ = [
     "VitEmbedModelWithProjection",
     "VitEmbedTextConfig",
     "VitEmbedTextModel",
+    "VitEmbedTextModelWithProjection",
 ]
+
+
+def _register_with_auto_classes() -> None:
+    for config_class, auto_map in ((VitEmbedConfig, AUTO_MAP), (VitEmbedTextConfig, TEXT_AUTO_MAP)):
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto_class, name in auto_map.items():
+            if auto_class != "AutoConfig":
+                model_class = getattr(modeling_vit_embed, name.partition(".")[2])
+                getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
+
+
+_register_with_auto_classes()

@@ -226,7 +226,14 @@ DEPTH_COMBINATIONS = (
         "depth_head_type='deconv' or a deeper trunk",
     ),
 )
-BACKBONE_COMBINATIONS = (needs_grid("a feature map"),)
+BACKBONE_COMBINATIONS = (
+    needs_grid("a feature map"),
+    Combination(
+        lambda c: not c.reshape_hidden_states and min(c.out_indices) < len(c.pyramid_widths),
+        "reshape_hidden_states=False gives tokens, but out_features={c.out_features} names maps of the stem, which "
+        "have none; set reshape_hidden_states=True or take later stages",
+    ),
+)
 CONTRASTIVE_COMBINATIONS = (
     Combination(
         lambda c: c.text_config is None,

@@ -38,7 +38,7 @@ LEGACY_EOS_TOKEN_ID = 2
 FIELDS = tuple(option.name for option in OPTIONS)
 TEXT_FIELDS = tuple(option.name for option in TEXT_OPTIONS)
 
-# Every Auto class that a saved folder answers to, whichever class was saved.
+# Every Auto class that a saved folder answers to, whichever class was saved; a folder of a text tower alone.
 AUTO_MAP = {
     "AutoConfig": "configuration_vit_embed.VitEmbedConfig",
     "AutoModel": "modeling_vit_embed.VitEmbedAutoModel",
@@ -47,6 +47,10 @@ AUTO_MAP = {
     "AutoModelForDepthEstimation": "modeling_vit_embed.VitEmbedForDepthEstimation",
     "AutoModelForMaskedImageModeling": "modeling_vit_embed.VitEmbedForMaskedImageModeling",
     "AutoBackbone": "modeling_vit_embed.VitEmbedBackbone",
+}
+TEXT_AUTO_MAP = {
+    "AutoConfig": "configuration_vit_embed.VitEmbedTextConfig",
+    "AutoModel": "modeling_vit_embed.VitEmbedTextAutoModel",
 }
 
 # Fields that a CLIPVisionConfig and a VitEmbedConfig share by name; `to_clip_vision_config` writes them.
@@ -233,6 +237,10 @@ class VitEmbedTextConfig(PretrainedConfig):
         """Whether what comes after a text changes its vector, so that the tower itself pads every row to
         `max_position_embeddings`."""
         return self.pooling_type != "eos" or not self.use_causal_mask
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, plus the complete auto_map."""
+        return {**super().to_dict(), "auto_map": dict(TEXT_AUTO_MAP)}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -488,6 +496,8 @@ class VitEmbedConfig(PretrainedConfig):
         """As in transformers, plus the complete auto_map and what `CLIPModel.from_pretrained` reads; stages by name."""
         output = super().to_dict()
         output["auto_map"] = dict(AUTO_MAP)
+        if self.text_config is not None:
+            output["text_config"].pop("auto_map", None)
         output.pop("out_indices", None)
         if (names := output.pop("_out_features", None)) is not None:
             output["out_features"] = names

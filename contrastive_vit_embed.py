@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
 from .configuration_vit_embed import VitEmbedConfig
+from .initialisation_vit_embed import fill
 from .inputs_vit_embed import check_chunk_options, check_group_ids
 from .options_vit_embed import MAX_INVERSE_TEMPERATURE
 from .outputs_vit_embed import OutputOptions, VitEmbedModelOutput, asked_for
@@ -352,6 +354,14 @@ def embed_in_chunks(
 
 class ContrastiveMixin:
     """Of a dual encoder: its towers' unit vectors, in training a chunk at a time."""
+
+    def init_parameters(self, config: VitEmbedConfig) -> None:
+        fill(self.logit_scale, nn.init.constant_, val=config.logit_scale_init_value)
+        fill(self.logit_bias, nn.init.constant_, val=SIGMOID_LOGIT_BIAS_INIT)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        """As in transformers, for the text tower."""
+        return self.text_model.resize_token_embeddings(*args, **kwargs)
 
     def _image_embeds(self, pixel_values, patch_embeds, pixel_mask, **options) -> VitEmbedModelOutput:
         """The image tower's output, whose pooler_output is the unit vector in the joint space."""

@@ -75,7 +75,7 @@ def causal_mask(hidden_states: torch.Tensor, implementation: str) -> torch.Tenso
 
 
 def causal_mask_of_rows(hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The lines of the mask for row numbers (B, 1), as (B, 1, 1, T)."""
+    """The lines of the mask for row numbers (B, 1) of states (B, T, D), as (B, 1, 1, T)."""
     seen = torch.arange(hidden_states.shape[1], device=rows.device) <= rows  # (B, T)
     lowest = torch.finfo(hidden_states.dtype).min
     return torch.zeros_like(seen, dtype=hidden_states.dtype).masked_fill(~seen, lowest)[:, None, None]
@@ -280,37 +280,38 @@ class VitEmbedEncoder(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
         is_causal: bool = False,
         layout: TokenLayout | None = None,
         stages: Collection[int] = (),
         output_attentions: bool = False,
         last_rows: torch.Tensor | slice | None = None,
-        last_mask: torch.Tensor | None = None,
     ) -> EncoderOutput:
         """
         Args:
             hidden_states: (B, L, D).
-            attention_mask: added to the scores of every layer, broadcast to (B, h, L, L), or None.
-            is_causal: whether a token sees only itself and those before it (for implementations without a mask).
-            layout: of image tokens, in place of the masks: each counts by its size, and in evaluation every layer
+            is_causal: whether a token sees only itself and those before it.
+            layout: of image tokens, none of which is causal: each counts by its size, and in evaluation every layer
                 merges `token_merge_size` of them.
             stages: numbers of the hidden states to keep.
             last_rows: row numbers (B, Q), or a slice. The last layer then computes these rows alone: the same numbers
                 for 1 / num_hidden_layers less work, as no later layer reads the others.
-            last_mask: as attention_mask, for `last_rows`: broadcast to (B, h, Q, L).
         """
         num_prefix = self.config.num_prefix_tokens
         merge_size = 0 if layout is None or self.training else self.config.token_merge_size
         kept = {0: Tokens(hidden_states, layout)} if 0 in stages else {}
         attentions, last = [], len(self.layers)
+        attention_mask = None
+        if is_causal:
+            implementation = "eager" if output_attentions else self.config._attn_implementation
+            attention_mask = causal_mask(hidden_states, implementation)
         for number, layer in enumerate(self.layers, start=1):
             rows = None
             if layout is not None:
                 attention_mask = key_bias(layout, num_prefix, hidden_states.dtype)
             if number == last and last_rows is not None:
-                rows, is_causal, merge_size = last_rows, False, 0
-                attention_mask = last_mask if layout is None else attention_mask
+                rows, merge_size = last_rows, 0
+                if is_causal:
+                    attention_mask, is_causal = causal_mask_of_rows(hidden_states, rows), False
             hidden_states, weights, layout = layer(
                 hidden_states, attention_mask, is_causal, layout, rows, merge_size, output_attentions
             )

@@ -15,6 +15,7 @@ from .encoder_vit_embed import VitEmbedEncoder
 from .initialisation_vit_embed import fill, linear
 from .inputs_vit_embed import check_masked_patches, is_traced
 from .losses_vit_embed import total_items
+from .stem_layers_vit_embed import patchify, unpatchify
 from .tokens_vit_embed import KeptPatches, Tokens, random_kept, spread
 
 
@@ -82,6 +83,13 @@ class VitEmbedPatchDecoder(nn.Module):
         patches = torch.where(is_seen, spread(seen, layout), self.mask_token.to(seen.device))
         positions = sinusoidal_positions(layout.grid_size, self.config.hidden_size, patches.device)
         return torch.cat([prefix, patches + positions.to(patches.dtype)], dim=1)
+
+
+def blanked(
+    images: torch.Tensor, seen: torch.Tensor, grid_size: tuple[int, int], patch_shape: tuple[int, int]
+) -> torch.Tensor:
+    """Images (B, C, H, W) with the pixels of patches that are not seen, (B, N) bool, set to 0."""
+    return unpatchify(patchify(images, patch_shape) * seen[..., None], grid_size, patch_shape)
 
 
 def masked_error(

@@ -23,7 +23,6 @@ The rules of a forward pass, which tests/test_forward_rules.py holds every class
 11. What is frozen does not move, running statistics included.
 """
 
-import os
 from collections.abc import Collection
 
 import torch
@@ -51,8 +50,7 @@ from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .contrastive_vit_embed import SIGMOID_LOGIT_BIAS_INIT, ContrastiveMixin, contrastive_logits, contrastive_loss
 from .depth_vit_embed import DEPTH_HEADS, depth_loss, evenly_spaced_layers, predict_depth
 from .embeddings_vit_embed import VitEmbedEmbeddings, VitEmbedTextEmbeddings, in_whole_patches
-from .encoder_vit_embed import NORMS, QUERY_SUBSET, VitEmbedEncoder, causal_mask, causal_mask_of_rows
-from .initialisation_vit_embed import fill
+from .encoder_vit_embed import NORMS, QUERY_SUBSET, VitEmbedEncoder
 from .inputs_vit_embed import (
     ChecksValues,
     check_every_patch,
@@ -64,7 +62,7 @@ from .inputs_vit_embed import (
     is_traced,
 )
 from .losses_vit_embed import step_loss, with_stem_loss
-from .masked_vit_embed import VitEmbedPatchDecoder, masked_error, patch_statistics, seen_patches
+from .masked_vit_embed import VitEmbedPatchDecoder, blanked, masked_error, patch_statistics, seen_patches
 from .outputs_vit_embed import (
     ImageOptions,
     OutputOptions,
@@ -72,6 +70,7 @@ from .outputs_vit_embed import (
     VitEmbedMaskedImageModelingOutput,
     VitEmbedModelOutput,
     VitEmbedProjectionOutput,
+    VitEmbedTextProjectionOutput,
     asked_for,
     with_return_dict,
 )
@@ -82,7 +81,7 @@ from .stem_layers_vit_embed import patchify, unpatchify
 from .stems_vit_embed import STEMS
 from .token_maps_vit_embed import TokenMapsMixin
 from .tokens_vit_embed import KeptPatches, Tokens, feature_map, select_rows
-from .tower_vit_embed import ImageTowerMixin, TowerMixin
+from .tower_vit_embed import AutoModelMixin, ImageTowerMixin, TowerMixin
 
 
 class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
@@ -97,7 +96,20 @@ class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
         super().__init__(config)
 
 
-class VitEmbedTextModel(VitEmbedTower):
+class VitEmbedTextPreTrainedModel(VitEmbedTower):
+    """Everything with a text tower alone."""
+
+    config_class = VitEmbedTextConfig
+    base_model_prefix = "text_model"
+    main_input_name = "input_ids"
+    input_modalities = ("text",)
+    image_processor_type = None
+    has_text_tower = True
+    _no_split_modules = ["VitEmbedTextEmbeddings", "VitEmbedLayer"]
+    _keys_to_ignore_on_load_unexpected = other_parts("vision_model", "(visual|text)_projection", "logit_(scale|bias)")
+
+
+class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
     """The text tower: a transformer whose last state is normalised and read at one token; CLIP's is causal and read at
     the end-of-text token.
 
@@ -106,15 +118,7 @@ class VitEmbedTextModel(VitEmbedTower):
     hides: the result does not depend on how much padding the tokenizer gave.
     """
 
-    config_class = VitEmbedTextConfig
-    base_model_prefix = "text_model"
-    main_input_name = "input_ids"
-    input_modalities = ("text",)
-    image_processor_type = None
-    has_text_tower = True
     is_tower = True
-    _no_split_modules = ["VitEmbedTextEmbeddings", "VitEmbedLayer"]
-    _keys_to_ignore_on_load_unexpected = other_parts("vision_model", "(visual|text)_projection", "logit_(scale|bias)")
 
     def __init__(self, config: VitEmbedTextConfig):
         super().__init__(config)
@@ -176,18 +180,12 @@ class VitEmbedTextModel(VitEmbedTower):
         hidden_states = self.embeddings(input_ids, position_ids)  # (B, T, D)
         pooled = pooled[:, None].to(hidden_states.device)  # (B, 1)
         one_row = pooled_only and config._attn_implementation in QUERY_SUBSET
-        attention_mask = last_mask = None
-        if config.use_causal_mask:
-            attention_mask = causal_mask(hidden_states, "eager" if output_attentions else config._attn_implementation)
-            last_mask = causal_mask_of_rows(hidden_states, pooled) if one_row else None
         encoded = self.encoder(
             hidden_states,
-            attention_mask=attention_mask,
             is_causal=config.use_causal_mask,
             stages=range(config.num_hidden_layers + 1) if output_hidden_states else (),
             output_attentions=output_attentions,
             last_rows=pooled if one_row else None,
-            last_mask=last_mask,
         )
         last = encoded.last.states  # (B, T, D), or (B, 1, D) of the pooled rows
         if pooled_only:
@@ -446,6 +444,36 @@ class VitEmbedModelWithProjection(ImageProjectionMixin, VitEmbedPreTrainedModel)
         )
 
 
+class VitEmbedTextModelWithProjection(TextProjectionMixin, VitEmbedTextPreTrainedModel):
+    """The text tower of a dual encoder with its projection into the joint space, without the image tower."""
+
+    _keys_to_ignore_on_load_unexpected = other_parts("vision_model", "visual_projection", "logit_(scale|bias)")
+
+    def __init__(self, config: VitEmbedTextConfig):
+        super().__init__(config)
+        self.text_model = VitEmbedTextModel(config)
+        self.text_projection = text_projection(config, config.projection_dim)
+        self.post_init()
+
+    @with_return_dict
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **options: Unpack[OutputOptions],
+    ) -> VitEmbedTextProjectionOutput:
+        """Inputs as in VitEmbedTextModel. Returns as VitEmbedTextProjectionOutput says; `get_text_features` gives the
+        same text_embeds for less work."""
+        texts = self.text_model(input_ids, attention_mask, position_ids, return_dict=True, **options)
+        return VitEmbedTextProjectionOutput(
+            text_embeds=self.text_projection(texts.pooler_output),  # (B, projection_dim)
+            last_hidden_state=texts.last_hidden_state,
+            hidden_states=texts.hidden_states,
+            attentions=texts.attentions,
+        )
+
+
 class VitEmbedForContrastive(ContrastiveMixin, ImageProjectionMixin, TextProjectionMixin, VitEmbedPreTrainedModel):
     """CLIP: images and texts in one space, where a cosine says how well they go together."""
 
@@ -465,10 +493,6 @@ class VitEmbedForContrastive(ContrastiveMixin, ImageProjectionMixin, TextProject
         has_bias = config.contrastive_loss == "sigmoid"
         self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS_INIT)) if has_bias else None
         self.post_init()
-
-    def init_parameters(self, config: VitEmbedConfig) -> None:
-        fill(self.logit_scale, nn.init.constant_, val=config.logit_scale_init_value)
-        fill(self.logit_bias, nn.init.constant_, val=SIGMOID_LOGIT_BIAS_INIT)
 
     @with_return_dict
     def forward(
@@ -535,10 +559,6 @@ class VitEmbedForContrastive(ContrastiveMixin, ImageProjectionMixin, TextProject
             text_attentions=texts.attentions,
         )
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
-        """As in transformers, for the text tower."""
-        return self.text_model.resize_token_embeddings(*args, **kwargs)
-
 
 class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
     """Masked autoencoding: the trunk sees a few patches, a light decoder predicts the pixels of the others.
@@ -593,9 +613,7 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         batch, _, height, width = pixel_values.shape
         grid_size, padded = config.grid_of((height, width)), in_whole_patches(config, pixel_values)
         seen = seen_patches(bool_masked_pos, batch, grid_size, config.mask_ratio, pixel_values.device)  # (B, N)
-        visible = padded
-        if not STEMS[config.stem_type].is_local:
-            visible = unpatchify(patchify(padded, patch) * seen.mask[..., None], grid_size, patch)
+        visible = padded if STEMS[config.stem_type].is_local else blanked(padded, seen.mask, grid_size, patch)
         last = [config.num_hidden_layers]
         images = self.vision_model(visible, stages=last, kept=seen, return_dict=True, **options)
         predicted = self.decoder(images.stages[0], config.num_prefix_tokens).float()  # (B, N, C * ph * pw)
@@ -634,32 +652,21 @@ class VitEmbedBackbone(BackboneMixin, VitEmbedPreTrainedModel):
         **options: Unpack[ImageOptions],
     ) -> BackboneOutput:
         """Inputs as in VitEmbedModel. Returns feature_maps, one for each of `out_features`: (B, D, gh, gw) after the
-        final norm, or the stem's (B, C_i, H_i, W_i) as it is."""
+        final norm, with `reshape_hidden_states=False` tokens (B, L, D), or the stem's (B, C_i, H_i, W_i) as it is."""
         check_every_patch(self.config, self.training)
-        num_maps = len(self.config.pyramid_widths)
-        from_stem = [index for index in self.out_indices if index < num_maps]
-        stages = sorted({index - num_maps for index in self.out_indices if index >= num_maps})
+        from_stem, from_trunk = self._stages_by_part()
         if from_stem:
             check_pyramid_inputs(patch_embeds, pixel_mask, f"out_features={self.out_features}")
-        images = self.vision_model(pixel_values, patch_embeds, pixel_mask, stages=stages, return_dict=True, **options)
-        maps = {index: images.feature_pyramid[index] for index in from_stem}
-        for stage, tokens in zip(stages, images.stages):
-            maps[num_maps + stage] = feature_map(tokens, self.config.num_prefix_tokens)
-        feature_maps = tuple(maps[index] for index in self.out_indices)
-        return BackboneOutput(feature_maps, images.hidden_states, images.attentions)
-
-    def forward_with_filtered_kwargs(self, *args, **kwargs) -> BackboneOutput | tuple:
-        """What transformers' dense models call; the same as calling the backbone."""
-        return self(*args, **kwargs)
+        images = self.vision_model(
+            pixel_values, patch_embeds, pixel_mask, stages=from_trunk, return_dict=True, **options
+        )
+        maps = self._feature_maps([images.feature_pyramid[index] for index in from_stem], images.stages)
+        return BackboneOutput(maps, images.hidden_states, images.attentions)
 
 
-class VitEmbedAutoModel(VitEmbedPreTrainedModel):
+class VitEmbedAutoModel(AutoModelMixin, VitEmbedPreTrainedModel):
     """What AutoModel loads: both towers where the checkpoint has a text tower, else the image tower, with its
-    projection where it was saved with one.
-
-    One name for every checkpoint: transformers 5 remembers, for the whole process, which class AutoModel took for
-    folders of one base name, and would give a dual encoder named like an earlier vision-only one no text tower.
-    """
+    projection where it was saved with one."""
 
     @classmethod
     def class_for(cls, config: PretrainedConfig) -> type[VitEmbedPreTrainedModel]:
@@ -669,23 +676,21 @@ class VitEmbedAutoModel(VitEmbedPreTrainedModel):
         with_projection = config.architectures == [VitEmbedModelWithProjection.__name__]
         return VitEmbedModelWithProjection if with_projection else VitEmbedModel
 
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, config: PretrainedConfig, **kwargs
-    ):
-        """As AutoModel calls it, with the config that it has read."""
-        chosen = cls.class_for(config)
-        return chosen.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+class VitEmbedTextAutoModel(AutoModelMixin, VitEmbedTextPreTrainedModel):
+    """What AutoModel loads of a text tower's folder: the tower, with its projection where it was saved with one."""
 
     @classmethod
-    def _from_config(cls, config: PretrainedConfig, **kwargs):
-        """As `AutoModel.from_config` calls it."""
-        return cls.class_for(config)._from_config(config, **kwargs)
+    def class_for(cls, config: PretrainedConfig) -> type[VitEmbedTextPreTrainedModel]:
+        """The class that a config describes."""
+        with_projection = config.architectures == [VitEmbedTextModelWithProjection.__name__]
+        return VitEmbedTextModelWithProjection if with_projection else VitEmbedTextModel
 
 
-VitEmbedTextModel.register_for_auto_class("AutoModel")
 VitEmbedModel.register_for_auto_class("AutoModel")
 VitEmbedModelWithProjection.register_for_auto_class("AutoModel")
+VitEmbedTextModel.register_for_auto_class("AutoModel")
+VitEmbedTextModelWithProjection.register_for_auto_class("AutoModel")
 VitEmbedForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 VitEmbedForDepthEstimation.register_for_auto_class("AutoModelForDepthEstimation")
 VitEmbedForContrastive.register_for_auto_class("AutoModelForZeroShotImageClassification")

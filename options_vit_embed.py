@@ -392,6 +392,13 @@ OPTIONS = (
         'names of the stages ("stem", "stage1", ...) that the backbone returns; None: the last one.',
     ),
     Option("out_indices", None, ANYTHING, "their numbers, in place of the names."),
+    Option(
+        "reshape_hidden_states",
+        True,
+        FLAG,
+        "whether the backbone gives maps (B, D, gh, gw); False: tokens (B, P + gh * gw, D), as transformers' DPT and "
+        "Depth Anything read them.",
+    ),
     Option("initializer_range", 0.02, POSITIVE, "standard deviation of the embeddings at initialisation."),
     Option("initializer_factor", 1.0, POSITIVE, "multiplies every standard deviation at initialisation."),
     Option("text_config", None, ANYTHING, "a VitEmbedTextConfig or its dict; None for a vision-only model."),

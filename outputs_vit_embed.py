@@ -42,6 +42,20 @@ class VitEmbedProjectionOutput(ModelOutput):
 
 
 @dataclass
+class VitEmbedTextProjectionOutput(ModelOutput):
+    """What a text tower makes of a batch, in the joint space and before it.
+
+    text_embeds: (B, projection_dim), of whatever length, as those of transformers' CLIPTextModelWithProjection.
+    last_hidden_state, hidden_states, attentions: as in VitEmbedTextModel.
+    """
+
+    text_embeds: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
 class VitEmbedContrastiveOutput(ModelOutput):
     """What two towers make of a batch.
 

@@ -98,6 +98,12 @@ def feature_map(tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
     return patch_grid(tokens, num_prefix_tokens).permute(0, 3, 1, 2)
 
 
+def token_sequence(tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
+    """Prefix tokens and one token for each patch, row by row: (B, P + gh * gw, D)."""
+    patches = patch_grid(tokens, num_prefix_tokens).flatten(1, 2)
+    return torch.cat([tokens.states[:, :num_prefix_tokens], patches], dim=1)
+
+
 def keep_tokens(
     tokens: torch.Tensor,
     layout: TokenLayout,

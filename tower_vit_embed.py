@@ -1,7 +1,10 @@
-"""What transformers may do with any of our models: draw its weights, choose its attention, checkpoint its layers."""
+"""What transformers may do with any of our models: choose its class, draw its weights, choose its attention, checkpoint
+its layers."""
+
+import os
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .initialisation_vit_embed import initialise
 from .masked_vit_embed import VitEmbedPatchDecoder
@@ -70,6 +73,27 @@ class TowerMixin:
         for hook in self._require_grads_hooks:
             hook.remove()
         self._require_grads_hooks = []
+
+
+class AutoModelMixin:
+    """Of a class that AutoModel loads, and that stands for others: `class_for(config)` says which one is made.
+
+    One name for every checkpoint: transformers 5 remembers, for the whole process, which class AutoModel took for
+    folders of one base name, and would give a dual encoder named like an earlier vision-only one no text tower.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, config: PretrainedConfig, **kwargs
+    ):
+        """As AutoModel calls it, with the config that it has read."""
+        chosen = cls.class_for(config)
+        return chosen.from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs):
+        """As `AutoModel.from_config` calls it."""
+        return cls.class_for(config)._from_config(config, **kwargs)
 
 
 class ImageTowerMixin:

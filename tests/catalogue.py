@@ -62,6 +62,12 @@ CLASSES = {
         lambda: {"input_ids": tokens()},
         ("last_hidden_state", "pooler_output"),
     ),
+    "text, projection": Case(
+        vit_embed.VitEmbedTextModelWithProjection,
+        lambda: dual_config().text_config,
+        lambda: {"input_ids": tokens()},
+        ("text_embeds",),
+    ),
     "classification": classifier(),
     "depth": Case(vit_embed.VitEmbedForDepthEstimation, vision_config, images, ("predicted_depth",), depths),
     "depth, dpt": Case(

@@ -27,10 +27,7 @@ def load(name: str) -> types.ModuleType:
         package = types.ModuleType(PACKAGE)
         package.__path__ = [str(FOLDER)]
         sys.modules[PACKAGE] = package
-        for module, mixin in (
-            ("exporters.test_export", "ExportTesterMixin"),
-            ("generation.test_utils", "GenerationTesterMixin"),
-        ):
+        for module, mixin in MISSING.items():
             parent, _, child = module.partition(".")
             sys.modules[f"{PACKAGE}.{parent}"] = types.ModuleType(f"{PACKAGE}.{parent}")
             sys.modules[f"{PACKAGE}.{module}"] = stand_in = types.ModuleType(f"{PACKAGE}.{module}")

@@ -12,6 +12,7 @@ import vit_embed
 from vit_embed.inputs_vit_embed import ChecksValues
 
 modeling = common_suite.load("test_modeling_common")
+backbone = common_suite.load("test_backbone_common")
 
 LAYERS = 2  # the most that the suite takes for small
 VISION = {**tiny.VISION, **tiny.DECODER, "num_hidden_layers": LAYERS, "projection_dim": 20, "num_labels": 5}
@@ -64,6 +65,7 @@ FEATURES = [
     *(f"test_get_{kind}_features_{states}" for kind in ("image", "text") for states in ("hidden_states", "attentions")),
 ]
 TOWERS = "the suite knows one tower; test_models looks at the states and attentions of both"
+TEXT_SIZES = {"seq_length": NUM_TEXT_TOKENS, "hidden_size": 16, "num_attention_heads": 2}
 CASES = {
     "VitEmbedModel": Case("VitEmbedConfig", VISION, lambda: {"pixel_values": tiny.pixels()}, skips=NO_LOSS),
     "VitEmbedModelWithProjection": Case(
@@ -76,8 +78,15 @@ CASES = {
         "VitEmbedTextConfig",
         TEXT,
         texts,
-        sizes={"seq_length": NUM_TEXT_TOKENS, "hidden_size": 16, "num_attention_heads": 2},
+        sizes=TEXT_SIZES,
         skips=NO_LOSS,
+    ),
+    "VitEmbedTextModelWithProjection": Case(
+        "VitEmbedTextConfig",
+        TEXT,
+        texts,
+        sizes=TEXT_SIZES,
+        skips={**NO_LOSS, **dict.fromkeys([name for name in FEATURES if "_text_" in name], PLAIN_TENSOR)},
     ),
     "VitEmbedForImageClassification": Case(
         "VitEmbedConfig",
@@ -202,12 +211,24 @@ def remote_class(file: str, name: str) -> type:
     return get_class_from_dynamic_module(f"{file}.{name}", str(common_suite.REPO))
 
 
+class BackboneSuite(backbone.BackboneTesterMixin):
+    """The suite of backbones."""
+
+    def setUp(self):
+        self.model_tester = Sizes(CASES["VitEmbedBackbone"], self.config_class)
+
+
 for _name, _case in CASES.items():
     _own = getattr(vit_embed, _name), getattr(vit_embed, _case.config)
     _remote = remote_class("modeling_vit_embed", _name), remote_class("configuration_vit_embed", _case.config)
     assert _own[0] is not _remote[0]
     for _prefix, _classes in (("TestOwn", _own), ("TestRemote", _remote)):
         globals()[f"{_prefix}{_name}"] = suite_of(_name, *_classes, _prefix)
+        if _name == "VitEmbedBackbone":
+            _members = {"all_model_classes": _classes[:1], "config_class": _classes[1], "__module__": __name__}
+            globals()[f"{_prefix}AsBackbone"] = type(
+                f"{_prefix}AsBackbone", (BackboneSuite, unittest.TestCase), _members
+            )
 
 
 def test_every_class_is_in_the_suite():

@@ -265,6 +265,7 @@ CHANGED = {
         "max_depth": 10.0,
         "out_features": ["stem", "stage3"],
         "out_indices": [0, 3],
+        "reshape_hidden_states": False,
         "initializer_range": 0.01,
         "initializer_factor": 0.5,
         "text_config": {
