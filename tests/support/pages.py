@@ -19,6 +19,7 @@ MOVES = {
     "examples/evaluation/evaluate_retrieval.py": "examples/evaluate_retrieval.py",
     "examples/evaluation/lookup_baseline.py": "examples/lookup_baseline.py",
     "examples/evaluation/over_seeds.py": "benchmarks/over_seeds.py",
+    "examples/README.md": "examples/search_pictures.py",
     "examples/recipes/trainer.py": "examples/recipe.py",
     "examples/recipes/pictures.py": "examples/picture_files.py",
     "tests/support/img_focus.py": "tests/img_focus.py",
