@@ -345,31 +345,29 @@ def color_of(row: str) -> str:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Accuracy against multiply-adds, a panel a data set; names in a column beside it, so that none covers another."""
+    """Accuracy of each row as a dot with its spread over the seeds, a panel a data set, rows in one order for all."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(summary), figsize=(8 * len(summary), 6), squeeze=False)
+    names = [name for name in ROW_NAMES if name in next(iter(summary.values()))]
+    figure, panels = pyplot.subplots(1, len(summary), figsize=(4 * len(summary) + 1.5, 6), sharey=True, squeeze=False)
     for panel, (data, rows) in zip(panels[0], summary.items()):
-        means = {name: 100 * statistics.fmean(row["accuracies"]) for name, row in rows.items()}
-        for name, row in rows.items():
-            low, high = 100 * min(row["accuracies"]), 100 * max(row["accuracies"])
-            spread = [[means[name] - low], [high - means[name]]]
-            options = {"fmt": "o", "markersize": 5, "capsize": 2, "linewidth": 1, "color": color_of(name)}
-            options["zorder"] = 4 if name == REFERENCE else 3
-            panel.errorbar(row["multiply_adds"] / 1e6, means[name], yerr=spread, **options)
-        for i, name in enumerate(sorted(rows, key=means.get)):
-            point, place = (rows[name]["multiply_adds"] / 1e6, means[name]), (1.06, (i + 0.5) / len(rows))
-            line = {"arrowstyle": "-", "color": color_of(name), "alpha": 0.35, "linewidth": 0.7, "relpos": (0, 0.5)}
-            options = {"xycoords": "data", "textcoords": "axes fraction", "va": "center", "fontsize": 9}
-            text = f"{name}  {means[name]:.1f}"
-            panel.annotate(text, point, place, arrowprops=line, color=color_of(name), **options)
-        panel.set(title=data, xlabel="multiply-adds of one image, millions", ylabel="accuracy, %: mean, least, most")
-        panel.set_xlim(left=0)
-        panel.grid(alpha=0.2)
-    figure.suptitle("black: the reference; blue: stems; green: positions; red: token budgets", fontsize=10)
+        for place, name in enumerate(reversed(names)):
+            percent = [100 * value for value in rows[name]["accuracies"]]
+            mean = statistics.fmean(percent)
+            panel.plot([min(percent), max(percent)], [place, place], color=color_of(name), linewidth=2, alpha=0.5)
+            panel.plot(mean, place, "o", color=color_of(name), markersize=6)
+        if REFERENCE in rows:
+            reference = 100 * statistics.fmean(rows[REFERENCE]["accuracies"])
+            panel.axvline(reference, color="black", linewidth=0.8, linestyle=":")
+        panel.set(title=data, xlabel="accuracy, %")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0][0].set_yticks(range(len(names)), reversed(names), fontsize=10)
+    for label, name in zip(panels[0][0].get_yticklabels(), reversed(names)):
+        label.set_color(color_of(name))
+    figure.suptitle("dot: mean over the seeds; line: least to most; dotted: conv", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -388,7 +386,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="what accuracy is measured on")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--speed_rounds", type=int, default=20, help="forward passes of each row to time")
-    parser.add_argument("--figure", type=Path, help="picture of accuracy against multiply-adds to write")
+    parser.add_argument("--figure", type=Path, help="picture of accuracies with their spread to write")
     return parser.parse_args()
 
 

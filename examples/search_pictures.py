@@ -38,6 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--attention_of", type=Path, help="picture for the attention row; default: the first query's best"
     )
+    parser.add_argument("--no_attention", action="store_true", help="leave the attention row out")
     parser.add_argument("--batch_size", type=int, default=64, help="pictures at a time")
     return parser.parse_args(arguments)
 
@@ -60,7 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     attended = as_rgb(options.attention_of or matches[options.queries[0]][0][0])
     height, width = (ATTENTION_SCALE * side for side in model.config.image_shape)
     attended = attended.resize((width, height), Image.Resampling.BICUBIC)
-    draw_found(matches, attended, class_attention(model, processor, attended), options.output)
+    attention = None if options.no_attention else class_attention(model, processor, attended)
+    draw_found(matches, attended, attention, options.output)
     logger.info("%d pictures searched; the sheet is %s", len(paths), options.output)
 
 

@@ -29,7 +29,7 @@ from vit_embed.clip_tokenizer import (
 )
 from vit_embed.convert_checkpoint import convert_checkpoint as convert
 
-README = Path(vit_embed.__file__).with_name("README.md")
+PAGE = Path(vit_embed.__file__).with_name("docs") / "convert.md"
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +176,9 @@ def test_a_foreign_bpe_file_is_refused(tmp_path, content):
 # What OpenAI's tokenizer does to a text before it looks the words up
 
 
-def readme_strings() -> dict[str, str]:
-    """The README's table of texts that stock CLIPTokenizer reads otherwise: {kind: text}."""
-    table = README.read_text(encoding="utf-8").partition("| kind of text | example |")[2]
+def strings_of_the_page() -> dict[str, str]:
+    """The table of docs/convert.md of texts that stock CLIPTokenizer reads otherwise: {kind: text}."""
+    table = PAGE.read_text(encoding="utf-8").partition("| kind of text | example |")[2]
     rows = [line for line in table.split("\n\n")[0].splitlines() if line.startswith("| ")]
     return {
         kind: json.loads(f'"{text}"')
@@ -186,13 +186,13 @@ def readme_strings() -> dict[str, str]:
     }
 
 
-def test_the_readme_names_what_differs_and_its_cure_works(with_tokenizer):
+def test_the_page_names_what_differs_and_its_cure_works(with_tokenizer):
     tokenizer, openais = CLIPTokenizer.from_pretrained(with_tokenizer), openai_reference.openai_tokenizer()
-    examples = readme_strings()
+    examples = strings_of_the_page()
     assert len(examples) == 8
     for kind, text in examples.items():
         expected = [49406, *openais.encode(text), 49407]
-        cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))  # the README's line
+        cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))  # the line of docs/convert.md
         if not transformers.__version__.startswith("5."):  # of version 4 this class calls ftfy and Python's lower()
             assert tokenizer(cleaned).input_ids == expected, kind
             continue

@@ -71,23 +71,8 @@ def class_attention(model, processor, picture: Image.Image) -> np.ndarray:
     return (attention / attention.amax(dim=(1, 2), keepdim=True)).numpy()
 
 
-def draw_found(
-    matches: dict[str, list[tuple[Path, float]]], picture: Image.Image, attention: np.ndarray, output: Path
-) -> None:
-    """Saves the matches of each query as a row, and the attention over one picture as the last.
-
-    Args:
-        matches: query -> (path, cosine), best first.
-        picture: the picture that the attention is of, as the model sees it.
-        attention: (heads, gh, gw), 1 at each head's largest weight.
-    """
-    rows = len(matches) + 1
-    figure, axes = new_sheet(rows, COLUMNS + 1, (1.6 * (COLUMNS + 1), 1.85 * rows))
-    for row, (query, found) in zip(axes, matches.items()):
-        draw_label(row[0], f"“{query}”", width=16)
-        for axis, (path, cosine) in zip(row[1:], found):
-            draw_picture(axis, as_rgb(path), f"{path.stem}\n{cosine:.2f}", width=18)
-    last = axes[-1]
+def draw_attention(figure, last: np.ndarray, picture: Image.Image, attention: np.ndarray) -> None:
+    """Fills a row of axes with the picture and each head's attention over it."""
     draw_label(last[0], "class attention,\nlast layer")
     draw_picture(last[1], picture, "picture")
     for head, axis in zip(range(min(len(attention), COLUMNS - 1)), last[2:]):
@@ -97,4 +82,24 @@ def draw_found(
             attention[head], cmap="inferno", alpha=0.65, vmin=0, vmax=1, extent=extent, interpolation="bilinear"
         )
     figure.colorbar(shade, ax=list(last), fraction=0.02, label="share of largest weight")
+
+
+def draw_found(
+    matches: dict[str, list[tuple[Path, float]]], picture: Image.Image, attention: np.ndarray | None, output: Path
+) -> None:
+    """Saves the matches of each query as a row, and the attention over one picture as the last.
+
+    Args:
+        matches: query -> (path, cosine), best first.
+        picture: the picture that the attention is of, as the model sees it.
+        attention: (heads, gh, gw), 1 at each head's largest weight; None leaves its row out.
+    """
+    rows = len(matches) + (attention is not None)
+    figure, axes = new_sheet(rows, COLUMNS + 1, (1.6 * (COLUMNS + 1), 1.85 * rows))
+    for row, (query, found) in zip(axes, matches.items()):
+        draw_label(row[0], f"“{query}”", width=16)
+        for axis, (path, cosine) in zip(row[1:], found):
+            draw_picture(axis, as_rgb(path), f"{path.stem}\n{cosine:.2f}", width=18)
+    if attention is not None:
+        draw_attention(figure, axes[-1], picture, attention)
     save_figure(figure, output)
