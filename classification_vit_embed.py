@@ -6,6 +6,7 @@ Symbols: B batch.
 import torch
 from torch.nn import functional as F
 
+from .configuration_vit_embed import VitEmbedConfig
 from .inputs_vit_embed import (
     IGNORED_LABEL,
     ChecksValues,
@@ -49,12 +50,20 @@ def regression_loss(
 
 
 # Logits, labels and the module that decides on checks of values -> the sum of the losses, and of how many items.
-# The names are `configuration_vit_embed.PROBLEM_TYPES`.
+# The names are `options_vit_embed.PROBLEM_TYPES`.
 CLASSIFICATION_LOSSES = {
     "single_label_classification": class_loss,
     "multi_label_classification": multi_label_loss,
     "regression": regression_loss,
 }
+
+
+def classification_loss(
+    config: VitEmbedConfig, logits: torch.Tensor, labels: torch.Tensor, module: ChecksValues
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the losses of a batch and of how many items, by the problem that config and labels state."""
+    problem = problem_type(config.problem_type, labels, config.num_labels)
+    return CLASSIFICATION_LOSSES[problem](logits, labels, module)
 
 
 def problem_type(stated: str | None, labels: torch.Tensor, num_labels: int) -> str:

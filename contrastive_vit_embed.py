@@ -4,6 +4,7 @@ Symbols: B batch, b rows of this process, D width of the joint space.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,10 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
-from .configuration_vit_embed import (
-    MAX_INVERSE_TEMPERATURE,
-)
+from .configuration_vit_embed import VitEmbedConfig
+from .inputs_vit_embed import check_chunk_options, check_group_ids
+from .options_vit_embed import MAX_INVERSE_TEMPERATURE
+from .outputs_vit_embed import OutputOptions, VitEmbedModelOutput, asked_for
 
 MAX_LOGIT_SCALE = math.log(MAX_INVERSE_TEMPERATURE)
 
@@ -150,7 +154,7 @@ def sigmoid_contrastive_loss(rows: PairRows) -> torch.Tensor:
 
 
 # PairRows -> the sum over them; the mean over the batch is the loss. The names are
-# `configuration_vit_embed.CONTRASTIVE_LOSSES`.
+# `options_vit_embed.CONTRASTIVE_LOSSES`.
 CONTRASTIVE_LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
 
 
@@ -262,17 +266,32 @@ def joined_loss(
     return _MeanOverProcesses.apply(loss(rows) * (len(sizes) / sum(sizes)))
 
 
-class Embedded(NamedTuple):
-    """What a tower of a dual encoder makes of its inputs.
+def contrastive_loss(
+    config: VitEmbedConfig,
+    logits: torch.Tensor,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor,
+    logit_bias: torch.Tensor | None,
+    group_ids: torch.Tensor | None,
+    gather: bool,
+) -> torch.Tensor:
+    """The loss of a batch of pairs, or with `gather` of the joined batch of all processes.
 
-    embeds: (B, D) of unit length. stem_loss: scalar of the stem, or None. hidden_states, attentions: of the tower,
-    where they were asked for.
+    Args:
+        logits: (B, B) of the embeds of this process, images by texts.
+        others: as in `joined_loss`.
     """
-
-    embeds: torch.Tensor
-    stem_loss: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
+    if group_ids is not None:
+        check_group_ids(group_ids, logits.shape[0])
+    beta = config.hard_negative_beta
+    options = {"hard_negative_beta": beta} if beta else {}  # of the softmax loss alone, as the config sees to
+    row_loss = functools.partial(CONTRASTIVE_LOSSES[config.contrastive_loss], **options)
+    if gather and has_other_processes():
+        text_embeds = text_embeds.to(image_embeds.device)
+        return joined_loss(image_embeds, text_embeds, logit_scale, logit_bias, group_ids, row_loss)
+    ignored = None if group_ids is None else same_group(group_ids).to(logits.device)
+    return row_loss(PairRows.whole(logits, ignored)) / logits.shape[0]
 
 
 @contextlib.contextmanager
@@ -289,8 +308,8 @@ def preserve_buffers(buffers: list[torch.Tensor]) -> Iterator[None]:
 
 @torch.compiler.disable(reason="torch.compile knows no checkpoint that restores buffers; compile the towers instead")
 def _chunks_with_buffers(
-    embed: Callable[..., Embedded], columns: list[list[torch.Tensor | None]], buffers: list[torch.Tensor]
-) -> list[Embedded]:
+    embed: Callable[..., ModelOutput], columns: list[list[torch.Tensor | None]], buffers: list[torch.Tensor]
+) -> list[ModelOutput]:
     def contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         return contextlib.nullcontext(), preserve_buffers(buffers)
 
@@ -298,11 +317,11 @@ def _chunks_with_buffers(
 
 
 def embed_in_chunks(
-    embed: Callable[..., Embedded],
+    embed: Callable[..., ModelOutput],
     inputs: tuple[torch.Tensor | None, ...],
     chunk_size: int,
     buffers: list[torch.Tensor],
-) -> Embedded:
+) -> ModelOutput:
     """`embed(*inputs)` for at most `chunk_size` rows at a time: only the embeddings are kept, and the backward pass of
     a chunk embeds it again, with the same random numbers (cached gradients, arXiv:2101.06983).
 
@@ -310,7 +329,7 @@ def embed_in_chunks(
     statistics, whose running ones move once a chunk, and an adaptive stem's budget, of which the mean is taken.
 
     Args:
-        embed: rows of the inputs -> what a tower makes of them.
+        embed: rows of the inputs -> an output with pooler_output (rows, D) and, of some stems, stem_loss.
         inputs: (B, ...) each, or None.
         chunk_size: rows.
         buffers: of the model.
@@ -325,7 +344,37 @@ def embed_in_chunks(
         parts = _chunks_with_buffers(embed, columns, buffers)
     else:
         parts = [checkpoint(embed, *chunk, use_reentrant=False) for chunk in zip(*columns)]
-    embeds = torch.cat([part.embeds for part in parts])
-    shares = [part.embeds.shape[0] / batch for part in parts]
-    stem_losses = [part.stem_loss * share for part, share in zip(parts, shares) if part.stem_loss is not None]
-    return Embedded(embeds, sum(stem_losses) if stem_losses else None)
+    joined = type(parts[0])(pooler_output=torch.cat([part.pooler_output for part in parts]))
+    if parts[0].get("stem_loss") is not None:
+        joined["stem_loss"] = sum(part.stem_loss * (part.pooler_output.shape[0] / batch) for part in parts)
+    return joined
+
+
+class ContrastiveMixin:
+    """Of a dual encoder: its towers' unit vectors, in training a chunk at a time."""
+
+    def _image_embeds(self, pixel_values, patch_embeds, pixel_mask, **options) -> VitEmbedModelOutput:
+        """The image tower's output, whose pooler_output is the unit vector in the joint space."""
+        images = self.vision_model(
+            pixel_values, patch_embeds, pixel_mask, pooled_only=True, return_dict=True, **options
+        )
+        images.pooler_output = F.normalize(self.visual_projection(images.pooler_output), dim=-1)
+        return images
+
+    def _text_embeds(self, input_ids, attention_mask, position_ids, **options) -> BaseModelOutputWithPooling:
+        """The text tower's output, whose pooler_output is the unit vector in the joint space."""
+        texts = self.text_model(input_ids, attention_mask, position_ids, pooled_only=True, return_dict=True, **options)
+        texts.pooler_output = F.normalize(self.text_projection(texts.pooler_output), dim=-1)
+        return texts
+
+    @property
+    def _is_training_step(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _in_chunks(self, embed, inputs: tuple[torch.Tensor | None, ...], options: OutputOptions):
+        """`embed(*inputs, **options)`, in a training step `contrastive_chunk_size` rows at a time."""
+        chunk_size = self.config.contrastive_chunk_size
+        if chunk_size is None or not self._is_training_step:
+            return embed(*inputs, **options)
+        check_chunk_options(chunk_size, *asked_for(self.config, *map(options.get, OutputOptions.__annotations__)))
+        return embed_in_chunks(functools.partial(embed, **options), inputs, chunk_size, list(self.buffers()))

@@ -9,13 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_vit_embed import (
-    NUM_DPT_TAPS,
-    VitEmbedConfig,
-)
-from .inputs_vit_embed import (
-    IGNORED_LABEL,
-)
+from .configuration_vit_embed import VitEmbedConfig
+from .inputs_vit_embed import IGNORED_LABEL, check_depth_labels, image_sizes
+from .options_vit_embed import NUM_DPT_TAPS
 
 
 class DeconvDepthHead(nn.Module):
@@ -149,7 +145,7 @@ class DPTDepthHead(nn.Module):
 
 
 # A depth head takes `num_taps` maps (B, D, gh, gw), shallow to deep, and gives one real number a pixel of a finer
-# grid. The names are `configuration_vit_embed.DEPTH_HEAD_TYPES`.
+# grid. The names are `options_vit_embed.DEPTH_HEAD_TYPES`.
 DEPTH_HEADS = {"deconv": DeconvDepthHead, "dpt": DPTDepthHead}
 
 
@@ -164,7 +160,7 @@ def raw_depth(raw: torch.Tensor, max_depth: None) -> torch.Tensor:
 
 
 # How depth is made of a head's real numbers, by `depth_activation`. The names are
-# `configuration_vit_embed.DEPTH_ACTIVATIONS`.
+# `options_vit_embed.DEPTH_ACTIVATIONS`.
 DEPTH_ACTIVATIONS = {None: to_depth, "identity": raw_depth}
 
 
@@ -174,20 +170,37 @@ def resize_depth(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def evenly_spaced_layers(num_layers: int, num_taps: int) -> list[int]:
-    """Which hidden states a head reads; the last one always is among them. 12 layers, 4 taps: 3, 6, 9, 12.
-
-    Raises:
-        ValueError: fewer layers than taps.
-    """
-    if num_layers < num_taps:
-        raise ValueError(
-            f"depth_head_type='dpt' reads {NUM_DPT_TAPS} layers, but num_hidden_layers={num_layers}; use "
-            "depth_head_type='deconv' or a deeper trunk"
-        )
+    """Which hidden states a head reads; the last one always is among them. 12 layers, 4 taps: 3, 6, 9, 12."""
     return [round(num_layers * i / num_taps) for i in range(1, num_taps + 1)]
 
 
 def predict_depth(
+    head: nn.Module,
+    config: VitEmbedConfig,
+    maps: tuple[torch.Tensor, ...],
+    pixel_values: torch.Tensor | None,
+    pixel_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Depth of images, or of what another encoder's patch features cover.
+
+    Args:
+        maps: what the head reads, (B, D_i, gh_i, gw_i) from fine to coarse.
+        pixel_values: (B, C, H, W) that they are of, or None.
+        pixel_mask: (B, H, W) for images of different sizes, or None.
+
+    Returns:
+        (B, H, W), zeros in the padding.
+    """
+    if pixel_mask is not None:
+        return _of_sizes(head, config, maps, image_sizes(pixel_mask, pixel_values), tuple(pixel_values.shape[2:]))
+    if pixel_values is None:
+        return _of_one_size(
+            head, config, maps, tuple(n * side for n, side in zip(maps[-1].shape[2:], config.patch_shape))
+        )
+    return _of_one_size(head, config, maps, tuple(pixel_values.shape[2:]))
+
+
+def _of_one_size(
     head: nn.Module, config: VitEmbedConfig, maps: tuple[torch.Tensor, ...], image_shape: tuple[int, int]
 ) -> torch.Tensor:
     """Maps of whole images of (height, width) pixels -> (B, height, width): as the padded image, less its padding."""
@@ -196,20 +209,20 @@ def predict_depth(
     return resize_depth(depth, config.padded_shape(image_shape))[:, :height, :width]
 
 
-def predict_depth_of_sizes(
+def _of_sizes(
     head: nn.Module,
     config: VitEmbedConfig,
     maps: tuple[torch.Tensor, ...],
     sizes: list[tuple[int, int]],
     padded: tuple[int, int],
 ) -> torch.Tensor:
-    """Depth of each image of a padded batch as if it were alone, (B, *padded), zeros in the padding."""
+    """Each image of a padded batch as if it were alone, (B, *padded), zeros in the padding."""
     depth = torch.zeros(len(sizes), *padded, device=maps[0].device)
     for height, width in sorted(set(sizes)):
         members = [i for i, size in enumerate(sizes) if size == (height, width)]
         rows, columns = config.grid_of((height, width))
-        part = predict_depth(head, config, tuple(each[members, :, :rows, :columns] for each in maps), (height, width))
-        depth[members, :height, :width] = part
+        part = tuple(each[members, :, :rows, :columns] for each in maps)
+        depth[members, :height, :width] = _of_one_size(head, config, part, (height, width))
     return depth
 
 
@@ -302,7 +315,7 @@ def gradient_matching_loss(
 
 
 # Prediction, labels and where they count, (B, H, W) each -> a loss for each image (B,). The names are
-# `configuration_vit_embed.DEPTH_LOSSES`.
+# `options_vit_embed.DEPTH_LOSSES`.
 DEPTH_LOSSES: dict[str, Callable[..., torch.Tensor]] = {"silog": silog_loss, "l1": l1_depth_loss, "l2": l2_depth_loss}
 
 
@@ -319,6 +332,7 @@ def depth_loss(
         predicted_depth: (B, H, W). labels: (B, H', W') of any real type; the prediction is resized to them.
         pixel_mask: (B, H, W), 0 in padding; labels there are left out, whatever they say.
     """
+    check_depth_labels(labels, predicted_depth, pixel_mask)
     if config.depth_activation == "identity" and config.depth_loss == "silog":
         raise ValueError(
             "depth_loss='silog' takes the logarithm of a depth, which may be negative with "

@@ -10,27 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .configuration_vit_embed import (
-    GRIDLESS_STEMS,
-    VitEmbedConfig,
-    VitEmbedTextConfig,
-)
-from .inputs_vit_embed import (
-    check_image_sizes,
-    image_sizes,
-    is_exported,
-    is_traced,
-)
-from .stems_vit_embed import (
-    STEMS,
-)
-from .tokens_vit_embed import (
-    KeptPatches,
-    TokenLayout,
-    Tokens,
-    keep_tokens,
-    random_kept,
-)
+from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
+from .initialisation_vit_embed import fill
+from .inputs_vit_embed import check_image_sizes, image_sizes, is_exported, is_traced
+from .options_vit_embed import GRIDLESS_STEMS
+from .stems_vit_embed import STEMS
+from .tokens_vit_embed import KeptPatches, TokenLayout, Tokens, keep_tokens, random_kept
 
 INTERPOLATION_OPTIONS = {
     "bicubic": {"mode": "bicubic", "antialias": False},
@@ -135,7 +120,7 @@ def polynomial_positions(
 
 # A position scheme: config, its layer, (gh, gw) of the native grid and of the grid asked for, and the device to compute
 # on -> the class token's position (1, D) or None, and the patches' (N, D) or None.
-# The names are `configuration_vit_embed.POSITION_EMBEDDING_TYPES`.
+# The names are `options_vit_embed.POSITION_EMBEDDING_TYPES`.
 POSITIONS = {
     "learned": learned_positions,
     "sinusoidal": lambda config, layer, from_grid, to_grid, device: (
@@ -182,6 +167,10 @@ class VitEmbedEmbeddings(nn.Module):
         )
         self.native_grid = config.grid_size  # (gh, gw) of a learned table
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def init_parameters(self, config: VitEmbedConfig) -> None:
+        fill(self.class_embedding, nn.init.normal_, std=config.hidden_size**-0.5 * config.initializer_factor)
+        fill(self.register_tokens, nn.init.normal_, std=config.initializer_range * config.initializer_factor)
 
     def forward(
         self,
@@ -253,7 +242,7 @@ class VitEmbedEmbeddings(nn.Module):
         return join_sizes(parts, len(sizes), grid_size, self.config.num_prefix_tokens)
 
     @property
-    def has_positions_elsewhere(self) -> bool:
+    def has_offloaded_positions(self) -> bool:
         """Whether accelerate has put a learned table on the disk or another device, to be there during a pass alone."""
         layer = self.position_embedding
         return self.config.position_embedding_type == "learned" and layer.weight.is_meta and hasattr(layer, "_hf_hook")

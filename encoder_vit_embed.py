@@ -9,22 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_vit_embed import (
-    VitEmbedConfig,
-    VitEmbedTextConfig,
-)
-from .tokens_vit_embed import (
-    TokenLayout,
-    Tokens,
-    key_bias,
-    match_tokens,
-    merge_tokens,
-    select_rows,
-)
+from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
+from .initialisation_vit_embed import fill, linear
+from .tokens_vit_embed import TokenLayout, Tokens, key_bias, match_tokens, merge_tokens, select_rows
 
 NORMS = {
     "layer_norm": nn.LayerNorm,
@@ -35,6 +27,8 @@ NORMS = {
 # Implementations with which the last layer can run on the pooled rows alone: they take any number of queries and any
 # mask.
 QUERY_SUBSET = ("eager", "sdpa")
+# Implementations that are told to be causal by a flag; every other one is given a causal mask.
+CAUSAL_BY_FLAG = ("sdpa", "flash_attention_2", "flash_attention_3")
 
 
 def eager_attention(
@@ -64,23 +58,35 @@ def eager_attention(
     return mixed.transpose(1, 2), weights
 
 
+def causal_mask(hidden_states: torch.Tensor, implementation: str) -> torch.Tensor | BlockMask | None:
+    """What tells an attention implementation that a token sees itself and those before it, for states (B, T, D).
+
+    None where a flag says so; a BlockMask for flex attention; else (1, 1, T, T) to add to the scores, of the states'
+    dtype: 0 where a token may look, the lowest number elsewhere.
+    """
+    length = hidden_states.shape[1]
+    if implementation in CAUSAL_BY_FLAG:
+        return None
+    if implementation == "flex_attention":
+        device = hidden_states.device.type
+        return create_block_mask(lambda b, h, query, key: query >= key, None, None, length, length, device=device)
+    lowest = torch.finfo(hidden_states.dtype).min
+    return hidden_states.new_full((1, 1, length, length), lowest).triu(diagonal=1)
+
+
+def causal_mask_of_rows(hidden_states: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The lines of the mask for row numbers (B, 1), as (B, 1, 1, T)."""
+    seen = torch.arange(hidden_states.shape[1], device=rows.device) <= rows  # (B, T)
+    lowest = torch.finfo(hidden_states.dtype).min
+    return torch.zeros_like(seen, dtype=hidden_states.dtype).masked_fill(~seen, lowest)[:, None, None]
+
+
 def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
     """Zeroes the whole branch of a random share of the samples and scales up the others. (B, ...) -> the same."""
     if rate == 0.0 or not training:
         return branch
     kept = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= rate
     return branch * kept.to(branch.dtype) / (1 - rate)
-
-
-def linear(width_in: int, width_out: int, std: float, bias: bool = True) -> nn.Linear:
-    """A linear layer that knows the standard deviation its weight starts with.
-
-    It has to know it itself: transformers 5 calls `_init_weights` of custom code only for modules that own parameters,
-    so an attention block is never asked to initialise its projections.
-    """
-    layer = nn.Linear(width_in, width_out, bias=bias)
-    layer.init_std = std
-    return layer
 
 
 class VitEmbedAttention(nn.Module):
@@ -173,6 +179,10 @@ class VitEmbedLayer(GradientCheckpointingLayer):
             self.layer_scale1 = nn.Parameter(torch.full((width,), config.layer_scale_init_value))
             self.layer_scale2 = nn.Parameter(torch.full((width,), config.layer_scale_init_value))
 
+    def init_parameters(self, config: VitEmbedConfig | VitEmbedTextConfig) -> None:
+        for scale in (self.layer_scale1, self.layer_scale2):
+            fill(scale, nn.init.constant_, val=config.layer_scale_init_value)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -249,6 +259,11 @@ class EncoderOutput(NamedTuple):
     last: Tokens
     stages: dict[int, Tokens]
     attentions: tuple[torch.Tensor, ...] | None
+
+    @property
+    def hidden_states(self) -> tuple[torch.Tensor, ...]:
+        """The states of the stages, in order."""
+        return tuple(each.states for each in self.stages.values())
 
 
 class VitEmbedEncoder(nn.Module):

@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 
-from .configuration_vit_embed import (
-    VitEmbedConfig,
-    VitEmbedTextConfig,
-)
+from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 
 # Cross-entropy's mark for a row to leave out; Trainer counts the label entries that are not this one.
 IGNORED_LABEL = -100
@@ -218,6 +215,32 @@ def check_pyramid_inputs(patch_embeds: torch.Tensor | None, pixel_mask: torch.Te
                 f"{reader} reads the stem's feature pyramid, which there is for pixel_values of one size only, got "
                 f"{name}; leave {name} out or do not read the pyramid"
             )
+
+
+def check_every_patch(config: VitEmbedConfig, training: bool) -> None:
+    """Raises ValueError where training drops patches that a dense output needs."""
+    if training and config.patch_drop_rate:
+        raise ValueError(
+            f"patch_drop_rate={config.patch_drop_rate} leaves holes in the grid in training; set "
+            "patch_drop_rate=0 for dense outputs"
+        )
+
+
+def check_chunk_options(chunk_size: int, output_attentions: bool, output_hidden_states: bool) -> None:
+    """Raises ValueError for what a batch that is embedded in chunks has not kept."""
+    if output_attentions or output_hidden_states:
+        raise ValueError(
+            f"contrastive_chunk_size={chunk_size} keeps nothing of a batch in training but its embeddings; leave "
+            "output_attentions and output_hidden_states out, or set contrastive_chunk_size=None"
+        )
+
+
+def check_some_input(
+    pixel_values: torch.Tensor | None, patch_embeds: torch.Tensor | None, input_ids: torch.Tensor | None
+) -> None:
+    """Raises ValueError unless a dual encoder is given something to embed."""
+    if pixel_values is None and patch_embeds is None and input_ids is None:
+        raise ValueError("give images (pixel_values or patch_embeds), texts (input_ids), or both; got neither")
 
 
 def check_normalize(normalize: Any) -> None:

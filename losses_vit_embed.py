@@ -23,3 +23,20 @@ def with_stem_loss(
 ) -> torch.Tensor:
     """A head's loss and what the stem adds to it, if anything; `share` is this batch's of the training step."""
     return loss if stem_loss is None else loss + share * stem_loss
+
+
+def step_loss(
+    total: torch.Tensor,
+    count: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+    stem_loss: torch.Tensor | None,
+) -> torch.Tensor:
+    """What a batch adds to the loss of its training step: scalar; 0 where it has nothing to learn from.
+
+    Args:
+        total, count: the sum of the losses of this batch, and of how many items.
+        num_items_in_batch: as in `total_items`.
+        stem_loss: of this batch, or None.
+    """
+    items = total_items(count, num_items_in_batch)
+    return with_stem_loss(total / items, stem_loss, 1.0 if num_items_in_batch is None else count / items)

@@ -9,29 +9,13 @@ import math
 import torch
 from torch import nn
 
-from .configuration_vit_embed import (
-    VitEmbedConfig,
-)
-from .embeddings_vit_embed import (
-    sinusoidal_positions,
-)
-from .encoder_vit_embed import (
-    VitEmbedEncoder,
-    linear,
-)
-from .inputs_vit_embed import (
-    check_masked_patches,
-    is_traced,
-)
-from .losses_vit_embed import (
-    total_items,
-)
-from .tokens_vit_embed import (
-    KeptPatches,
-    Tokens,
-    random_kept,
-    spread,
-)
+from .configuration_vit_embed import VitEmbedConfig
+from .embeddings_vit_embed import sinusoidal_positions
+from .encoder_vit_embed import VitEmbedEncoder
+from .initialisation_vit_embed import fill, linear
+from .inputs_vit_embed import check_masked_patches, is_traced
+from .losses_vit_embed import total_items
+from .tokens_vit_embed import KeptPatches, Tokens, random_kept, spread
 
 
 def seen_patches(
@@ -79,6 +63,9 @@ class VitEmbedPatchDecoder(nn.Module):
         self.encoder = VitEmbedEncoder(config)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.prediction = linear(width, config.num_channels * math.prod(config.patch_shape), width**-0.5 * factor)
+
+    def init_parameters(self, config: VitEmbedConfig) -> None:
+        fill(self.mask_token, nn.init.normal_, std=config.initializer_range * config.initializer_factor)
 
     def forward(self, tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
         """The encoder's normalised tokens (B, P + n, D) -> every patch's values (B, N, C * ph * pw)."""

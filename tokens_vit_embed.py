@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .inputs_vit_embed import (
-    is_traced,
-)
+from .inputs_vit_embed import is_traced
 
 
 class TokenLayout(NamedTuple):

@@ -47,6 +47,10 @@ def model_card(
             f"| output | difference |\n|---|---|\n{rows}"
         ).rstrip()
     files = "\n".join(f"| `{name}` | `{digest}` |" for name, digest in hashes.items())
+    origin = (
+        f'Converted from `{source.name}` by `vit_embed.convert_checkpoint`, layout "{layout.name}", stored in '
+        f"{str(dtype).removeprefix('torch.')}."
+    )
     processor = "AutoProcessor" if has_tokenizer else "AutoImageProcessor"
     config = model.config
     return f"""---
@@ -60,7 +64,7 @@ pipeline_tag: {task}
 
 # {_title(source)} as vit_embed
 
-Converted from `{source.name}` by `vit_embed.convert_checkpoint`, layout "{layout.name}", stored in {str(dtype).removeprefix("torch.")}. {licence}
+{origin} {licence}
 
 | file of the source | SHA-256 |
 |---|---|

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from vit_embed.configuration_vit_embed import HIDDEN_ACTS, NORM_POSITIONS, POOLING_TYPES
 from vit_embed.conversion.convert import MAX_SHARD_SIZE, convert_checkpoint, restore_checkpoint
 from vit_embed.conversion.layouts import LAYOUTS
 from vit_embed.conversion.layouts.layout import ConversionOptions
 from vit_embed.conversion.openai_files import BPE_FILE, OPENAI_MODELS
+from vit_embed.options_vit_embed import HIDDEN_ACTS, NORM_POSITIONS, POOLING_TYPES
 
 logger = logging.getLogger("vit_embed.convert_checkpoint")
 

@@ -224,13 +224,14 @@ def _take_padding(config: VitEmbedTextConfig, pad: int | None) -> None:
 
 def _write_model(folder: Path, converted: Converted, image_processor: dict | None, max_shard_size: str) -> None:
     check_space(folder, converted.weights)
-    if image_processor is not None:
-        (folder / IMAGE_PROCESSOR_FILE).write_text(json.dumps(image_processor, indent=2, sort_keys=True) + "\n")
     converted.model.load_state_dict(converted.weights, assign=True)
     try:
         converted.model.save_pretrained(folder, max_shard_size=max_shard_size)
     except SafetensorError as error:
         raise OSError(f"the weights could not be written to {folder.parent}: {error}") from error
+    # After saving, which would fit it to `image_size`: DINOv2 has positions for 518 pixels and is given images of 224.
+    if image_processor is not None:
+        (folder / IMAGE_PROCESSOR_FILE).write_text(json.dumps(image_processor, indent=2, sort_keys=True) + "\n")
 
 
 def _check_written(folder: Path, weights: StateDict) -> None:

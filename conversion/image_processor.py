@@ -9,6 +9,7 @@ from vit_embed import VitEmbedConfig
 from vit_embed.conversion.layouts.layout import Layout
 from vit_embed.conversion.processor_files import (
     IMAGE_PROCESSOR_FILE,
+    carried_image_processor,
     image_processor_dict,
     image_processor_kind,
 )
@@ -47,7 +48,10 @@ def choose_image_processor(layout: Layout, source: Source, model: VitEmbedPreTra
             "nothing says how the source's images were prepared: the folder's image processor has CLIP's mean, "
             "standard deviation and crop; put a preprocessor_config.json beside the weights, or correct the folder's"
         )
-    return None if found is None else _in_whole_patches(found, config)
+    if found is None:
+        return None
+    own = image_processor_dict(config, model.image_processor_type)
+    return _in_whole_patches(carried_image_processor(found, own, same_image_size=True), config)
 
 
 def _in_whole_patches(image_processor: dict[str, Any], config: VitEmbedConfig) -> dict[str, Any]:

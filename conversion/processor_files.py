@@ -5,13 +5,14 @@ from typing import Any
 from vit_embed import VitEmbedConfig
 
 # The one place where conversion imports these.
-from vit_embed.processor_files_vit_embed import (
+from vit_embed.saving_vit_embed import (
     BICUBIC,
     CLIP_IMAGE_MEAN,
     CLIP_IMAGE_STD,
     IMAGE_PROCESSOR_FILE,
     PROCESSOR_FILE,
     TOKENIZER_FILES,
+    carried_image_processor,
     image_processor_dict,
     image_processor_kind,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "IMAGE_PROCESSOR_FILE",
     "PROCESSOR_FILE",
     "TOKENIZER_FILES",
+    "carried_image_processor",
     "clip_image_processor",
     "image_processor_dict",
     "image_processor_kind",

@@ -12,9 +12,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizerFast
 
-from vit_embed.configuration_vit_embed import CLIP_VOCAB_SIZE, VitEmbedTextConfig
+from vit_embed.configuration_vit_embed import VitEmbedTextConfig
 from vit_embed.conversion.openai_files import BPE_FILE, BPE_MERGES, BPE_SHA256, find_openai_file
 from vit_embed.conversion.processor_files import TOKENIZER_FILES
+from vit_embed.options_vit_embed import CLIP_VOCAB_SIZE
 
 logger = logging.getLogger(__name__)
 

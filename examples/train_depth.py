@@ -46,7 +46,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
 from vit_embed.depth_vit_embed import resize_depth
-from vit_embed.processor_files_vit_embed import write_processor_files
 
 matplotlib.use("Agg")  # a picture file is wanted, so no screen is
 from matplotlib import pyplot  # noqa: E402
@@ -456,7 +455,6 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForDepthEstimation, D
     names = ("image_size", "depth_head_type", "deconv_kernel_size", "depth_loss", "depth_gradient_weight", "max_depth")
     names += ("attn_implementation",)
     overrides = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    source = None
     if arguments.config_name is not None:
         model = VitEmbedForDepthEstimation(VitEmbedConfig.from_pretrained(arguments.config_name, **overrides))
     else:
@@ -470,7 +468,7 @@ def load_model(arguments: ModelArguments) -> tuple[VitEmbedForDepthEstimation, D
             **overrides,
         )
     with tempfile.TemporaryDirectory() as folder:
-        write_processor_files(folder, model.config, model.image_processor_type, False, source, {})
+        model.save_processor(folder)
         return model, DPTImageProcessor.from_pretrained(folder)
 
 

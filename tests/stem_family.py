@@ -21,8 +21,8 @@ from vit_embed import (
     VitEmbedModel,
     VitEmbedModelWithProjection,
 )
-from vit_embed.configuration_vit_embed import GRIDLESS_STEMS, STEM_TYPES, TOKEN_CHOOSING_STEMS
 from vit_embed.embeddings_vit_embed import POSITIONS, VitEmbedEmbeddings
+from vit_embed.options_vit_embed import GRIDLESS_STEMS, STEM_TYPES, TOKEN_CHOOSING_STEMS
 from vit_embed.stems_vit_embed import STEMS
 from vit_embed.tokens_vit_embed import Tokens
 

@@ -10,9 +10,10 @@ from tiny import VISION, clip_model, pixels, randomised, vision_config
 from torch.nn import functional as F
 
 from vit_embed import VitEmbedModel
-from vit_embed.configuration_vit_embed import POSITION_EMBEDDING_TYPES, STEM_NORM_TYPES, STEM_TYPES
 from vit_embed.embeddings_vit_embed import POSITIONS, interpolate_positions, sinusoidal_positions
-from vit_embed.stems_vit_embed import STEM_NORMS, STEMS, patchify, unpatchify
+from vit_embed.options_vit_embed import POSITION_EMBEDDING_TYPES, STEM_NORM_TYPES, STEM_TYPES
+from vit_embed.stem_layers_vit_embed import STEM_NORMS, patchify, unpatchify
+from vit_embed.stems_vit_embed import STEMS
 from vit_embed.tokens_vit_embed import TokenLayout
 
 GRIDS = [(8, 8), (16, 16), (8, 32), (32, 8), (3, 5), (4, 4)]

@@ -9,7 +9,6 @@ from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTPreActResidualLayer
 
 from vit_embed import VitEmbedForDepthEstimation, VitEmbedModel
-from vit_embed.configuration_vit_embed import DEPTH_ACTIVATIONS as DEPTH_ACTIVATION_NAMES
 from vit_embed.depth_vit_embed import (
     DEPTH_ACTIVATIONS,
     DEPTH_HEADS,
@@ -18,6 +17,7 @@ from vit_embed.depth_vit_embed import (
     ResidualConvUnit,
     to_depth,
 )
+from vit_embed.options_vit_embed import DEPTH_ACTIVATIONS as DEPTH_ACTIVATION_NAMES
 
 
 def depth_model(**overrides) -> VitEmbedForDepthEstimation:

@@ -30,10 +30,10 @@ from vit_embed import (
     VitEmbedModel,
     VitEmbedModelWithProjection,
     VitEmbedTextModel,
+    saving_vit_embed,
 )
 from vit_embed.configuration_vit_embed import AUTO_MAP
 from vit_embed.embeddings_vit_embed import interpolate_positions
-from vit_embed.processor_files_vit_embed import write_processor_files
 
 REPO = Path(vit_embed.__file__).parent
 MODEL_CODE = {path.name for path in REPO.glob("*_vit_embed.py")}
@@ -875,16 +875,18 @@ def test_what_openais_repos_leave_to_the_model_type_is_said(tmp_path):
     assert not {path.name for path in (tmp_path / "weights alone").iterdir()} & TOKENIZER_FILES, "none came, none named"
 
 
-def test_a_hub_that_gives_no_image_processor_is_named(tmp_path, monkeypatch, caplog):
+def test_a_hub_that_gives_no_processor_is_named(tmp_path, monkeypatch, caplog):
     """Weights may be in the cache where the processor is not, and the network away."""
 
     def unreachable(*arguments, **options):
         raise OSError("no connection")
 
-    monkeypatch.setattr("vit_embed.processor_files_vit_embed.cached_file", unreachable)
+    monkeypatch.setattr(saving_vit_embed, "snapshot_download", unreachable)
+    model = VitEmbedModel(tiny.vision_config())
     with caplog.at_level(logging.WARNING):
-        write_processor_files(tmp_path, tiny.vision_config(), "CLIPImageProcessor", False, "alice/photos", {})
-    assert f"found no image processor in alice/photos, or could not ask: {tmp_path} gets one with CLIP's" in caplog.text
+        model._processor_folder = saving_vit_embed.processor_folder("alice/photos", {})
+    assert "the processor of alice/photos could not be fetched (no connection)" in caplog.text
+    model.save_processor(tmp_path)
     assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"][0] == 0.48145466
 
 

@@ -20,7 +20,7 @@ from vit_embed import (
     VitEmbedModel,
     VitEmbedModelWithProjection,
 )
-from vit_embed.configuration_vit_embed import STEM_TYPES, TOKEN_CHOOSING_STEMS
+from vit_embed.options_vit_embed import STEM_TYPES, TOKEN_CHOOSING_STEMS
 
 # Two stages of 8 and 16 channels, the second of stride 8, the patch of the tiny models.
 BACKBONE = ResNetConfig(

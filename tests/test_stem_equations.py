@@ -27,7 +27,8 @@ from vit_embed import (
     VitEmbedModel,
     configuration_vit_embed,
 )
-from vit_embed.stems_vit_embed import STEMS, dct_basis, haar_basis
+from vit_embed.stem_layers_vit_embed import dct_basis, haar_basis
+from vit_embed.stems_vit_embed import STEMS
 
 
 def conv_named(state: dict[str, torch.Tensor], kept: str) -> dict[str, torch.Tensor]:

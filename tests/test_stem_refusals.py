@@ -23,26 +23,23 @@ from vit_embed import (
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
     VitEmbedModelWithProjection,
-    configuration_vit_embed,
+    options_vit_embed,
 )
-from vit_embed.configuration_vit_embed import (
-    DEFAULTS,
-    GRIDLESS_STEMS,
-    MEANT_FOR,
-    TOKEN_CHOOSING_STEMS,
-)
+from vit_embed.options_vit_embed import GRIDLESS_STEMS, OPTIONS, TOKEN_CHOOSING_STEMS
+
+APPLIES = {option.name: option for option in OPTIONS if option.applies_when is not None}
 
 
 def choices_of(field: str) -> tuple:
-    """The constant of the config's module that lists the values of a field: NORM_TYPES, CONTRASTIVE_LOSSES."""
+    """The constant of the options' module that lists the values of a field: NORM_TYPES, CONTRASTIVE_LOSSES."""
     plural = f"{field}es" if field.endswith("s") else f"{field}s"
-    return getattr(configuration_vit_embed, plural.upper())
+    return getattr(options_vit_embed, plural.upper())
 
 
 def other_than_default(field: str):
     """A value of a field that is in range and not its default: read off the default, or off the field's constant."""
     needed = {name: value for fields in NEEDED.values() for name, value in fields.items()}
-    default = DEFAULTS[field]
+    default = APPLIES[field].default
     if field in needed or default is None:
         return needed.get(field, 8)
     if isinstance(default, bool):
@@ -58,9 +55,9 @@ def fields_for(name: str, value: str) -> dict:
     return {**ALL_HEADS, name: value, **(needed.get(value, {}) if name == "stem_type" else {})}
 
 
-@pytest.mark.parametrize("field", MEANT_FOR)
+@pytest.mark.parametrize("field", APPLIES)
 def test_a_field_is_refused_where_it_has_no_meaning(field):
-    other, meant = MEANT_FOR[field]
+    other, meant = APPLIES[field].applies_when
     value = other_than_default(field)
     for choice in choices_of(other):
         fields = {**fields_for(other, choice), field: value}

@@ -36,14 +36,9 @@ from vit_embed import (
     VitEmbedForImageClassification,
     VitEmbedModel,
 )
-from vit_embed.configuration_vit_embed import (
-    GRIDLESS_STEMS,
-    POSITION_EMBEDDING_TYPES,
-    STEM_TYPES,
-    TOKEN_CHOOSING_STEMS,
-)
 from vit_embed.embeddings_vit_embed import POSITIONS
 from vit_embed.encoder_vit_embed import VitEmbedLayer
+from vit_embed.options_vit_embed import GRIDLESS_STEMS, POSITION_EMBEDDING_TYPES, STEM_TYPES, TOKEN_CHOOSING_STEMS
 from vit_embed.stems_vit_embed import STEMS
 
 EVERY_PAIR = pytest.mark.parametrize(("stem", "head"), PAIRS)

@@ -24,7 +24,7 @@ from tiny import (
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig, VitEmbedTextModel, encoder_vit_embed
-from vit_embed.configuration_vit_embed import TEXT_POOLING_TYPES
+from vit_embed.options_vit_embed import TEXT_POOLING_TYPES
 from vit_embed.pooling_vit_embed import POOLED_TOKEN
 
 PAD = 7

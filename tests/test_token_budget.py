@@ -23,7 +23,7 @@ from vit_embed import (
     VitEmbedModel,
     VitEmbedModelWithProjection,
 )
-from vit_embed.configuration_vit_embed import GRIDLESS_STEMS, STEM_TYPES
+from vit_embed.options_vit_embed import GRIDLESS_STEMS, STEM_TYPES
 from vit_embed.stems_vit_embed import AdaptiveStem
 from vit_embed.tokens_vit_embed import TokenLayout, match_tokens, mean_of_patches, merge_tokens, spread
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import DPTImageProcessor, EvalPrediction, pipeline
 
-from vit_embed.processor_files_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
+from vit_embed.saving_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
 
 REPO = Path(__file__).parent.parent
 sys.path.insert(0, str(REPO / "examples"))

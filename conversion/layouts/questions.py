@@ -22,13 +22,13 @@ logger = logging.getLogger(__name__)
 
 # What an option stands for, in messages.
 MEANING = {
-    "hidden_act": "the activation",
-    "num_attention_heads": "the number of attention heads",
-    "text_num_attention_heads": "the number of attention heads of the text tower",
-    "layer_norm_eps": "what norms add to the variance",
-    "norm_position": "where layers normalise",
-    "pooling_type": "how tokens are pooled",
-    "image_size": "the image size",
+    "hidden_act": "activation",
+    "num_attention_heads": "number of attention heads",
+    "text_num_attention_heads": "number of attention heads of the text tower",
+    "layer_norm_eps": "epsilon of the norms",
+    "norm_position": "position of the norms",
+    "pooling_type": "pooling",
+    "image_size": "image size",
 }
 
 
@@ -55,18 +55,16 @@ def resolve(
     given = getattr(options, name)
     if given is not None:
         if from_source is not None and given != from_source:
-            logger.warning(
-                "the source has %s for %s; converting with %s, as --%s says", from_source, MEANING[name], given, name
-            )
+            logger.warning("--%s %s overrides the source's %s, %s", name, given, MEANING[name], from_source)
         return given
     if from_source is not None:
         return from_source
     if default is None:
         raise ValueError(
-            f"{MEANING[name]} is not stored in weights, and nothing beside these says it; give --{name}"
+            f"the {MEANING[name]} is not stored in the weights, and no config beside them states it; give --{name}"
             + (f" {hint}" if hint else "")
         )
-    logger.warning("nothing says %s; converting with %s, %s; --%s takes another", MEANING[name], default, origin, name)
+    logger.warning("no %s is stated; using %s, %s; --%s changes it", MEANING[name], default, origin, name)
     return default
 
 

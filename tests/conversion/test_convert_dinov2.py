@@ -118,7 +118,7 @@ def test_a_rectangle_that_transformers_cannot_run_is_converted_without_a_compari
 def test_a_rectangle_that_transformers_takes_for_a_square_is_asked_about(tmp_path):
     model = stock(image_size=[28, 112])
     state_dict, config = saved(model, tmp_path)
-    with pytest.raises(ValueError, match=r"16 positions as 4 x 4 of them; say --image_size 56 56"):
+    with pytest.raises(ValueError, match=r"16 positions as 4 x 4 of them; give --image_size 56 56"):
         CONVERT(state_dict, config, ConversionOptions())
     ours = built(*CONVERT(state_dict, config, ConversionOptions(image_size=(56, 56))))
     assert_same_states(ours, model, tiny.pixels(1, 28, 112))
@@ -206,9 +206,7 @@ def test_metas_published_widths_need_not_be_told(width, heads):
 
 
 def test_other_widths_must_be_told_their_heads(caplog):
-    with pytest.raises(
-        ValueError, match="say it with --num_attention_heads .none of Meta's published models has width 512"
-    ):
+    with pytest.raises(ValueError, match="give --num_attention_heads .none of Meta's published models has width 512"):
         CONVERT(published(512), {}, ConversionOptions())
     caplog.set_level(logging.WARNING)
     told = ConversionOptions(num_attention_heads=4, hidden_act="relu", layer_norm_eps=1e-5)
@@ -320,7 +318,7 @@ def test_a_config_that_does_not_fit_is_refused(changes, message, source):
 @pytest.mark.parametrize("missing", TOLD)
 def test_a_bare_file_of_transformers_must_be_told(missing, source):
     told = {name: value for name, value in TOLD.items() if name != missing}
-    with pytest.raises(ValueError, match=f"say it with --{missing}"):
+    with pytest.raises(ValueError, match=f"give --{missing}"):
         CONVERT(source[1], {}, ConversionOptions(**told))
 
 

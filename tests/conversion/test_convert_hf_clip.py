@@ -288,7 +288,7 @@ def test_another_activation_may_be_told(tmp_path, caplog):
     assert max(differences.values()) < 1e-5
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
     assert config["hidden_act"] == config["text_config"]["hidden_act"] == "relu"
-    assert "the source says gelu for the activation; converting with relu as told" in caplog.text
+    assert "--hidden_act relu overrides the source's activation, gelu" in caplog.text
     with pytest.raises(ValueError, match="does not read --num_attention_heads"):
         convert_checkpoint(tmp_path / "source", tmp_path / "other", ConversionOptions(num_attention_heads=2))
 

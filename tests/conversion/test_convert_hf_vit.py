@@ -282,7 +282,7 @@ def test_a_config_that_does_not_fit_is_refused(changes, message, vit):
 @pytest.mark.parametrize("missing", TOLD)
 def test_a_bare_file_must_be_told(missing, vit):
     told = {name: value for name, value in TOLD.items() if name != missing}
-    with pytest.raises(ValueError, match=f"say it with --{missing}"):
+    with pytest.raises(ValueError, match=f"give --{missing}"):
         CONVERT(vit[0], {}, ConversionOptions(**told))
 
 
@@ -301,7 +301,7 @@ def test_a_bare_file_that_is_told_gives_the_same(name, tmp_path):
 
 def test_a_rectangle_is_told_its_size(tmp_path):
     state_dict, config = saved(MODELS["ViTModel"](image_size=[32, 48], patch_size=[8, 16]), tmp_path)
-    with pytest.raises(ValueError, match="12 patches, which is no square grid; say its pixels with --image_size"):
+    with pytest.raises(ValueError, match="12 patches, which is no square grid; give its pixels with --image_size"):
         CONVERT(state_dict, {}, ConversionOptions(**TOLD))
     told = CONVERT(state_dict, {}, ConversionOptions(**TOLD, image_size=(32, 48)))[0]
     stated = CONVERT(state_dict, config, ConversionOptions())[0]
@@ -311,7 +311,7 @@ def test_a_rectangle_is_told_its_size(tmp_path):
 def test_what_is_told_wins_with_a_warning(vit, caplog):
     caplog.set_level(logging.WARNING)
     config = CONVERT(*vit, ConversionOptions(num_attention_heads=8))[0]
-    assert config.num_attention_heads == 8 and "says 4 for the number of heads" in caplog.text
+    assert config.num_attention_heads == 8 and "--num_attention_heads 8 overrides the source's" in caplog.text
 
 
 def test_detection(vit, tmp_path):

@@ -1,6 +1,5 @@
 """open_clip's CLIP, CustomTextCLIP and SigLIP: the same numbers, what must be told, and what cannot be expressed."""
 
-import copy
 import dataclasses
 import json
 
@@ -13,12 +12,14 @@ from conversions import CLOSE, converter
 from conversions import built as ours_of
 from open_clip_reference import (
     MODEL_CFG,
+    MODEL_CFGS,
     SIGLIP_CFG,
     SQUASH,
     built,
     changed,
     open_clip_code,
     small_siglip,
+    source,
     write_folder,
 )
 from PIL import Image
@@ -27,7 +28,8 @@ from transformers import AutoImageProcessor, AutoModel
 from vit_embed import VitEmbedConfig
 from vit_embed.conversion.compare import sample_inputs
 from vit_embed.conversion.layouts.layout import ConversionOptions
-from vit_embed.conversion.layouts.open_clip import image_processor, model_cfg, siglip_names
+from vit_embed.conversion.layouts.open_clip import model_cfg, siglip_names
+from vit_embed.conversion.layouts.open_clip.image_processor import image_processor
 from vit_embed.conversion.layouts.timm.names import find_architecture
 from vit_embed.conversion.processor_files import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD
 from vit_embed.convert_checkpoint import convert_checkpoint, main
@@ -49,35 +51,11 @@ VISION_DEFAULTS, TEXT_DEFAULTS = (
         ("TEXT_DEFAULTS", "TEXT_NEEDED", "TEXT_SHOWN"),
     )
 )
-TANH = {"act_kwargs": {"approximate": "tanh"}}
-MODEL_CFGS = {
-    "clip": MODEL_CFG,
-    "quickgelu": changed(MODEL_CFG, quick_gelu=True),
-    "clipa": changed(
-        MODEL_CFG,
-        {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
-        {"pool_type": "last", "no_causal_mask": True},
-    ),
-    "norm before the mean": changed(MODEL_CFG, {"pool_type": "avg", "norm_kwargs": {"eps": 1e-3}, **TANH}),
-    "layer scale": changed(MODEL_CFG, {"ls_init_value": 1e-4, "mlp_ratio": 2.3}, {"proj_bias": True, **TANH}),
-    "custom text": changed(MODEL_CFG, custom_text=True, nonscalar_logit_scale=True, init_logit_bias=-10),
-    "end of text": changed(MODEL_CFG, None, {"pool_type": "eos", "eos_id": 7, "hf_tokenizer_name": "words"}),
-    "largest id": changed(MODEL_CFG, None, {"hf_tokenizer_name": "words", "norm_kwargs": {"eps": 1e-3}}),
-    "first token": changed(MODEL_CFG, None, {"pool_type": "first", "no_causal_mask": True}),
-    "rectangle": changed(MODEL_CFG, {"image_size": [32, 48], "pos_embed_type": "learnable"}),
-    "siglip": SIGLIP_CFG,
-    "siglip2": changed(SIGLIP_CFG, {"timm_model_name": "vit_base_patch32_siglip_256", "image_size": 256}, TANH),
-}
 
 
 @pytest.fixture(autouse=True)
 def _small_siglip(monkeypatch):
     small_siglip(monkeypatch)
-
-
-def source(model_cfg=MODEL_CFG):
-    """A model of open_clip: its weights and its config."""
-    return built(model_cfg).state_dict(), {"model_cfg": copy.deepcopy(model_cfg)}
 
 
 def relative(ours, theirs):
@@ -173,7 +151,9 @@ def test_files_of_other_times(tmp_path):
 def test_a_file_alone_must_be_told_all_and_may_be_openais(tmp_path, caplog):
     state_dict, _ = source()
     torch.save(state_dict, tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="several layouts, say which it is: --layout openai, .*--layout open_clip"):
+    with pytest.raises(
+        ValueError, match="several layouts, give the one that it is: --layout openai, .*--layout open_clip"
+    ):
         convert_checkpoint(tmp_path / "clip.pt", tmp_path / "folder", ConversionOptions(**TOLD))
     for missing in TOLD:
         told = ConversionOptions(**{name: value for name, value in TOLD.items() if name != missing})
@@ -203,7 +183,7 @@ def test_what_the_user_tells_wins(tmp_path, caplog):
     config = VitEmbedConfig.from_pretrained(tmp_path / "folder")
     assert (config.hidden_act, config.num_attention_heads) == ("quick_gelu", 2)
     assert (config.text_config.hidden_act, config.text_config.num_attention_heads) == ("quick_gelu", 6)
-    assert "the source says gelu for the activation; converting with quick_gelu as told" in caplog.text
+    assert "--hidden_act quick_gelu overrides the source's activation, gelu" in caplog.text
 
 
 def test_defaults_and_names_are_the_packages():
@@ -291,10 +271,8 @@ def test_pixels_are_those_of_open_clips_transform(preprocess_cfg, crops, resampl
 def test_transforms_without_a_stock_processor_squeeze_and_say_so(caplog):
     config, _ = CONVERT(*source(), ConversionOptions())
     stated = {"model_cfg": MODEL_CFG, "preprocess_cfg": {"resize_mode": "longest"}}
-    processor = image_processor.image_processor(stated, config)
+    processor = image_processor(stated, config)
     assert processor["size"] == {"height": 32, "width": 32} and not processor["do_center_crop"]
     assert "resize_mode='longest'" in caplog.text
     with pytest.raises(ValueError, match="got 'nearest' and 'longest'"):
-        image_processor.image_processor(
-            {**stated, "preprocess_cfg": {"interpolation": "nearest", "resize_mode": "longest"}}, config
-        )
+        image_processor({**stated, "preprocess_cfg": {"interpolation": "nearest", "resize_mode": "longest"}}, config)

@@ -12,6 +12,7 @@ from timm_reference import (
     CLS,
     SIZES,
     TOLD,
+    VARIANTS,
     assert_close,
     assert_equal,
     convert,
@@ -30,34 +31,6 @@ from vit_embed import VitEmbedConfig, VitEmbedForImageClassification, VitEmbedMo
 from vit_embed.conversion.layouts.layout import ConversionOptions
 from vit_embed.conversion.layouts.timm.names import FOREIGN_NAMES, find_architecture
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
-
-# What a VisionTransformer is made with, and what else its bare file has to be told.
-VARIANTS = {
-    "class token": ({}, {"pooling_type": "cls"}),
-    "norm behind the mean": ({"global_pool": "avg"}, {}),
-    "norm before the mean": ({"global_pool": "avg", "fc_norm": False}, {"pooling_type": "mean"}),
-    "norm behind the class token": ({"fc_norm": True}, {"pooling_type": "cls"}),
-    "no class token": ({"class_token": False, "global_pool": "avg", "fc_norm": False}, {}),
-    "no head": ({"num_classes": 0}, {"pooling_type": "cls"}),
-    "no final norm": ({"final_norm": False}, {"pooling_type": "cls"}),
-    "no qkv bias": ({"qkv_bias": False}, {"pooling_type": "cls"}),
-    "no positions": ({"pos_embed": "none"}, {"pooling_type": "cls", "image_size": (32, 32)}),
-    "layer scale": ({"init_values": 0.1}, {"pooling_type": "cls"}),
-    "norm before the layers": ({"pre_norm": True}, {"pooling_type": "cls"}),
-    "patch positions only": ({"no_embed_class": True}, {"pooling_type": "cls", "image_size": (32, 32)}),
-    "registers without positions": (
-        {"reg_tokens": 3, "no_embed_class": True},
-        {"pooling_type": "cls", "image_size": (32, 32)},
-    ),
-    "registers with positions": ({"reg_tokens": 2}, {"pooling_type": "cls"}),
-    "registers alone": ({"reg_tokens": 2, "class_token": False, "global_pool": "avg"}, {}),
-    "attention pooling": ({"class_token": False, "global_pool": "map", "mlp_ratio": 3}, {}),
-    "rectangle": ({"img_size": (32, 48), "patch_size": (8, 16)}, {"pooling_type": "cls", "image_size": (32, 48)}),
-    # 44 * (30 / 44) is below 30 in floating point.
-    "one channel, odd widths": ({"in_chans": 1, "embed_dim": 44, "mlp_ratio": 30.5 / 44}, {"pooling_type": "cls"}),
-    "any size": ({"dynamic_img_size": True}, {"pooling_type": "cls"}),
-}
-
 
 # Equal
 

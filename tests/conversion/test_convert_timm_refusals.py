@@ -46,7 +46,7 @@ def test_what_a_bare_file_does_not_say_is_asked_for(field, flag):
 
 def test_a_name_says_nothing_of_another_width_and_an_unknown_name_nothing_at_all():
     model = of_timm()
-    with pytest.raises(ValueError, match="heads of an architecture vit_base_patch16_224 that is 32 wide.*--num_att"):
+    with pytest.raises(ValueError, match="nothing is known of vit_base_patch16_224 with a width of 32"):
         convert(model, {"architecture": "vit_base_patch16_224"})
     with pytest.raises(ValueError, match="--num_attention_heads"):
         convert(model, {"architecture": "vit_base_patch16_new_224"}, hidden_act="gelu", pooling_type="cls")
@@ -153,7 +153,7 @@ def test_pixels_that_make_no_patch_are_left_out_and_another_size_is_warned_of(ca
         ({"norm_layer": "rmsnorm"}, "no bias.*norm_layer"),
         ({"proj_bias": False}, "not in the source: .*out_proj.bias"),
         ({"reg_tokens": 2, "class_token": False, "global_pool": "map"}, "nothing says.*2 prefix tokens"),
-        ({"class_token": False, "global_pool": "map", "fc_norm": True}, "fc_norm behind attention pooling"),
+        ({"class_token": False, "global_pool": "map", "fc_norm": True}, "fc_norm after attention pooling"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused_by_name(arguments, message):
@@ -169,7 +169,7 @@ NAME = "vit_base_patch16_224"
 @pytest.mark.parametrize(
     "source_config, message",
     [
-        ({"architecture": "vit_base_patch16_rpn_224"}, "norms behind each branch"),
+        ({"architecture": "vit_base_patch16_rpn_224"}, "norms after each branch"),
         ({"architecture": "vit_base_patch16_rope_224"}, "rotary positions"),
         ({"architecture": NAME, "global_pool": "avgmax"}, "global_pool='avgmax'"),
         ({"architecture": NAME, "model_args": {"act_layer": "mish"}}, "act_layer='mish'"),

@@ -29,6 +29,7 @@ from torch_encoder_reference import (
 from transformers import AutoModel, AutoModelForDepthEstimation, AutoModelForImageClassification
 from transformers.activations import ACT2FN
 
+import vit_embed
 from vit_embed import VitEmbedModel
 from vit_embed.conversion.layouts import LAYOUTS, detect_layout
 from vit_embed.conversion.reading import read_checkpoint
@@ -196,8 +197,8 @@ def test_eps_is_torchs_default_but_for_an_rms_norm(caplog):
     assert from_torch(small(MiniViT).state_dict(), told)[0].layer_norm_eps == 1e-5
     assert not caplog.text
     assert from_torch(small(MiniViT).state_dict(), replace(POST, layer_norm_eps=None))[0].layer_norm_eps == 1e-5
-    assert "torch's default, 1e-05" in caplog.text and "--layer_norm_eps" in caplog.text
-    with pytest.raises(ValueError, match="final RMSNorm.*--layer_norm_eps.*two different ones cannot be expressed"):
+    assert "using 1e-05, torch's default; --layer_norm_eps" in caplog.text and "--layer_norm_eps" in caplog.text
+    with pytest.raises(ValueError, match="an RMSNorm.*--layer_norm_eps.*two different ones cannot be expressed"):
         from_torch(small(ViTTiny).state_dict(), replace(PRE, layer_norm_eps=None))
 
 
@@ -277,7 +278,7 @@ def test_an_average_beside_a_class_token_is_warned_of_as_such(caplog):
     state_dict = renamed(small(MiniViT).state_dict(), {"norm": "encoder.norm"})
     config, _ = from_torch(state_dict, replace(POST, pooling_type="mean"))
     assert config.pooling_type == "mean"
-    assert "the source says cls for how tokens are pooled; converting with mean as told" in caplog.text
+    assert "--pooling_type mean overrides the source's pooling, cls" in caplog.text
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -286,9 +287,9 @@ def test_patches_that_are_averaged(before, tmp_path):
     source, pixel_values = small(MiniViT), tiny.pixels()
     mean = replace(POST, pooling_type="mean")
     state_dict = without_class_token(source)
-    with pytest.raises(ValueError, match="without a class token are pooled.*--pooling_type mean"):
+    with pytest.raises(ValueError, match="--pooling_type mean, as there is no class token"):
         from_torch(state_dict, POST)
-    with pytest.raises(ValueError, match="whether norm is before the average of the patches or behind"):
+    with pytest.raises(ValueError, match="whether norm is before the average of the patches or after"):
         from_torch(state_dict, mean)
     names = {"norm": "encoder.norm"} if before else {"norm": "head.0", "head": "head.1"}
     state_dict = renamed(state_dict, names)

@@ -11,7 +11,7 @@ import transformers
 from conversions import CLOSE
 from fresh_process import run_fresh
 from safetensors.torch import load_file
-from test_convert_hf_clip import MODELS, stock, trunk_names
+from sources import HF_CLIP_CONFIGS, hf_clip
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -24,12 +24,20 @@ from transformers import (
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedForImageClassification, VitEmbedModel
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
 
-RESTORED = [name for name in MODELS if "Classification" not in name]
+
+def with_trunk_prefix(state_dict):
+    """The same weights, those of an image tower alone below "vision_model." as transformers 4 saves them."""
+    if "embeddings.patch_embedding.weight" not in state_dict:
+        return state_dict
+    return {f"vision_model.{name}": tensor for name, tensor in state_dict.items()}
+
+
+RESTORED = [name for name in HF_CLIP_CONFIGS if "Classification" not in name]
 
 
 def round_trip(name, tmp_path):
     """A stock model, its folder, and the folder that comes back from ours."""
-    model = stock(name)
+    model = hf_clip(name)
     model.save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "ours")
     restored = restore_checkpoint(tmp_path / "ours", "hf_clip", output_dir=tmp_path / "back")
@@ -43,7 +51,7 @@ def round_trip(name, tmp_path):
 @torch.no_grad()
 def test_there_and_back_is_the_same(name, tmp_path):
     model, restored = round_trip(name, tmp_path)
-    before = trunk_names(load_file(tmp_path / "source" / "model.safetensors"))
+    before = with_trunk_prefix(load_file(tmp_path / "source" / "model.safetensors"))
     after = load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
@@ -113,7 +121,7 @@ def test_what_transformers_cannot_express_is_refused(model_class, fields, messag
 
 
 def test_shards_in_and_out(tmp_path):
-    stock("SiglipModel").save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    hf_clip("SiglipModel").save_pretrained(tmp_path / "source", max_shard_size="20KB")
     index = "model.safetensors.index.json"
     assert (tmp_path / "source" / index).is_file() and len(list((tmp_path / "source").glob("*.safetensors"))) > 2
     differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder", max_shard_size="30KB")
@@ -129,7 +137,7 @@ def test_shards_in_and_out(tmp_path):
 
 
 def test_a_repository_with_both_forms_is_read_as_one_of_them(tmp_path):
-    stock("CLIPModel").save_pretrained(tmp_path / "source")
+    hf_clip("CLIPModel").save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 1}}))
     (tmp_path / "source" / "open_clip_model.safetensors").write_bytes(b"not read")
     assert max(convert_checkpoint(tmp_path / "source", tmp_path / "folder").values()) < 1e-5
@@ -141,7 +149,7 @@ def test_a_repository_with_both_forms_is_read_as_one_of_them(tmp_path):
 @pytest.mark.parametrize("in_processor_file", [False, True])
 @pytest.mark.parametrize("stock_class", [SiglipImageProcessor, CLIPImageProcessor])
 def test_pixels_equal_those_of_the_sources_processor(stock_class, in_processor_file, tmp_path):
-    stock("SiglipModel").save_pretrained(tmp_path / "source")
+    hf_clip("SiglipModel").save_pretrained(tmp_path / "source")
     sizes = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 40}}
     theirs = stock_class(**(sizes if stock_class is CLIPImageProcessor else {"size": {"height": 32, "width": 32}}))
     theirs.save_pretrained(tmp_path / "source")
@@ -180,7 +188,7 @@ def read_texts(folder, texts, pixel_values):
 @pytest.mark.parametrize("pad_token, pad_token_id", [("<pad>", 0), ("</s>", 1)])
 @torch.no_grad()
 def test_siglips_tokenizer_travels_along_and_says_the_padding(pad_token, pad_token_id, tmp_path, caplog):
-    model = stock("SiglipModel")  # its config says 1
+    model = hf_clip("SiglipModel")  # its config says 1
     model.save_pretrained(tmp_path / "source")
     tiny_tokenizer.write_sentencepiece_tokenizer(tmp_path / "source", pad_token)
     convert_checkpoint(tmp_path / "source", tmp_path / "folder")
@@ -203,7 +211,7 @@ def test_siglips_tokenizer_travels_along_and_says_the_padding(pad_token, pad_tok
 
 
 def test_clips_tokenizer_travels_along(tmp_path):
-    stock("CLIPModel").save_pretrained(tmp_path / "source")
+    hf_clip("CLIPModel").save_pretrained(tmp_path / "source")
     tiny_tokenizer.write_tokenizer(tmp_path / "source")
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "folder")
@@ -215,7 +223,7 @@ def test_clips_tokenizer_travels_along(tmp_path):
 
 
 def test_a_sentencepiece_model_alone_is_copied(tmp_path, caplog):
-    stock("SiglipModel").save_pretrained(tmp_path / "source")
+    hf_clip("SiglipModel").save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "spiece.model").write_bytes(b"a model of sentencepiece")
     settings = {
         "tokenizer_class": "SiglipTokenizer",

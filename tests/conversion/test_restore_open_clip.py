@@ -9,15 +9,16 @@ import torch
 from conversions import CLOSE, converter
 from open_clip_reference import (
     MODEL_CFG,
+    MODEL_CFGS,
     SQUASH,
     built,
     changed,
     open_clip_code,
     small_siglip,
+    source,
     write_folder,
 )
 from safetensors.torch import load_file
-from test_convert_open_clip import MODEL_CFGS, source
 from transformers import SiglipConfig, SiglipModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedModel

@@ -94,3 +94,29 @@ def write_folder(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: dict |
     stated = {"model_cfg": model_cfg, "preprocess_cfg": SQUASH if preprocess_cfg is None else preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(stated))
     return model
+
+
+def source(model_cfg=MODEL_CFG):
+    """A model of open_clip: its weights and its config."""
+    return built(model_cfg).state_dict(), {"model_cfg": copy.deepcopy(model_cfg)}
+
+
+TANH = {"act_kwargs": {"approximate": "tanh"}}
+MODEL_CFGS = {
+    "clip": MODEL_CFG,
+    "quickgelu": changed(MODEL_CFG, quick_gelu=True),
+    "clipa": changed(
+        MODEL_CFG,
+        {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
+        {"pool_type": "last", "no_causal_mask": True},
+    ),
+    "norm before the mean": changed(MODEL_CFG, {"pool_type": "avg", "norm_kwargs": {"eps": 1e-3}, **TANH}),
+    "layer scale": changed(MODEL_CFG, {"ls_init_value": 1e-4, "mlp_ratio": 2.3}, {"proj_bias": True, **TANH}),
+    "custom text": changed(MODEL_CFG, custom_text=True, nonscalar_logit_scale=True, init_logit_bias=-10),
+    "end of text": changed(MODEL_CFG, None, {"pool_type": "eos", "eos_id": 7, "hf_tokenizer_name": "words"}),
+    "largest id": changed(MODEL_CFG, None, {"hf_tokenizer_name": "words", "norm_kwargs": {"eps": 1e-3}}),
+    "first token": changed(MODEL_CFG, None, {"pool_type": "first", "no_causal_mask": True}),
+    "rectangle": changed(MODEL_CFG, {"image_size": [32, 48], "pos_embed_type": "learnable"}),
+    "siglip": SIGLIP_CFG,
+    "siglip2": changed(SIGLIP_CFG, {"timm_model_name": "vit_base_patch32_siglip_256", "image_size": 256}, TANH),
+}

@@ -200,7 +200,7 @@ TIMM = [
         lambda model: [model.blocks],
         _run_timm,
         "VitEmbedModel" if arguments.get("num_classes") == 0 else timm_reference.CLASSIFIER,
-        options={**timm_reference.OPTIONS, **options},
+        options={**timm_reference.TOLD, **options},
         free=("pos_embed",) if "image_size" in options else (),
         one_way=FOLDED if name in ("registers with positions", "registers alone") else (),
     )
@@ -347,9 +347,7 @@ HF_VIT_MODELS = {
 }
 DINOV2_MODELS = {
     "Dinov2Model": dinov2,
-    "Dinov2WithRegistersModel": partial(
-        dinov2, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **REGISTERS
-    ),
+    "Dinov2WithRegistersModel": partial(dinov2, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **REGISTERS),
 }
 
 

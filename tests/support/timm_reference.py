@@ -18,6 +18,43 @@ SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_head
 TOLD = {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
 CLS = {**TOLD, "pooling_type": "cls"}
 
+# What a VisionTransformer is made with, and what options its bare file needs besides TOLD.
+VARIANTS = {
+    "class token": ({}, {"pooling_type": "cls"}),
+    "norm after the mean": ({"global_pool": "avg"}, {}),
+    "norm before the mean": ({"global_pool": "avg", "fc_norm": False}, {"pooling_type": "mean"}),
+    "norm after the class token": ({"fc_norm": True}, {"pooling_type": "cls"}),
+    "no class token": ({"class_token": False, "global_pool": "avg", "fc_norm": False}, {}),
+    "no head": ({"num_classes": 0}, {"pooling_type": "cls"}),
+    "no final norm": ({"final_norm": False}, {"pooling_type": "cls"}),
+    "no qkv bias": ({"qkv_bias": False}, {"pooling_type": "cls"}),
+    "no positions": ({"pos_embed": "none"}, {"pooling_type": "cls", "image_size": (32, 32)}),
+    "layer scale": ({"init_values": 0.1}, {"pooling_type": "cls"}),
+    "norm before the layers": ({"pre_norm": True}, {"pooling_type": "cls"}),
+    "patch positions only": ({"no_embed_class": True}, {"pooling_type": "cls", "image_size": (32, 32)}),
+    "registers without positions": (
+        {"reg_tokens": 3, "no_embed_class": True},
+        {"pooling_type": "cls", "image_size": (32, 32)},
+    ),
+    "registers with positions": ({"reg_tokens": 2}, {"pooling_type": "cls"}),
+    "registers alone": ({"reg_tokens": 2, "class_token": False, "global_pool": "avg"}, {}),
+    "attention pooling": ({"class_token": False, "global_pool": "map", "mlp_ratio": 3}, {}),
+    "rectangle": ({"img_size": (32, 48), "patch_size": (8, 16)}, {"pooling_type": "cls", "image_size": (32, 48)}),
+    # 44 * (30 / 44) is below 30 in floating point.
+    "one channel, odd widths": ({"in_chans": 1, "embed_dim": 44, "mlp_ratio": 30.5 / 44}, {"pooling_type": "cls"}),
+    "any size": ({"dynamic_img_size": True}, {"pooling_type": "cls"}),
+}
+# Registered architectures, as `registered` makes them small.
+FOLDERS = {
+    "vit_base_patch16_224": {},
+    "vit_base_patch16_reg4_gap_256": {},
+    "vit_base_patch16_siglip_256": {"num_classes": 0},
+    "vit_small_patch14_reg4_dinov2": {"num_classes": 0, "img_size": (32, 64)},
+    "vit_base_patch32_clip_quickgelu_224": {},
+    "test_vit3": {},
+    "test_vit4": {},
+}
+
 # Two orders of float32 operations, in units of the largest value; measured at most 2e-6 over three layers and 6e-6 over
 # the twelve of a full size.
 CLOSE = {"rtol": 0, "atol": 1e-5}

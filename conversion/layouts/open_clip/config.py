@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_embed import VitEmbedConfig, VitEmbedTextConfig
-from vit_embed.configuration_vit_embed import CLIP_VOCAB_SIZE, LEGACY_EOS_TOKEN_ID
+from vit_embed.configuration_vit_embed import LEGACY_EOS_TOKEN_ID
 from vit_embed.conversion.layouts import hf_siglip
 from vit_embed.conversion.layouts.layout import ConversionOptions, StateDict
 from vit_embed.conversion.layouts.open_clip.form import Form
@@ -18,6 +18,7 @@ from vit_embed.conversion.layouts.open_clip.model_cfg import (
 )
 from vit_embed.conversion.layouts.questions import count_layers, resolve, table_image_size
 from vit_embed.conversion.layouts.timm.names import find_architecture
+from vit_embed.options_vit_embed import CLIP_VOCAB_SIZE
 
 # Layer scale starts from it where nothing says; nothing else reads it.
 LAYER_SCALE_INIT = 1e-4

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vit_embed import VitEmbedConfig, VitEmbedTextConfig
-from vit_embed.configuration_vit_embed import CLIP_VOCAB_SIZE, LEGACY_EOS_TOKEN_ID
+from vit_embed.configuration_vit_embed import LEGACY_EOS_TOKEN_ID
 from vit_embed.conversion.layouts import hf_siglip
 from vit_embed.conversion.layouts.open_clip import siglip_names
 from vit_embed.conversion.layouts.open_clip.form import Form
 from vit_embed.conversion.layouts.open_clip.model_cfg import DEFAULT_EPS
 from vit_embed.conversion.layouts.questions import layer_norm_at_end, require
 from vit_embed.conversion.layouts.timm.config_file import mlp_ratio
+from vit_embed.options_vit_embed import CLIP_VOCAB_SIZE
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 VIT_ARCHITECTURE = {
