@@ -34,6 +34,6 @@ class VitEmbedZeroShotPipeline(ZeroShotImageClassificationPipeline):
 
 
 def custom_pipelines() -> dict[str, dict[str, Any]]:
-    """What the config of such a model says of its pipeline. A new dict: `pipeline` writes into the one that it reads."""
+    """The config's entry for `pipeline`, which writes into what it reads: a new dict each time."""
     pipeline = f"{__name__.rpartition('.')[2]}.{VitEmbedZeroShotPipeline.__name__}"
     return {TASK: {"impl": pipeline, "pt": ["AutoModelForZeroShotImageClassification"], "type": "multimodal"}}

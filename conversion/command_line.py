@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--pooling_type", choices=POOLING_TYPES, help="how the image tower's tokens become one vector")
     group.add_argument("--image_size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="where it is no square")
     group.add_argument("--max_position_embeddings", type=int, help="tokens of a text; resamples the text positions")
+    group.add_argument("--weights_key", help="state dict of a training checkpoint, as state_dict or state_dict_ema")
     group.add_argument("--trunk_only", action="store_true", help="leave out heads, projections and the text tower")
     return parser
 

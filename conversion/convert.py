@@ -15,7 +15,7 @@ from vit_embed.contrastive_vit_embed import MAX_LOGIT_SCALE
 from vit_embed.conversion.card import model_card
 from vit_embed.conversion.compare import compare, exceeds_bound
 from vit_embed.conversion.image_processor import choose_image_processor
-from vit_embed.conversion.layouts import LAYOUTS, detect_layout
+from vit_embed.conversion.layouts import LAYOUTS, detect_layout, detections
 from vit_embed.conversion.layouts.layout import (
     COMMON_OPTIONS,
     MODEL_CLASSES,
@@ -85,12 +85,14 @@ def convert_checkpoint(
     """
     output_dir, options = Path(output_dir).resolve(), options or ConversionOptions()
     check_output_dir(output_dir)
-    found = find_source(source)
+    _check_layout_name(layout)
+    found = find_source(source, options.weights_key)
+    _check_is_foreign(found)
     state_dict = found.state_dict()
     chosen = _choose_layout(layout, state_dict, found.config)
     _check_options(chosen, options)
     is_finite = _warn_of_non_finite(state_dict)
-    converted = chosen.convert(state_dict, found.config, options)
+    converted = _convert(chosen, state_dict, found.config, options)
     del state_dict
     _warn_of_logit_scale(converted)
     if options.max_position_embeddings is not None:
@@ -127,9 +129,22 @@ def _choose_layout(layout: str, state_dict: StateDict, source_config: SourceConf
     return LAYOUTS[layout]
 
 
+def _check_layout_name(layout: str) -> None:
+    if layout not in ("auto", *LAYOUTS):
+        raise ValueError(f"layout must be auto or one of {', '.join(LAYOUTS)}; got {layout!r}")
+
+
+def _check_is_foreign(source: Source) -> None:
+    if source.config.get("model_type") == VitEmbedConfig.model_type:
+        raise ValueError(
+            f"{source.name} is a folder of vit_embed already: load it with from_pretrained; --reverse writes it in "
+            "another layout"
+        )
+
+
 def _check_options(layout: Layout, options: ConversionOptions) -> None:
     """Raises ValueError for an option that is given and that the layout does not read."""
-    given = [name for name, value in dataclasses.asdict(options).items() if value not in (None, False)]
+    given = [name for name, value in dataclasses.asdict(options).items() if value is not None and value is not False]
     if unread := [f"--{name}" for name in given if name not in (*COMMON_OPTIONS, *layout.options)]:
         raise ValueError(f"layout {layout.name} does not read {', '.join(unread)}; leave it out")
 
@@ -149,6 +164,20 @@ def _warn_of_non_finite(state_dict: StateDict) -> bool:
             listing(counts),
         )
     return not counts
+
+
+def _convert(
+    layout: Layout, state_dict: StateDict, source_config: SourceConfig, options: ConversionOptions
+) -> Converted:
+    """As the layout does; an error says where the weights are of another layout than was given."""
+    try:
+        return layout.convert(state_dict, source_config, options)
+    except ValueError as error:
+        reasons = detections(state_dict, source_config)
+        if layout.name in reasons or not reasons:
+            raise
+        others = "; ".join(f"--layout {name}, as {reason}" for name, reason in reasons.items())
+        raise ValueError(f"{error} (the weights are rather of another layout: {others})") from error
 
 
 # What is changed after

@@ -6,13 +6,16 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from vit_embed.conversion import openai_files
 from vit_embed.conversion.progress import blocks
+from vit_embed.conversion.reading.index import INDEX_ENDING, read_index
+from vit_embed.conversion.weight_files import choose_weights
 
-HUB_PATTERNS = ("*.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.txt", "*.model", "README.md")
+# Configs, tokenizers and the card; of its weights one form is chosen.
+HUB_PATTERNS = ("*.json", "*.txt", "*.model", "README.md")
 
 
 def cache_folder() -> Path:
@@ -59,12 +62,31 @@ def sha256(path: Path) -> str:
 
 
 def download_from_hub(name: str) -> Path:
-    """The folder of a repository of the Hub.
+    """The folder of a repository of the Hub, with one form of its weights; without network, what is here of it.
 
     Raises:
         FileNotFoundError: there is none of that name.
+        ValueError: it has no weights, or several and no usual name among them.
+        OSError: it cannot be fetched.
     """
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_PATTERNS)))
-    except (HfHubHTTPError, HFValidationError) as error:
+        info = HfApi().model_info(name)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(f"no such checkpoint: {name} is neither here nor on the Hub: {error}") from error
+    except Exception as error:  # no network: of requests or httpx, by the release of huggingface_hub
+        return _downloaded_before(name, error)
+    weights = choose_weights([each.rfilename for each in info.siblings], name)
+    patterns = [*HUB_PATTERNS, weights]
+    try:
+        if weights.endswith(INDEX_ENDING):
+            patterns += read_index(Path(hf_hub_download(name, weights, revision=info.sha))).values()
+        return Path(snapshot_download(name, allow_patterns=patterns, revision=info.sha))
+    except HfHubHTTPError as error:
+        raise OSError(f"{name} cannot be fetched from the Hub: {error}") from error
+
+
+def _downloaded_before(name: str, error: Exception) -> Path:
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):
         raise FileNotFoundError(f"no such checkpoint: {name} is neither here nor on the Hub: {error}") from error

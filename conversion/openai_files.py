@@ -13,6 +13,8 @@ OPENAI_MODELS = {
     "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "ViT-L/14@336px": ("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
+# Its other models, with ResNets as image towers.
+OPENAI_RESNETS = ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64")
 
 # Its BPE vocabulary, 48,894 merges, for all of them.
 BPE_FILE = "bpe_simple_vocab_16e6.txt.gz"

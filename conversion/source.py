@@ -11,24 +11,15 @@ from typing import Any, NamedTuple
 import torch
 
 from vit_embed.conversion.download import download_from_hub, download_openai, sha256
-from vit_embed.conversion.messages import listing
-from vit_embed.conversion.openai_files import OPENAI_MODELS
+from vit_embed.conversion.openai_files import OPENAI_MODELS, OPENAI_RESNETS
 from vit_embed.conversion.processor_files import IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, TOKENIZER_FILES
 from vit_embed.conversion.reading import read_checkpoint
 from vit_embed.conversion.reading.files import read_json
 from vit_embed.conversion.reading.index import INDEX_ENDING, read_index
+from vit_embed.conversion.reading.torch_files import WeightsChoice
+from vit_embed.conversion.weight_files import WEIGHT_FILES, choose_weights
 
-# Weights of a folder, the first that is there; safetensors before pickles.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 TRANSFORMERS_WEIGHT_FILES = tuple(name for name in WEIGHT_FILES if not name.startswith("open_clip_"))
-WEIGHT_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 # What says more of the weights, the first that is there.
 CONFIG_FILES = ("open_clip_config.json", "config.json")
 CARD_FILE = "README.md"
@@ -46,6 +37,7 @@ class Source(NamedTuple):
     preprocessor: preprocessor_config.json beside them, or the image processor in a processor_config.json, or None.
     tokenizer_files: those beside them.
     licence: what the source states, or None.
+    weights_key: which state dict of a training checkpoint; None leaves it to `read_checkpoint`.
     """
 
     name: str
@@ -55,22 +47,28 @@ class Source(NamedTuple):
     preprocessor: dict[str, Any] | None
     tokenizer_files: tuple[Path, ...]
     licence: str | None
+    weights_key: str | None = None
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights, mapped from their files; raises as `read_checkpoint` does."""
-        return read_checkpoint(self.weights)
+    def state_dict(self, is_logged: bool = True) -> dict[str, torch.Tensor]:
+        """The weights, mapped from their files; raises as `read_checkpoint` does.
+
+        Args:
+            is_logged: whether a choice between averaged and other weights is; once is enough.
+        """
+        return read_checkpoint(self.weights, WeightsChoice(self.weights_key, is_logged))
 
     def sha256(self) -> dict[str, str]:
         """The hash of every file of the weights, by its name."""
         return {path.name: sha256(path) for path in self.files}
 
 
-def find_source(name: str | os.PathLike) -> Source:
+def find_source(name: str | os.PathLike, weights_key: str | None = None) -> Source:
     """Finds, and where it is not here fetches, what a user names.
 
     Args:
         name: a file of weights; a folder with weights and what belongs to them; a key of OPENAI_MODELS, or a repository
             "owner/name" of the Hub, where nothing of that name is here.
+        weights_key: as in Source.
 
     Raises:
         FileNotFoundError: nothing of that name is here or there.
@@ -104,6 +102,7 @@ def find_source(name: str | os.PathLike) -> Source:
         preprocessor=_image_processor(beside),
         tokenizer_files=tuple(beside[each] for each in TOKENIZER_FILES if each in beside),
         licence=_licence(config, beside.get(CARD_FILE)),
+        weights_key=weights_key,
     )
 
 
@@ -111,28 +110,17 @@ def _fetched(name: str) -> Path:
     """What is not here, from OpenAI or from the Hub."""
     if name in OPENAI_MODELS:
         return download_openai(name)
+    if name in OPENAI_RESNETS:
+        raise ValueError(
+            f"{name} is a CLIP with a ResNet, which cannot be converted; OpenAI's vision transformers are "
+            f"{', '.join(OPENAI_MODELS)}"
+        )
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return download_from_hub(name)
     raise FileNotFoundError(
         f"no such checkpoint: {name}; give a file, a folder, a repository of the Hub as owner/name, or one of "
         f"{', '.join(OPENAI_MODELS)}"
     )
-
-
-def choose_weights(names: list[str], place: Any) -> str:
-    """The file of weights among the names of a folder's files.
-
-    Raises:
-        ValueError: there is none, or several and none of WEIGHT_FILES; `place` is what the message calls the folder.
-    """
-    for name in WEIGHT_FILES:
-        if name in names:
-            return name
-    others = sorted(name for name in names if name.endswith(WEIGHT_ENDINGS))
-    if len(others) == 1:
-        return others[0]
-    found = f"there are several: {listing(others)}; name one" if others else "there is none"
-    raise ValueError(f"{place} must hold weights, one of {', '.join(WEIGHT_FILES)} or a single other file; {found}")
 
 
 def _image_processor(beside: dict[str, Path]) -> dict[str, Any] | None:

@@ -20,7 +20,9 @@ from vit_embed.conversion.layouts.layout import (
     StateDict,
 )
 from vit_embed.conversion.layouts.questions import (
+    CLIP_HEADS_ORIGIN,
     check_sizes,
+    clip_heads,
     count_layers,
     resolve,
     square_clip_size,
@@ -94,7 +96,7 @@ def convert(state_dict: StateDict, source_config: SourceConfig, options: Convers
     Args:
         state_dict: the half alone, or the whole model, of which the other parts are left out.
         source_config: of the whole model, for the heads; it may be absent.
-        options: `num_attention_heads` is needed for another width than 1024 where no config says it.
+        options: `num_attention_heads` is needed where no config states it and no default fits the width.
 
     Raises:
         ValueError: another layout, weights that contradict each other or their config, or unknown heads.
@@ -135,6 +137,8 @@ def _config(
             options,
             "num_attention_heads",
             clip_config.get("heads", HEADS_OF_WIDTH.get(width)),
+            default=clip_heads(width),
+            origin=CLIP_HEADS_ORIGIN,
             hint=f"of width {width}",
         ),
         intermediate_size=len(state_dict[f"{prefix}transformer.layers.0.mlp.fc1.weight"]),

@@ -45,6 +45,7 @@ class ConversionOptions:
     image_size: (height, width) in pixels of a position table whose grid is no square.
     max_position_embeddings: tokens that the text tower is to take; its position table is resampled.
     trunk_only: leaves out heads, projections and the text tower.
+    weights_key: the state dict of a training checkpoint that has several, as "state_dict" or "state_dict_ema".
     """
 
     dtype: torch.dtype = torch.float32
@@ -57,10 +58,11 @@ class ConversionOptions:
     image_size: tuple[int, int] | None = None
     max_position_embeddings: int | None = None
     trunk_only: bool = False
+    weights_key: str | None = None
 
 
 # Options that mean something for every layout; a layout names the others that it reads.
-COMMON_OPTIONS = ("dtype", "max_position_embeddings", "trunk_only")
+COMMON_OPTIONS = ("dtype", "max_position_embeddings", "trunk_only", "weights_key")
 
 
 class SampleInputs(NamedTuple):

@@ -18,7 +18,9 @@ from vit_embed.conversion.layouts.layout import (
     StateDict,
 )
 from vit_embed.conversion.layouts.questions import (
+    CLIP_HEAD_WIDTH,
     check_sizes,
+    clip_heads,
     count_layers,
     layer_norm_at_end,
     require,
@@ -31,9 +33,7 @@ from vit_embed.conversion.openai_files import find_openai_file
 
 # Keys that only OpenAI's own archives carry beside the weights: proof of where a checkpoint comes from.
 METADATA = ("input_resolution", "context_length", "vocab_size")
-# Width of a head in both towers: `vision_width // 64`, `transformer_width // 64` in OpenAI's `build_model`.
-HEAD_WIDTH = 64
-MLP_RATIO = 4  # of both towers, likewise
+MLP_RATIO = 4  # of both towers, in OpenAI's `build_model`
 
 LAYER_NAMES = {
     "ln_1.{p}": "layer_norm1.{p}",
@@ -122,7 +122,8 @@ def _config(state_dict: StateDict, options: ConversionOptions) -> VitEmbedConfig
         options,
         "hidden_act",
         "quick_gelu" if _is_openais_own(state_dict) else None,
-        hint="quick_gelu (OpenAI's weights, and those fine-tuned from them) or gelu (most others)",
+        default="quick_gelu",
+        origin="OpenAI's own",
     )
     projection_dim = state_dict["visual.proj"].shape[1]
     text_config = VitEmbedTextConfig(
@@ -166,12 +167,13 @@ def _check_metadata(state_dict: StateDict, sizes: tuple[int, int, int]) -> None:
 
 
 def _heads(width: int, options: ConversionOptions, name: str) -> int:
-    if getattr(options, name) is None and width % HEAD_WIDTH:
+    if getattr(options, name) is None and clip_heads(width) is None:
         raise ValueError(
-            f"OpenAI's towers have one head for every {HEAD_WIDTH} of their width, but this width is {width}; give "
-            f"the number of heads with --{name}"
+            f"OpenAI's towers have one head for every {CLIP_HEAD_WIDTH} of their width, but this width is {width}; "
+            f"give the number of heads with --{name}"
         )
-    return width // HEAD_WIDTH if getattr(options, name) is None else getattr(options, name)
+    given = getattr(options, name)
+    return clip_heads(width) if given is None else given
 
 
 # The way back
@@ -200,14 +202,14 @@ def _require(config: VitEmbedConfig) -> None:
         "final_norm_type": layer_norm_at_end(config),
         "hidden_act": "quick_gelu",
         "layer_norm_eps": 1e-5,
-        "num_attention_heads": config.hidden_size / HEAD_WIDTH,
+        "num_attention_heads": config.hidden_size / CLIP_HEAD_WIDTH,
         "intermediate_size": MLP_RATIO * config.hidden_size,
         "num_channels": 3,
         "image_size": config.image_shape[0],
         "patch_size": config.patch_shape[0],
         "text_config.hidden_act": "quick_gelu",
         "text_config.layer_norm_eps": 1e-5,
-        "text_config.num_attention_heads": text.hidden_size / HEAD_WIDTH,
+        "text_config.num_attention_heads": text.hidden_size / CLIP_HEAD_WIDTH,
         "text_config.intermediate_size": MLP_RATIO * text.hidden_size,
         "text_config.eos_token_id": text.vocab_size - 1,  # it pools at the largest id
         "text_config.pooling_type": "eos",

@@ -20,6 +20,9 @@ from vit_embed.conversion.messages import listing
 
 logger = logging.getLogger(__name__)
 
+CLIP_HEAD_WIDTH = 64  # of every model in arXiv:2103.00020 table 20; the default of open_clip's towers
+CLIP_HEADS_ORIGIN = f"each {CLIP_HEAD_WIDTH} wide as in every CLIP"
+
 # What an option stands for, in messages.
 MEANING = {
     "hidden_act": "activation",
@@ -66,6 +69,11 @@ def resolve(
         )
     logger.warning("no %s is stated; using %s, %s; --%s changes it", MEANING[name], default, origin, name)
     return default
+
+
+def clip_heads(width: int) -> int | None:
+    """Attention heads of a tower of CLIP, each 64 wide; None for another width."""
+    return None if width % CLIP_HEAD_WIDTH else width // CLIP_HEAD_WIDTH
 
 
 # Values of JSON

@@ -14,19 +14,22 @@ from vit_embed.conversion.messages import MAX_LENGTH, listing, one_line
 from vit_embed.conversion.reading.files import check_file
 from vit_embed.conversion.reading.index import INDEX_ENDING, shards
 from vit_embed.conversion.reading.safetensors import is_safetensors, read_safetensors
-from vit_embed.conversion.reading.torch_files import read_torch_file
+from vit_embed.conversion.reading.torch_files import AVERAGED_FIRST, WeightsChoice, read_torch_file
 from vit_embed.conversion.reading.torch_pickle import DTYPES, MAX_DIMENSIONS
 
 # What DistributedDataParallel and torch.compile put in front of every name.
 WRAPPERS = ("module.", "_orig_mod.")
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: str | os.PathLike, choice: WeightsChoice = AVERAGED_FIRST) -> dict[str, torch.Tensor]:
     """The tensors of one file, or of all files that an index names, by their dotted names.
 
     Read are safetensors, TorchScript archives, and state dicts saved by `torch.save`, which may lie under a key of
     `torch_files.STATE_KEYS` and whose names may all start with one of WRAPPERS. Nothing that the file holds is run:
     the code of an archive is not looked at, and a pickle may only describe tensors.
+
+    Args:
+        choice: between the state dicts of a training checkpoint.
 
     Raises:
         FileNotFoundError: no such file.
@@ -36,28 +39,38 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if path.name.endswith(INDEX_ENDING):
-        return _read_shards(path)
+        return _read_shards(path, choice)
     check_file(path)
     if not path.stat().st_size:
         raise ValueError(f"{path} must be a checkpoint file, but it is empty")
     with open(path, "rb") as file:
         start = file.read(9)
     try:
-        state_dict = read_safetensors(path) if is_safetensors(start) else read_torch_file(path, start)
+        state_dict = _read_file(path, start, choice)
         _check_tensors(state_dict)
     # Whatever a broken or hostile file makes a parser raise: OSError too, by sending it to places outside the file.
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint: {one_line(error)}") from error
+    if any(name.startswith(WRAPPERS) for name in state_dict):  # torch's AveragedModel counts its steps beside
+        state_dict.pop("n_averaged", None)
     for prefix in (*WRAPPERS, *WRAPPERS):  # the one may wrap the other, either way
         if all(name.startswith(prefix) for name in state_dict):
             state_dict = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items()}
     return state_dict
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+def _read_file(path: Path, start: bytes, choice: WeightsChoice) -> dict[str, torch.Tensor]:
+    if not is_safetensors(start):
+        return read_torch_file(path, start, choice)
+    if choice.key is not None:
+        raise ValueError(f"--weights_key {choice.key} is for checkpoints of torch.save; safetensors have no such entry")
+    return read_safetensors(path)
+
+
+def _read_shards(index: Path, choice: WeightsChoice) -> dict[str, torch.Tensor]:
     state_dict: dict[str, torch.Tensor] = {}
     for path, expected in shards(index).items():
-        shard = read_checkpoint(path)
+        shard = read_checkpoint(path, choice)
         if wrong := sorted(expected.symmetric_difference(shard)):
             raise ValueError(
                 f"{index} says that {path.name} has {len(expected)} tensors, but the file has {len(shard)}; in one of "

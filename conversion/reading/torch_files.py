@@ -8,6 +8,7 @@ the system ends a process that reads beyond its end.)
 """
 
 import io
+import logging
 import math
 import mmap
 import os
@@ -18,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -27,23 +28,39 @@ from vit_embed.conversion.reading.torch_pickle import ForbiddenName, Module, Sto
 
 # The keys by which training code stores the weights beside its other state; "vit" is muOmni's.
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "vit")
+# The same weights averaged over training steps, which timm evaluates where a checkpoint has them.
+AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_ema_state_dict", "model_state_dict_ema", "ema")
+
+logger = logging.getLogger(__name__)
 
 
-def read_torch_file(path: Path, start: bytes) -> dict[str, torch.Tensor]:
+class WeightsChoice(NamedTuple):
+    """Which weights of a training checkpoint to read.
+
+    key: the entry that holds them; None takes averaged weights where there are some.
+    is_logged: whether a choice between averaged and other weights is logged.
+    """
+
+    key: str | None = None
+    is_logged: bool = True
+
+
+AVERAGED_FIRST = WeightsChoice()
+
+
+def read_torch_file(path: Path, start: bytes, choice: WeightsChoice) -> dict[str, torch.Tensor]:
     """The tensors of a file that begins with `start`, mapped from it."""
-    return _read_zip(path) if start.startswith(b"PK\x03\x04") else _read_legacy(path)
+    return (_read_zip if start.startswith(b"PK\x03\x04") else _read_legacy)(path, choice)
 
 
 # What a pickle describes
 
 
-def _described(root: Any) -> dict[str, View]:
-    """The tensors of a module, or of a state dict, which may lie under a key of STATE_KEYS."""
+def _described(root: Any, choice: WeightsChoice) -> dict[str, View]:
+    """The tensors of a module, or of a state dict, which may lie under a key of STATE_KEYS or AVERAGED_KEYS."""
     if isinstance(root, Module):
         root = dict(_module_tensors(root, "", set()))
-    for key in STATE_KEYS:
-        if isinstance(root, dict) and isinstance(root.get(key), dict):
-            root = root[key]
+    root = _chosen_weights(root, choice)
     if not isinstance(root, dict) or not root:
         raise ValueError(f"it must hold a state dict, names and their tensors; got {type(root).__name__}")
     foreign = [name for name, value in root.items() if not (isinstance(name, str) and isinstance(value, View))]
@@ -53,6 +70,33 @@ def _described(root: Any) -> dict[str, View]:
             f"{listing([str(name) for name in foreign])}"
         )
     return root
+
+
+def _chosen_weights(root: Any, choice: WeightsChoice) -> Any:
+    """The state dict among the entries of a training checkpoint: the one that is named, else averaged weights."""
+    if choice.key is not None:
+        if not _has_table(root, choice.key):
+            names = [key for key in root if isinstance(key, str) and _has_table(root, key)] if root else []
+            raise ValueError(f"--weights_key must name a state dict in it ({listing(names)}), got {choice.key}")
+        return root[choice.key]
+    averaged = [key for key in AVERAGED_KEYS if _has_table(root, key)]
+    others = [key for key in STATE_KEYS if _has_table(root, key)]
+    if averaged and others and choice.is_logged:
+        logger.warning(
+            "the checkpoint has averaged weights, %s, and others, %s: the averaged ones are used, as timm does; "
+            "--weights_key %s uses the others",
+            averaged[0],
+            others[0],
+            others[0],
+        )
+    for key in (*averaged[:1], *STATE_KEYS):
+        if _has_table(root, key):
+            root = root[key]
+    return root
+
+
+def _has_table(root: Any, key: str) -> bool:
+    return isinstance(root, dict) and isinstance(root.get(key), dict) and bool(root[key])
 
 
 def _module_tensors(module: Module, prefix: str, seen: set[int]) -> Iterator[tuple[str, View]]:
@@ -71,7 +115,7 @@ def _module_tensors(module: Module, prefix: str, seen: set[int]) -> Iterator[tup
 # Archives: TorchScript, and `torch.save` since torch 1.6
 
 
-def _read_zip(path: Path) -> dict[str, torch.Tensor]:
+def _read_zip(path: Path, choice: WeightsChoice) -> dict[str, torch.Tensor]:
     """A pickle, and a record for each row of numbers."""
     if not zipfile.is_zipfile(path):
         raise ValueError("it is truncated: the directory at the end of the archive is missing; fetch it again")
@@ -85,7 +129,7 @@ def _read_zip(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"an archive of torch has one NAME/data.pkl, got {len(roots)}")
         order = roots[0] + "byteorder"
         _check_byte_order(order not in names or archive.read(order) == sys.byteorder.encode())
-        views = _described(TensorUnpickler(io.BytesIO(archive.read(roots[0] + "data.pkl"))).load())
+        views = _described(TensorUnpickler(io.BytesIO(archive.read(roots[0] + "data.pkl"))).load(), choice)
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         return _tensors(views, content, lambda storage: _record_begin(archive, file, roots[0], storage))
 
@@ -133,7 +177,7 @@ def _record_begin(archive: zipfile.ZipFile, file: BinaryIO, root: str, storage: 
 _MAGIC = (0x1950A86A20F9469CFC6C, 1001)  # the first two pickles of every file
 
 
-def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
+def _read_legacy(path: Path, choice: WeightsChoice) -> dict[str, torch.Tensor]:
     """Five pickles, then each row of numbers after its length."""
     with open(path, "rb") as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -148,7 +192,7 @@ def _read_legacy(path: Path) -> dict[str, torch.Tensor]:
     system = TensorUnpickler(content).load()
     _check_byte_order(isinstance(system, dict) and system.get("little_endian") is (sys.byteorder == "little"))
     unpickler = TensorUnpickler(content)
-    views = _described(unpickler.load())
+    views = _described(unpickler.load(), choice)
     keys = TensorUnpickler(content).load()
     is_list = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
     if not is_list or sorted(keys) != sorted(unpickler.storages):

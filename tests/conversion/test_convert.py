@@ -238,16 +238,18 @@ def without_metadata(source) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in source.state_dict.items() if key not in METADATA}
 
 
-def test_the_activation_of_an_unknown_source_must_be_told(source, tmp_path):
+def test_weights_said_to_be_openais_have_its_activation_with_a_warning(source, tmp_path, caplog):
     torch.save(without_metadata(source), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="--hidden_act quick_gelu"):
-        convert(tmp_path / "clip.pt", tmp_path / "out", layout="openai")  # its keys are open_clip's too
+    with pytest.raises(ValueError, match="several layouts"):  # its keys are open_clip's too
+        convert(tmp_path / "clip.pt", tmp_path / "out")
     assert leftovers(tmp_path) == ["clip.pt"]
-    for hidden_act in ("quick_gelu", "gelu"):
-        options = ConversionOptions(hidden_act=hidden_act)
-        convert(tmp_path / "clip.pt", tmp_path / hidden_act, options, layout="openai")
-        config = AutoConfig.from_pretrained(tmp_path / hidden_act, trust_remote_code=True)
-        assert config.hidden_act == config.text_config.hidden_act == hidden_act
+    for given, expected in ((None, "quick_gelu"), ("gelu", "gelu")):
+        folder = tmp_path / f"given {given}"
+        convert(tmp_path / "clip.pt", folder, ConversionOptions(hidden_act=given), layout="openai")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        assert config.hidden_act == config.text_config.hidden_act == expected
+        assert ("using quick_gelu, OpenAI's own; --hidden_act" in caplog.text) == (given is None)
+        caplog.clear()
 
 
 def test_heads_are_64_wide_unless_told(source):

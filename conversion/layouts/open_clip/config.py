@@ -16,7 +16,13 @@ from vit_embed.conversion.layouts.open_clip.model_cfg import (
     VISION_DEFAULTS,
     is_quick_gelu,
 )
-from vit_embed.conversion.layouts.questions import count_layers, resolve, table_image_size
+from vit_embed.conversion.layouts.questions import (
+    CLIP_HEADS_ORIGIN,
+    clip_heads,
+    count_layers,
+    resolve,
+    table_image_size,
+)
 from vit_embed.conversion.layouts.timm.names import find_architecture
 from vit_embed.options_vit_embed import CLIP_VOCAB_SIZE
 
@@ -76,7 +82,12 @@ def _vit_fields(
         "hidden_size": width,
         "num_hidden_layers": count_layers(state_dict, "visual.transformer.resblocks"),
         "num_attention_heads": resolve(
-            options, "num_attention_heads", None if head_width is None else width // head_width
+            options,
+            "num_attention_heads",
+            None if head_width is None else width // head_width,
+            default=clip_heads(width),
+            origin=CLIP_HEADS_ORIGIN,
+            hint=f"or put the {CONFIG_FILE} of this model beside its weights",
         ),
         "intermediate_size": len(state_dict["visual.transformer.resblocks.0.mlp.c_fc.weight"]),
         "hidden_act": _activation(model_cfg, vision_cfg, options),
@@ -145,7 +156,9 @@ def _activation(model_cfg: Mapping[str, Any], tower_cfg: Mapping[str, Any], opti
 
 def _eps(model_cfg: Mapping[str, Any], tower_cfg: Mapping[str, Any], options: ConversionOptions) -> float:
     found = (tower_cfg.get("norm_kwargs") or {}).get("eps", DEFAULT_EPS)
-    return resolve(options, "layer_norm_eps", found if model_cfg else None)
+    return resolve(
+        options, "layer_norm_eps", found if model_cfg else None, default=DEFAULT_EPS, origin="open_clip's default"
+    )
 
 
 def _text_config(
@@ -161,7 +174,14 @@ def _text_config(
         vocab_size=vocab_size,
         hidden_size=width,
         num_hidden_layers=count_layers(state_dict, layers),
-        num_attention_heads=resolve(options, "text_num_attention_heads", text_cfg["heads"] if model_cfg else None),
+        num_attention_heads=resolve(
+            options,
+            "text_num_attention_heads",
+            text_cfg["heads"] if model_cfg else None,
+            default=clip_heads(width),
+            origin=CLIP_HEADS_ORIGIN,
+            hint=f"or put the {CONFIG_FILE} of this model beside its weights",
+        ),
         intermediate_size=len(state_dict[f"{layers}.0.mlp.c_fc.weight"]),
         max_position_embeddings=len(state_dict[f"{form.text}positional_embedding"]),
         hidden_act=_activation(model_cfg, text_cfg, options),

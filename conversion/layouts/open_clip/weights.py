@@ -144,12 +144,11 @@ def _check_bare(form: Form, options: ConversionOptions) -> None:
     ask = f"put the {CONFIG_FILE} of this model beside its weights"
     if form.text or form.siglip or form.linear_projection:
         raise ValueError(f"its keys are of a model with a text or image tower of its own choosing; {ask}")
-    needed = ("hidden_act", "num_attention_heads", "layer_norm_eps", "pooling_type")
-    needed += () if options.trunk_only else ("text_num_attention_heads",)
-    if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
+    missing = [f"--{name}" for name in ("hidden_act", "pooling_type") if getattr(options, name) is None]
+    if missing:
         raise ValueError(
-            f"weights alone do not show these: {', '.join(missing)}; {ask}, or give them (most models of open_clip: "
-            "gelu, width // 64 heads, 1e-5, cls)"
+            f"the weights do not show {' and '.join(missing)}; {ask}, or give them (most models of open_clip: gelu, "
+            "cls)"
         )
     if options.pooling_type != "cls":
         raise ValueError(
