@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import resource
 import shutil
 import struct
@@ -568,15 +567,6 @@ def test_keys_not_filled_are_listed_and_counted(source):
     empty = {key: tensor for key, tensor in source.state_dict.items() if "ln_" not in key}
     with pytest.raises(ValueError, match=r"not in the source: .*\(26 in all\)"):
         from_openai(empty, ConversionOptions())
-
-
-def test_every_key_is_needed_and_its_rank_checked(source):
-    for key in source.model.state_dict():
-        without = {name: tensor for name, tensor in source.state_dict.items() if name != key}
-        with pytest.raises(ValueError, match="missing|not in the source"):
-            from_openai(without, ConversionOptions())
-        with pytest.raises(ValueError, match=f"{re.escape(key)} must be"):
-            from_openai({**source.state_dict, key: source.state_dict[key][None]}, ConversionOptions())
 
 
 @pytest.mark.parametrize(

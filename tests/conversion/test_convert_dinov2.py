@@ -269,22 +269,6 @@ def test_swiglu_is_refused(tmp_path):
                 CONVERT(weights, beside, options)
 
 
-def test_every_key_is_needed_and_none_may_be_over(source, meta):
-    for weights, config, options in ((source[1], source[2], {}), (meta, {}, TOLD)):
-        for key in weights:
-            fewer = {name: tensor for name, tensor in weights.items() if name != key}
-            if key == "embeddings.mask_token":  # Dinov2Config(use_mask_token=False) has none
-                CONVERT(fewer, config, ConversionOptions(**options))
-                continue
-            if key == "register_tokens":  # without them it is another model of Meta's
-                assert CONVERT(fewer, config, ConversionOptions(**options))[0].num_register_tokens == 0
-                continue
-            with pytest.raises(ValueError):
-                CONVERT(fewer, config, ConversionOptions(**options))
-        with pytest.raises(ValueError, match="without a place in the model: rope_embed.periods"):
-            CONVERT({**weights, "rope_embed.periods": torch.ones(4)}, config, ConversionOptions(**options))
-
-
 @pytest.mark.parametrize(
     ("key", "shape", "message"),
     [

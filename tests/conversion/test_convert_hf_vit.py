@@ -10,19 +10,12 @@ import transformers
 from conversions import NEW_ATTENTION_NAMES, assert_same_states, built, converter, renamed, saved
 from fresh_process import run_fresh
 from safetensors.torch import save_file
+from sources import BARE_OPTIONS, HF_VIT_MODELS, VIT_SIZES, hf_vit
 from transformers import (
     AutoImageProcessor,
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    DeiTModel,
     ViTConfig,
-    ViTForImageClassification,
-    ViTForMaskedImageModeling,
     ViTImageProcessor,
-    ViTMAEConfig,
     ViTMAEForPreTraining,
-    ViTMAEModel,
     ViTModel,
 )
 
@@ -32,19 +25,6 @@ from vit_embed.conversion.layouts.layout import ConversionOptions
 from vit_embed.convert_checkpoint import convert_checkpoint, main
 
 CONVERT = converter("hf_vit")
-# Epsilons large enough to show in tiny activations, and heads that no rule of thumb gives.
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-3,
-    "num_labels": 5,
-}
-TOLD = {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-3}
 TRUNK_ONLY = ConversionOptions(trunk_only=True)
 IMAGENET_MEAN = [0.485, 0.456, 0.406]
 NAMES = {"problem_type": "multi_label_classification", "id2label": {0: "a", 1: "b", 2: "c", 3: "d", 4: "e"}}
@@ -58,31 +38,18 @@ NEW_NAMES = {
 }
 
 
-def stock(model_class, config_class, **overrides):
-    options = {"add_pooling_layer": False} if model_class in (ViTModel, DeiTModel) else {}
-    return tiny.randomised(model_class(config_class(**{**SIZES, **overrides}), **options))
-
-
-MODELS = {
-    "ViTModel": lambda **overrides: stock(ViTModel, ViTConfig, **overrides),
-    "ViTForImageClassification": lambda **overrides: stock(ViTForImageClassification, ViTConfig, **overrides),
-    "DeiTModel": lambda **overrides: stock(DeiTModel, DeiTConfig, **overrides),
-    "DeiTForImageClassification": lambda **overrides: stock(DeiTForImageClassification, DeiTConfig, **overrides),
-}
-
-
 @pytest.fixture
 def vit(tmp_path):
     """A saved ViTForImageClassification: weights by their names in the file, and config.json."""
-    return saved(MODELS["ViTForImageClassification"](), tmp_path / "vit")
+    return saved(HF_VIT_MODELS["ViTForImageClassification"](), tmp_path / "vit")
 
 
 # The same numbers
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", HF_VIT_MODELS)
 def test_states_and_logits_equal_transformers(name, tmp_path):
-    model = MODELS[name]()
+    model = HF_VIT_MODELS[name]()
     model.save_pretrained(tmp_path / "source")
     differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder")
     ours_class = VitEmbedForImageClassification if "Classification" in name else VitEmbedModel
@@ -93,7 +60,7 @@ def test_states_and_logits_equal_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTModel"])
 def test_other_sizes_equal_transformers(name, tmp_path):
-    model = MODELS[name]()
+    model = HF_VIT_MODELS[name]()
     ours = built(*CONVERT(*saved(model, tmp_path), ConversionOptions()))
     assert_same_states(ours, model, tiny.pixels(2, 48, 24), interpolate_pos_encoding=True)
 
@@ -107,15 +74,15 @@ def test_other_sizes_equal_transformers(name, tmp_path):
     ],
 )
 def test_variants_equal_transformers(overrides, tmp_path):
-    model = MODELS["ViTModel"](**overrides)
+    model = HF_VIT_MODELS["ViTModel"](**overrides)
     ours = built(*CONVERT(*saved(model, tmp_path), ConversionOptions()))
     assert_same_states(ours, model, tiny.pixels()[:, : model.config.num_channels])
 
 
 @pytest.mark.parametrize("image_size", [36, [36, 44]])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", HF_VIT_MODELS)
 def test_a_remainder_of_pixels_is_left_out(name, image_size, tmp_path):
-    model = MODELS[name](image_size=image_size)
+    model = HF_VIT_MODELS[name](image_size=image_size)
     model.save_pretrained(tmp_path / "source")
     differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder")
     assert max(differences.values()) < 1e-4
@@ -123,9 +90,9 @@ def test_a_remainder_of_pixels_is_left_out(name, image_size, tmp_path):
     assert ours.from_pretrained(tmp_path / "folder").config.image_shape == (32, 32 if image_size == 36 else 40)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", HF_VIT_MODELS)
 def test_new_names_give_what_old_ones_do(name, tmp_path):
-    model = MODELS[name]()
+    model = HF_VIT_MODELS[name]()
     state_dict, config = saved(model, tmp_path)
     new = renamed(state_dict, NEW_NAMES)
     if transformers.__version__ >= "5":
@@ -138,8 +105,12 @@ def test_new_names_give_what_old_ones_do(name, tmp_path):
 
 def test_a_file_with_new_names_runs_where_they_are_known(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    save_file(renamed(saved(MODELS["ViTModel"](), tmp_path / "source")[0], NEW_NAMES), tmp_path / "vit.safetensors")
-    differences = convert_checkpoint(tmp_path / "vit.safetensors", tmp_path / "folder", ConversionOptions(**TOLD))
+    save_file(
+        renamed(saved(HF_VIT_MODELS["ViTModel"](), tmp_path / "source")[0], NEW_NAMES), tmp_path / "vit.safetensors"
+    )
+    differences = convert_checkpoint(
+        tmp_path / "vit.safetensors", tmp_path / "folder", ConversionOptions(**BARE_OPTIONS)
+    )
     if transformers.__version__ >= "5":
         assert max(differences.values()) < 1e-4
     else:
@@ -150,7 +121,7 @@ def test_a_file_with_new_names_runs_where_they_are_known(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassification"])
 def test_trunk_only_is_the_trunk_saved_alone(name, tmp_path):
-    model = MODELS[name]()
+    model = HF_VIT_MODELS[name]()
     state_dict, source_config = saved(model, tmp_path / "whole")
     config, weights = CONVERT(state_dict, source_config, TRUNK_ONLY)
     assert config.architectures == ["VitEmbedModel"]
@@ -159,7 +130,7 @@ def test_trunk_only_is_the_trunk_saved_alone(name, tmp_path):
 
 
 def test_a_distillation_token_has_its_position_in_half_precision_too(tmp_path):
-    state_dict, config = saved(MODELS["DeiTModel"]().half(), tmp_path)
+    state_dict, config = saved(HF_VIT_MODELS["DeiTModel"]().half(), tmp_path)
     got = CONVERT(state_dict, config, ConversionOptions())[1]["embeddings.register_tokens"]
     token, positions = (state_dict[f"embeddings.{each}"] for each in ("distillation_token", "position_embeddings"))
     torch.testing.assert_close(got, token[0].float() + positions[:, 1].float(), rtol=0, atol=0)
@@ -177,7 +148,7 @@ def load_and_classify(folder: str, pixel_values: list) -> list:
 
 
 def test_a_classifier_keeps_its_classes_in_a_fresh_process(tmp_path):
-    model = MODELS["ViTForImageClassification"](**NAMES)
+    model = HF_VIT_MODELS["ViTForImageClassification"](**NAMES)
     model.save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "folder")
     pixel_values = tiny.pixels(2)
@@ -193,15 +164,17 @@ def test_a_classifier_keeps_its_classes_in_a_fresh_process(tmp_path):
 
 
 def pooled(**overrides):
-    return tiny.randomised(ViTModel(ViTConfig(**{**SIZES, **overrides})))
+    return tiny.randomised(ViTModel(ViTConfig(**{**VIT_SIZES, **overrides})))
 
 
 MAE = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 UNFIT = {
     "pooler.dense": pooled,
-    "decoder.0.* masked image modelling": lambda: stock(ViTForMaskedImageModeling, ViTConfig, encoder_stride=8),
-    "WithTeacher": lambda: stock(DeiTForImageClassificationWithTeacher, DeiTConfig),
-    "hides patches at random": lambda: stock(ViTMAEForPreTraining, ViTMAEConfig, **MAE, decoder_intermediate_size=20),
+    "decoder.0.* masked image modelling": lambda: hf_vit("ViTForMaskedImageModeling", "ViTConfig", encoder_stride=8),
+    "WithTeacher": lambda: hf_vit("DeiTForImageClassificationWithTeacher", "DeiTConfig"),
+    "hides patches at random": lambda: hf_vit(
+        "ViTMAEForPreTraining", "ViTMAEConfig", **MAE, decoder_intermediate_size=20
+    ),
 }
 
 
@@ -219,25 +192,10 @@ def test_what_has_no_place_is_named_and_the_trunk_is_equal(named, tmp_path):
 
 
 def test_an_mae_encoder_sees_all_patches(tmp_path):
-    model = stock(ViTMAEModel, ViTMAEConfig, **MAE, decoder_intermediate_size=20, mask_ratio=0.0)
+    model = hf_vit("ViTMAEModel", "ViTMAEConfig", **MAE, decoder_intermediate_size=20, mask_ratio=0.0)
     ours = built(*CONVERT(*saved(model, tmp_path), TRUNK_ONLY))
     in_order = torch.arange(16).float().expand(3, -1)
     assert_same_states(ours, model, tiny.pixels(), noise=in_order)
-
-
-def test_every_key_is_needed_and_none_may_be_over(vit):
-    state_dict, config = vit
-    for key in state_dict:
-        if key == "classifier.weight":  # without which `classifier.bias` is over
-            continue
-        fewer = {name: tensor for name, tensor in state_dict.items() if name != key}
-        with pytest.raises(ValueError):
-            CONVERT(fewer, config, ConversionOptions())
-    with pytest.raises(ValueError, match="without a place in the model: vit.encoder.layer.0.lambda_1"):
-        CONVERT({**state_dict, "vit.encoder.layer.0.lambda_1": torch.ones(32)}, config, ConversionOptions())
-    twice = {**state_dict, "vit.layers.0.mlp.fc1.weight": torch.ones(48, 32)}
-    with pytest.raises(ValueError, match="one and the same weight"):
-        CONVERT(twice, config, ConversionOptions())
 
 
 @pytest.mark.parametrize(
@@ -279,31 +237,31 @@ def test_a_config_that_does_not_fit_is_refused(changes, message, vit):
 # A file alone
 
 
-@pytest.mark.parametrize("missing", TOLD)
+@pytest.mark.parametrize("missing", BARE_OPTIONS)
 def test_a_bare_file_must_be_told(missing, vit):
-    told = {name: value for name, value in TOLD.items() if name != missing}
+    told = {name: value for name, value in BARE_OPTIONS.items() if name != missing}
     with pytest.raises(ValueError, match=f"give --{missing}"):
         CONVERT(vit[0], {}, ConversionOptions(**told))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", HF_VIT_MODELS)
 def test_a_bare_file_that_is_told_gives_the_same(name, tmp_path):
-    state_dict, config = saved(MODELS[name](), tmp_path / "source")
+    state_dict, config = saved(HF_VIT_MODELS[name](), tmp_path / "source")
     save_file(state_dict, tmp_path / "vit.safetensors")
-    arguments = [f"--{name}={value}" for name, value in TOLD.items()]
+    arguments = [f"--{name}={value}" for name, value in BARE_OPTIONS.items()]
     assert main([str(tmp_path / "vit.safetensors"), "--output_dir", str(tmp_path / "folder"), *arguments]) == 0
     written = json.loads((tmp_path / "folder" / "config.json").read_text())
     expected = json.loads(CONVERT(state_dict, config, ConversionOptions())[0].to_json_string(use_diff=False))
-    for same in (*SIZES, "num_register_tokens", "architectures"):
+    for same in (*VIT_SIZES, "num_register_tokens", "architectures"):
         assert written.get(same) == expected.get(same)
     assert "Largest absolute difference" in (tmp_path / "folder" / "README.md").read_text()
 
 
 def test_a_rectangle_is_told_its_size(tmp_path):
-    state_dict, config = saved(MODELS["ViTModel"](image_size=[32, 48], patch_size=[8, 16]), tmp_path)
+    state_dict, config = saved(HF_VIT_MODELS["ViTModel"](image_size=[32, 48], patch_size=[8, 16]), tmp_path)
     with pytest.raises(ValueError, match="12 patches, which is no square grid; give its pixels with --image_size"):
-        CONVERT(state_dict, {}, ConversionOptions(**TOLD))
-    told = CONVERT(state_dict, {}, ConversionOptions(**TOLD, image_size=(32, 48)))[0]
+        CONVERT(state_dict, {}, ConversionOptions(**BARE_OPTIONS))
+    told = CONVERT(state_dict, {}, ConversionOptions(**BARE_OPTIONS, image_size=(32, 48)))[0]
     stated = CONVERT(state_dict, config, ConversionOptions())[0]
     assert told.image_size == stated.image_size == (32, 48) and told.patch_size == stated.patch_size == (8, 16)
 
@@ -329,7 +287,9 @@ def test_detection(vit, tmp_path):
 
 def test_without_a_processor_there_is_the_published_one(tmp_path):
     def own(name):
-        return LAYOUTS["hf_vit"].image_processor({}, CONVERT(*saved(MODELS[name](), tmp_path), ConversionOptions())[0])
+        return LAYOUTS["hf_vit"].image_processor(
+            {}, CONVERT(*saved(HF_VIT_MODELS[name](), tmp_path), ConversionOptions())[0]
+        )
 
     stated = {"do_center_crop": False, "resample": 2, "size": {"height": 32, "width": 32}, "image_mean": [0.5] * 3}
     assert {name: own("ViTModel")[name] for name in stated} == stated

@@ -11,7 +11,7 @@ import transformers
 from conversions import CLOSE
 from fresh_process import run_fresh
 from safetensors.torch import load_file
-from sources import HF_CLIP_CONFIGS, hf_clip
+from sources import HF_CLIP_CONFIGS, hf_clip, with_trunk_prefix
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -23,14 +23,6 @@ from transformers import (
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedForImageClassification, VitEmbedModel
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
-
-
-def with_trunk_prefix(state_dict):
-    """The same weights, those of an image tower alone below "vision_model." as transformers 4 saves them."""
-    if "embeddings.patch_embedding.weight" not in state_dict:
-        return state_dict
-    return {f"vision_model.{name}": tensor for name, tensor in state_dict.items()}
-
 
 RESTORED = [name for name in HF_CLIP_CONFIGS if "Classification" not in name]
 

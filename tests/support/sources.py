@@ -5,6 +5,7 @@ one suite of properties against all of them. What is special to a layout is test
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,6 +51,8 @@ class Case:
     free: keys without which it is another model and no error, by how they end.
     one_way: keys that come back with other numbers, of which the model computes the same.
     runs: whether the pipeline can run the source's own code.
+    part: how the keys of the model begin, where a file holds more than it.
+    is_keyed: whether every single key of it is tried.
     """
 
     layout: str
@@ -63,6 +66,13 @@ class Case:
     free: tuple[str, ...] = ()
     one_way: tuple[str, ...] = ()
     runs: bool = True
+    part: str = ""
+    is_keyed: bool = True
+
+    def is_needed(self, key: str) -> bool:
+        # One layer stands for all.
+        is_later_layer = re.search(r"\.[1-9]\d*\.", key.removeprefix(self.part)) is not None
+        return key.startswith(self.part) and not key.endswith(self.free or ("\0",)) and not is_later_layer
 
     def __str__(self) -> str:
         return f"{self.layout}: {self.name}"
@@ -84,6 +94,7 @@ def run_source(case: Case, model: nn.Module, inputs: SampleInputs) -> tuple[list
     finally:
         for hook in hooks:
             hook.remove()
+    states = states[: sum(len(list(blocks)) + 1 for blocks in case.blocks(model))]  # `run` may run a tower again
     if case.layout == "openai":  # its blocks work on (L, B, D)
         states = [state.transpose(0, 1) for state in states]
     return states, outputs
@@ -166,6 +177,7 @@ OPEN_CLIP = [
         _run_open_clip,
         "VitEmbedForContrastive",
         free=("logit_bias",),  # without it the model is one of CLIP's loss
+        is_keyed=name in ("layer scale", "custom text", "siglip"),
     )
     for name, model_cfg in open_clip_reference.MODEL_CFGS.items()
 ]
@@ -203,6 +215,7 @@ TIMM = [
         options={**timm_reference.TOLD, **options},
         free=("pos_embed",) if "image_size" in options else (),
         one_way=FOLDED if name in ("registers with positions", "registers alone") else (),
+        is_keyed=name in ("layer scale", "attention pooling", "registers with positions"),
     )
     for name, (arguments, options) in timm_reference.VARIANTS.items()
 ] + [
@@ -215,6 +228,7 @@ TIMM = [
         "VitEmbedModel" if arguments.get("num_classes") == 0 else timm_reference.CLASSIFIER,
         free=("head.weight", "head.bias"),
         one_way=FOLDED if name.startswith("test_vit") else (),
+        is_keyed=False,
     )
     for name, arguments in timm_reference.FOLDERS.items()
 ]
@@ -257,6 +271,13 @@ def hf_clip(name: str) -> nn.Module:
     return tiny.randomised(getattr(transformers, name)(HF_CLIP_CONFIGS[name]()))
 
 
+def with_trunk_prefix(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights, those of an image tower alone below "vision_model." as transformers 4 saves them and we do."""
+    if "embeddings.patch_embedding.weight" not in state_dict:
+        return state_dict
+    return {f"vision_model.{name}": tensor for name, tensor in state_dict.items()}
+
+
 def _hf_clip_blocks(model: nn.Module) -> list[Iterable[nn.Module]]:
     vision = getattr(model, "vision_model", model)
     towers = [vision, model.text_model] if hasattr(model, "text_model") else [vision]
@@ -266,8 +287,7 @@ def _hf_clip_blocks(model: nn.Module) -> list[Iterable[nn.Module]]:
 def _run_hf_clip(model: nn.Module, inputs: SampleInputs) -> Outputs:
     if hasattr(model, "text_model"):
         output = model(pixel_values=inputs.pixel_values, input_ids=inputs.input_ids)
-        pooled = {"pooler_output": output.vision_model_output.pooler_output}
-        return {"logits_per_image": output.logits_per_image, **pooled}
+        return {"logits_per_image": output.logits_per_image}
     output = model(inputs.pixel_values)
     names = {"logits": "logits", "image_embeds": "image_features", "pooler_output": "pooler_output"}
     return {ours: output[theirs] for theirs, ours in names.items() if theirs in output}
@@ -281,6 +301,12 @@ def _our_clip_class(name: str) -> str:
     return "VitEmbedForContrastive"
 
 
+# The attention pooling of SigLIP, which its classifier has and does not read.
+SIGLIP_POOLER = ("probe",) + tuple(
+    f"{part}{kind}"
+    for part in ("attention.in_proj_", "attention.out_proj.", "layernorm.", "mlp.fc1.", "mlp.fc2.")
+    for kind in ("weight", "bias")
+)
 HF_CLIP = [
     Case(
         "hf_clip",
@@ -293,7 +319,7 @@ HF_CLIP = [
         # A classifier reads neither the pooler nor CLIP's last norm; without the projection it is another class.
         free={
             "CLIPForImageClassification": ("post_layernorm.weight", "post_layernorm.bias"),
-            "SiglipForImageClassification": (*("probe", "head.layernorm.weight", "head.layernorm.bias"),),
+            "SiglipForImageClassification": tuple(f"head.{key}" for key in SIGLIP_POOLER),
         }.get(name, ()),
     )
     for name in HF_CLIP_CONFIGS
@@ -427,7 +453,8 @@ DEEPSEEK_OCR = [
         lambda model, inputs: {"last_hidden_state": model(inputs.pixel_values)[-1]},
         "VitEmbedModel",
         back=None,
-        free=(".sam", "model.", "lm_head.weight"),
+        free=("embeddings.position_ids",),
+        part="model.vision_model.",
         runs=False,  # its code comes with the weights, and is never run
     )
 ]
