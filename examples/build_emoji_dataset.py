@@ -26,7 +26,7 @@ from npm_packages import Package, check_absent, fetch, render_svg, written_aside
 from PIL import Image
 from tqdm import tqdm
 
-from vit_embed.clip_tokenizer import clip_bpe_vocabulary, clip_tokenizer_files, write_tokenizer
+from vit_embed.conversion.tokenizer import clip_bpe_vocabulary, clip_tokenizer_files, write_tokenizer
 
 logger = logging.getLogger("build_emoji_dataset")
 

@@ -1,5 +1,6 @@
 """What the converter tells users who come with the wrong thing, and which weights of a training checkpoint it takes."""
 
+import json
 import logging
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from sources import hf_clip, siglip_config
-from tiny_tokenizer import write_tokenizer
+from sources import SIGLIP_TEXT, SIGLIP_VISION, hf_clip
+from tiny_tokenizer import write_sentencepiece_tokenizer
 
 from vit_embed.conversion.layouts import LAYOUTS
 from vit_embed.conversion.layouts.layout import ConversionOptions
@@ -137,22 +138,27 @@ def test_the_command_line_takes_the_weights_that_are_named(openai_weights, tmp_p
 
 
 def test_a_converted_siglip_scores_labels_as_its_source_does(tmp_path):
-    model = tiny.randomised(transformers.SiglipModel(siglip_config()))
+    # transformers reads 64 tokens whatever the config has
+    text = {**SIGLIP_TEXT, "max_position_embeddings": 64}
+    config = transformers.SiglipConfig(vision_config=dict(SIGLIP_VISION), text_config=text)
+    model = tiny.randomised(transformers.SiglipModel(config))
     with torch.no_grad():
         model.logit_scale.fill_(1.0)
         model.logit_bias.fill_(-0.5)
     source, ours, saved = tmp_path / "source", tmp_path / "ours", tmp_path / "saved"
     model.save_pretrained(source)
-    write_tokenizer(source)
+    write_sentencepiece_tokenizer(source, "<pad>")
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids"]  # as SigLIP's own: the padding is read
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
     transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(source)
     convert_checkpoint(source, ours)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3)).astype("uint8"))
     task = "zero-shot-image-classification"
-    tokenizer_kwargs = {"max_length": model.config.text_config.max_position_embeddings}
 
     def scores(place, labels):
         pipe = transformers.pipeline(task, model=str(place), trust_remote_code=True)
-        found = pipe(picture, candidate_labels=labels, tokenizer_kwargs=tokenizer_kwargs)
+        found = pipe(picture, candidate_labels=labels)
         return pipe, {each["label"]: each["score"] for each in found}
 
     for labels in (["a cat"], ["a cat", "a dog", "very " * 40]):

@@ -93,3 +93,7 @@ def assert_same_states(ours: torch.nn.Module, theirs: torch.nn.Module, pixel_val
     else:
         torch.testing.assert_close(ours.post_layernorm(got.last_hidden_state), expected.last_hidden_state, **CLOSE)
         torch.testing.assert_close(got.pooler_output, expected.last_hidden_state[:, 0], **CLOSE)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
