@@ -212,7 +212,8 @@ def test_other_widths_must_be_told_their_heads(caplog):
     told = ConversionOptions(num_attention_heads=4, hidden_act="relu", layer_norm_eps=1e-5)
     config = CONVERT(published(512), {}, told)[0]
     assert (config.num_attention_heads, config.hidden_act, config.layer_norm_eps) == (4, "relu", 1e-5)
-    assert "--hidden_act relu overrides the source's activation, gelu" in caplog.text and "says 1e-06" in caplog.text
+    assert "--hidden_act relu overrides the source's activation, gelu" in caplog.text
+    assert "--layer_norm_eps 1e-05 overrides the source's epsilon of the norms, 1e-06" in caplog.text
 
 
 def test_metas_heads_are_cut_off():
