@@ -23,8 +23,8 @@ from timing import median_and_range, table
 from tqdm import tqdm
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
-from vit_embed.layouts.openai import HEAD_RULES, METADATA, TRUNK_RULES
-from vit_embed.layouts.rules import reverse_rules
+from vit_embed.conversion.layouts.openai import HEAD_RULES, METADATA, TRUNK_RULES
+from vit_embed.conversion.layouts.rules import reverse_rules
 
 # arXiv:2103.00020 table 20.
 VIT_L_14 = {

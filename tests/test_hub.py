@@ -354,11 +354,13 @@ def convert_from_hub(folder: str, token: str) -> dict:
 
     from huggingface_hub import HfApi
 
+    from vit_embed.conversion.source import find_source
     from vit_embed.convert_checkpoint import main
 
     api = HfApi(token=token)
     api.create_repo("alice/clip")
     api.upload_folder(repo_id="alice/clip", folder_path=folder)
+    api.upload_file(path_or_fileobj=b"the same weights", path_in_repo="pytorch_model.bin", repo_id="alice/clip")
     status = main(["alice/clip", "--output_dir", "out"])
     missing = main(["alice/nothing", "--output_dir", "nothing"])
     config = json.loads(Path("out/config.json").read_text())
@@ -367,6 +369,7 @@ def convert_from_hub(folder: str, token: str) -> dict:
         "missing": missing,
         "origin": config["converted_from"],
         "nothing": Path("nothing").exists(),
+        "fetched": sorted(path.name for path in Path(find_source("alice/clip").weights.parent).iterdir()),
     }
 
 
@@ -379,6 +382,7 @@ def test_a_repository_is_converted_by_its_name(hub, tmp_path):
     got = run_fresh(convert_from_hub, home, environment=environment, folder=str(tmp_path / "clip"), token=TOKEN)
     assert (got["status"], got["missing"], got["nothing"]) == (0, 1, False)
     assert got["origin"]["layout"] == "hf_clip" and got["origin"]["source"] == "alice/clip"
+    assert "pytorch_model.bin" not in got["fetched"]  # one form of the weights is enough
     assert got["origin"]["license"] == "mit" and list(got["origin"]["sha256"]) == ["model.safetensors"]
     converted = VitEmbedForContrastive.from_pretrained(home / "out").state_dict()
     assert all(torch.equal(converted[name], tensor) for name, tensor in clip.state_dict().items())

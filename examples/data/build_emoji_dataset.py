@@ -26,7 +26,7 @@ from datasets import Image as ImageFeature
 
 from data.emoji import emoji_rows
 from recipes.files import check_absent, written_aside
-from vit_embed.clip_tokenizer import clip_bpe_vocabulary, clip_tokenizer_files, write_tokenizer
+from vit_embed.conversion.tokenizer import clip_bpe_vocabulary, clip_tokenizer_files, write_tokenizer
 
 logger = logging.getLogger("build_emoji_dataset")
 

@@ -1,0 +1,422 @@
+"""Readers of strangers' files under random damage and random lies: they return what is there, or refuse.
+
+The examples are the same on every run. VIT_EMBED_FUZZ=50 takes 50 times as many and new ones; what it finds becomes a
+small test of its own in test_checkpoint_reader.py.
+"""
+
+import gzip
+import io
+import json
+import math
+import os
+import pickletools
+import shutil
+import signal
+import string
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import checkpoint_files as files
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from vit_embed.configuration_vit_embed import VitEmbedTextConfig
+from vit_embed.conversion.reading import read_checkpoint
+from vit_embed.conversion.source import find_source
+from vit_embed.conversion.tokenizer import clip_bpe_vocabulary, read_tokenizer
+
+LONGER = int(os.environ.get("VIT_EMBED_FUZZ", "0"))
+# The slowest file of these sizes that is refused takes milliseconds; a busy machine takes a second.
+SECONDS = 20
+
+
+def fuzz(examples: int) -> Callable:
+    return settings(
+        max_examples=examples * max(1, LONGER),
+        derandomize=not LONGER,
+        deadline=None,  # `refusal` has its own, which can stop what hangs
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+class Hangs(BaseException):
+    """No error of a file: nothing that reads may catch it."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    def stop(*_: Any) -> None:
+        raise Hangs(f"not done after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def attempt(read: Callable, *arguments: Any) -> Any:
+    """What reading gives, or None where it is refused as it must be: by a line that names the file."""
+    with in_time():
+        try:
+            return read(*arguments)
+        except (ValueError, FileNotFoundError) as error:
+            message = str(error)
+            assert type(error) in (ValueError, FileNotFoundError) or type(error).__name__ == "_Unfit", repr(error)
+            assert len(message) < 3000 and "weights_only" not in message
+            return None
+
+
+def sane(state_dict: dict[str, torch.Tensor], path: Path) -> None:
+    """Every number can be looked at, and there are no more than the file has."""
+    distinct = {}
+    for name, tensor in state_dict.items():
+        assert isinstance(name, str) and type(tensor) is torch.Tensor and tensor.dim() <= 64
+        assert tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.requires_grad
+        distinct[tensor.data_ptr(), tensor.shape, tensor.stride()] = tensor.numel() * tensor.element_size()
+    assert sum(distinct.values()) <= path.stat().st_size
+    for tensor in state_dict.values():
+        tensor.clone()
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def valid() -> dict[str, bytes]:
+    return files.valid_files()
+
+
+# Damage: bytes changed, lost, inserted, moved
+
+NUMBERS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+BYTES = st.one_of(
+    st.binary(min_size=1, max_size=8),
+    st.sampled_from([struct.pack("<Q", number) for number in NUMBERS]),
+    st.sampled_from([struct.pack("<I", number % 2**32) for number in NUMBERS]),
+    st.sampled_from([b"PK\x03\x04", b"PK\x01\x02", b"PK\x05\x06", b"\x80\x02", b"R", b"b", b"Q", b"{", b"\0" * 64]),
+)
+PLACE = st.floats(0, 1, exclude_max=True)
+EDITS = st.lists(
+    st.one_of(
+        st.tuples(st.just("overwrite"), PLACE, BYTES),
+        st.tuples(st.just("insert"), PLACE, BYTES),
+        st.tuples(st.just("flip"), PLACE, st.integers(0, 7)),
+        st.tuples(st.just("cut"), PLACE, st.integers(1, 100)),
+        st.tuples(st.just("copy"), PLACE, PLACE),
+        st.tuples(st.just("end"), PLACE, st.none()),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def damaged(content: bytes, edits: list[tuple[str, float, Any]]) -> bytes:
+    for kind, place, what in edits:
+        at = int(place * len(content))
+        if kind == "overwrite":
+            content = content[:at] + what + content[at + len(what) :]
+        elif kind == "insert":
+            content = content[:at] + what + content[at:]
+        elif kind == "flip" and content:
+            content = content[:at] + bytes([content[at] ^ 1 << what]) + content[at + 1 :]
+        elif kind == "cut":
+            content = content[:at] + content[at + what :]
+        elif kind == "copy":
+            start = int(what * len(content))
+            content = content[:at] + content[start : start + 64] + content[at + 64 :]
+        elif kind == "end":
+            content = content[:at]
+    return content
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "zip.pt", "legacy.pt", "script.pt"])
+def test_a_whole_file_gives_its_tensors(folder, valid, name):
+    assert equal(read_checkpoint(files.written(folder / name, valid[name])), files.small_state_dict())
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "zip.pt", "legacy.pt", "script.pt"])
+@given(edits=EDITS)
+@fuzz(150)
+def test_a_damaged_file_is_refused_or_sane(folder, valid, name, edits):
+    path = files.written(folder / name, damaged(valid[name], edits))
+    got = attempt(read_checkpoint, path)
+    if got is not None:
+        sane(got, path)
+        # An archive has checksums: what it still gives is what was saved.
+        assert name in ("a.safetensors", "legacy.pt") or equal(got, files.small_state_dict())
+
+
+# Lies: files that are whole, and say what is not so
+
+WILD = st.one_of(st.integers(-2, 12), st.sampled_from([*NUMBERS, 2**64, 10**30, -(2**63)]))
+JSON_ATOMS = st.one_of(st.none(), st.booleans(), WILD, st.floats(), st.text(max_size=5), st.just("storage"))
+ATOMS = st.one_of(JSON_ATOMS, st.binary(max_size=3))
+NAMES = [
+    *("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter"),
+    *("torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_parameter_with_state", "torch.Tensor"),
+    *("torch._utils._rebuild_sparse_tensor", "torch._utils._rebuild_meta_tensor_no_storage", "torch.Size"),
+    *("torch.nn.parameter.Parameter", "torch.FloatStorage", "torch.storage.UntypedStorage", "torch.float32"),
+    *("collections.OrderedDict", "collections.Counter", "argparse.Namespace", "builtins.bytearray", "_codecs.encode"),
+    *("torch.jit._pickle.build_intlist", "__torch__.Model", "__torch__.torch.nn.Module", "os.mkdir", "builtins.exec"),
+]
+VALUES = st.recursive(
+    st.one_of(ATOMS, st.sampled_from(NAMES).map(files.Name), st.just(files.tensor()), st.just(files.storage())),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.lists(inner, max_size=8).map(tuple),
+        st.dictionaries(st.one_of(st.text(max_size=3), st.sampled_from(["state_dict", "model"])), inner, max_size=4),
+        st.builds(files.Call, inner, st.lists(inner, max_size=8).map(tuple)),
+        st.builds(files.Call, st.sampled_from(NAMES).map(files.Name), st.lists(inner, max_size=8).map(tuple)),
+        st.builds(files.Reference, inner),
+    ),
+    max_leaves=20,
+)
+FORMS = st.sampled_from([files.archive, files.legacy])
+
+
+@given(value=VALUES, form=FORMS)
+@fuzz(300)
+def test_a_pickle_of_anything_is_refused_or_sane(folder, value, form):
+    try:
+        content = files.pickled(value)
+    except (UnicodeEncodeError, OverflowError):  # half a character; a text that pickle cannot hold
+        return
+    path = files.written(folder / "any.pt", form(content))
+    got = attempt(read_checkpoint, path)
+    if got is not None:
+        sane(got, path)
+
+
+SIDES = st.lists(st.one_of(st.integers(0, 4), WILD), max_size=4).map(tuple)
+
+
+@given(
+    numel=st.one_of(st.just(6), WILD),
+    offset=st.one_of(st.integers(0, 6), WILD),
+    shape=st.one_of(st.tuples(SIDES, SIDES), SIDES.map(lambda size: (size, tuple(1 for _ in size)))),
+    kind=st.sampled_from(["torch.FloatStorage", "torch.HalfStorage", "torch.storage.UntypedStorage"]),
+    form=FORMS,
+)
+@example(numel=6, offset=0, shape=((), ()), kind="torch.HalfStorage", form=files.legacy)  # half of the file is left
+@fuzz(300)
+def test_a_tensor_is_the_part_of_its_record_that_it_says(folder, numel, offset, shape, kind, form):
+    size, stride = shape
+    value = {"a": files.tensor(files.storage(numel=numel, kind=kind), offset, size, stride)}
+    path = files.written(folder / "part.pt", form(files.pickled(value)))
+    got = attempt(read_checkpoint, path)
+    if got is not None:
+        sane(got, path)
+        assert numel * got["a"].itemsize == 24 and got["a"].shape == size
+        if kind != "torch.FloatStorage" or not got["a"].numel():  # sides of 2**31 beside one of 0
+            return
+        places = [offset]
+        for count, step in zip(size, stride):
+            places = [place + step * index for place in places for index in range(count)]
+        assert got["a"].flatten().tolist() == [files.FLOATS[place] for place in places]
+
+
+@given(data=st.data())
+@fuzz(300)
+def test_instructions_moved_in_a_pickle_are_refused_or_sane(folder, valid, data):
+    name = data.draw(st.sampled_from(["zip.pt", "script.pt"]))
+    with zipfile.ZipFile(io.BytesIO(valid[name])) as archive:
+        pickle_name = next(each for each in archive.namelist() if each.endswith("/data.pkl"))
+        content = archive.read(pickle_name)
+        others = {each.rpartition("/")[2]: archive.read(each) for each in archive.namelist() if "/data/" in each}
+    ends = [position for _, _, position in pickletools.genops(content)] + [len(content)]
+    parts = [content[begin:end] for begin, end in zip(ends, ends[1:])]
+    extra = [b"R", b"b", b"Q", b"(", b"t", b"u", b"\x81", b"0", b"2", b"}", b"]", b"N", b"\x94", b"\x93", b"i", b"o"]
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(parts)))
+        part = data.draw(st.one_of(st.sampled_from(parts), st.sampled_from(extra), VALUES_AS_INSTRUCTIONS))
+        parts[at : at + data.draw(st.integers(0, 2))] = [part] * data.draw(st.integers(0, 2))
+    path = files.written(folder / "moved.pt", files.archive(b"".join(parts), others))
+    got = attempt(read_checkpoint, path)
+    if got is not None:
+        sane(got, path)
+
+
+VALUES_AS_INSTRUCTIONS = st.sampled_from(NAMES).map(lambda name: files.instructions(files.Name(name)))
+
+ENTRIES = st.one_of(
+    st.builds(
+        files.entry,
+        st.sampled_from(["F32", "F16", "I64", "BOOL", "F8_E4M3", "F4", "C64", "F99", "U8"]),
+        st.lists(st.one_of(st.integers(0, 6), WILD), max_size=3),
+        st.one_of(st.integers(0, 24), WILD),
+        st.one_of(st.integers(0, 24), WILD),
+    ),
+    st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), JSON_ATOMS),
+)
+
+
+@given(
+    pairs=st.lists(st.tuples(st.text(max_size=3), ENTRIES), max_size=3),
+    data=st.sampled_from([bytes(range(24)), bytes(range(6)), b""]),
+    length=st.one_of(st.none(), st.sampled_from(NUMBERS)),
+)
+@fuzz(300)
+def test_a_header_of_anything_is_refused_or_true(folder, pairs, data, length):
+    header = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(each)}" for name, each in pairs) + "}"
+    path = files.written(folder / "header.safetensors", files.safetensors(header.encode(), data, length))
+    got = attempt(read_checkpoint, path)
+    if got is not None:
+        sane(got, path)
+        assert length is None and got.keys() == dict(pairs).keys() and len(pairs) == len(got)
+        for name, each in pairs:
+            begin, end = each["data_offsets"]
+            assert (
+                list(got[name].shape) == each["shape"] and math.prod(each["shape"]) * got[name].itemsize == end - begin
+            )
+            assert bytes(got[name].flatten().view(torch.uint8).tolist()) == data[begin:end]
+
+
+SHARDS = ["a.safetensors", "b.safetensors", "../outside.safetensors", "link.safetensors", "ring", "", ".", "..", "a\0"]
+
+
+@pytest.fixture(scope="module")
+def shards(folder) -> Path:
+    """A folder with two shards, one shard beside it, a link to that, and a link in a ring."""
+    (folder / "shards").mkdir()
+    for path, key in (("shards/a", "a"), ("shards/b", "b"), ("outside", "c")):
+        files.written(folder / f"{path}.safetensors", files.safetensors({key: files.entry()}, bytes(24)))
+    (folder / "shards" / "link.safetensors").symlink_to("../outside.safetensors")
+    (folder / "shards" / "ring").symlink_to("ring")
+    return folder / "shards"
+
+
+@given(
+    weight_map=st.one_of(
+        st.dictionaries(
+            st.sampled_from("abcd"),
+            st.one_of(st.sampled_from(SHARDS), st.text(), JSON_ATOMS),
+            max_size=4,
+        ),
+        st.just({"a": "a.safetensors", "b": "b.safetensors"}),
+        JSON_ATOMS,
+    ),
+    edits=st.one_of(st.just([]), EDITS),
+)
+@fuzz(200)
+def test_an_index_of_anything_gives_only_the_files_beside_it(shards, weight_map, edits):
+    index = shards / "model.safetensors.index.json"
+    index.write_bytes(damaged(json.dumps({"metadata": {}, "weight_map": weight_map}).encode(), edits))
+    got = attempt(read_checkpoint, index)
+    assert got is None or (got and got.keys() <= {"a", "b"})
+    if weight_map == {"a": "a.safetensors", "b": "b.safetensors"} and not edits:
+        assert got.keys() == {"a", "b"}
+
+
+# What lies beside the weights
+
+JSON = st.recursive(
+    JSON_ATOMS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["pretrained_cfg", "license", "image_processor", "model_type", "model_cfg", "x"]), inner
+        ),
+    ),
+    max_leaves=10,
+)
+CARDS = st.one_of(
+    st.text(max_size=30),
+    st.text(alphabet="-\n\r:[]{}&*!?|>'\"%@`#, abc0123456789.", max_size=60).map(lambda text: f"---\n{text}\n---\n"),
+    st.sampled_from(
+        ["!!bool x", "!!timestamp x", "!!float x", "!!int ''", "2001-99-99", "&a [*a]", "[" * 2000, "=", "<<: 1"]
+    ).map(lambda text: f"---\nlicense: {text}\n---\n"),
+    st.sampled_from(["\n" * 30000, "---\n" + "\n" * 30000, "---\n" + "---\n" * 9000, "---\n" + "a: 1\n" * 9000]),
+)
+
+
+@given(
+    config=st.one_of(JSON.map(lambda value: json.dumps(value).encode()), st.binary(max_size=20)),
+    processor=st.one_of(st.none(), JSON.map(lambda value: json.dumps(value).encode())),
+    card=st.one_of(CARDS.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary(max_size=20)),
+)
+@fuzz(200)
+def test_a_folder_with_anything_beside_its_weights_is_found_or_refused(folder, valid, config, processor, card):
+    shutil.rmtree(folder / "source", ignore_errors=True)
+    (folder / "source").mkdir()
+    for name, content in {
+        "model.safetensors": valid["a.safetensors"],
+        "config.json": config,
+        "processor_config.json": processor,
+        "README.md": card,
+    }.items():
+        if content is not None:
+            (folder / "source" / name).write_bytes(content)
+    source = attempt(find_source, folder / "source")
+    if source is not None:
+        assert isinstance(source.config, dict) and (source.licence is None or source.licence.isprintable())
+
+
+TEXT_CONFIG = VitEmbedTextConfig(
+    vocab_size=516, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
+    max_position_embeddings=8, bos_token_id=514, eos_token_id=515,
+)  # fmt: skip
+
+
+def bpe_file(merges: int = 2) -> bytes:
+    return gzip.compress("\n".join(["header", *("a b" for _ in range(merges)), ""]).encode(), mtime=0)
+
+
+@given(edits=EDITS)
+@fuzz(100)
+def test_a_damaged_vocabulary_is_refused_or_a_vocabulary(folder, edits):
+    path = files.written(folder / "bpe.txt.gz", damaged(bpe_file(), edits))
+    got = attempt(clip_bpe_vocabulary, path, 2)
+    if got is not None:
+        vocab, merges = got
+        assert len(merges) == 2 and all(len(merge.split(" ")) == 2 for merge in merges)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_files() -> dict[str, bytes]:
+    from tokenizers import Tokenizer, models
+
+    letters = {letter: number for number, letter in enumerate(string.ascii_letters)}
+    vocab = {**letters, **{f"{number}": number for number in range(len(letters), 516)}}
+    return {
+        "tokenizer.json": Tokenizer(models.BPE(letters, [])).to_str().encode(),
+        "tokenizer_config.json": b'{"model_max_length": 8}',
+        "vocab.json": json.dumps(vocab).encode(),
+        "merges.txt": b"#version: 0.2\na b\n",
+    }
+
+
+@given(
+    names=st.sampled_from([("tokenizer.json", "tokenizer_config.json"), ("vocab.json", "merges.txt")]),
+    edits=EDITS,
+    anything=st.one_of(st.none(), JSON.map(lambda value: json.dumps(value).encode())),
+    which=st.integers(0, 1),
+)
+@fuzz(150)
+def test_a_damaged_tokenizer_is_refused_or_files(folder, tokenizer_files, names, edits, anything, which):
+    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
+    (folder / "tokenizer").mkdir()
+    for number, name in enumerate(names):
+        content = tokenizer_files[name]
+        if number == which:
+            content = damaged(content, edits) if anything is None else anything
+        (folder / "tokenizer" / name).write_bytes(content)
+    got = attempt(read_tokenizer, folder / "tokenizer", (), TEXT_CONFIG)
+    assert got is None or all(isinstance(content, bytes) for content in got.values())

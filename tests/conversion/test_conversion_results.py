@@ -1,0 +1,393 @@
+"""What a conversion gives besides equal numbers: longer texts, shards, the card, its memory; and the way back."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import openai_reference
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from vit_embed import VitEmbedForContrastive, VitEmbedModel
+from vit_embed.conversion import progress
+from vit_embed.conversion.layouts import LAYOUTS, openai
+from vit_embed.conversion.layouts.layout import ConversionOptions
+from vit_embed.conversion.layouts.openai import METADATA
+from vit_embed.conversion.reading import read_checkpoint
+from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
+
+
+@pytest.fixture(scope="module")
+def openai_file(tmp_path_factory) -> Path:
+    """A small OpenAI CLIP in float32, with no number that float16 could hold."""
+    model = openai_reference.openai_clip().float()
+    for parameter in model.parameters():
+        parameter.data += 1e-5 * torch.randn_like(parameter)
+    path = tmp_path_factory.mktemp("openai") / "clip.pt"
+    torch.save(openai_reference.openai_state_dict(model), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(openai_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("converted") / "clip"
+    convert_checkpoint(openai_file, folder)
+    return folder
+
+
+# The way back
+
+
+@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
+def test_there_and_back_is_bit_equal(openai_file, converted, tmp_path, ending):
+    target = tmp_path / f"back{ending}"
+    assert main([str(converted), "--reverse", "--layout", "openai", "--output_file", str(target)]) == 0
+    expected, got = read_checkpoint(openai_file), read_checkpoint(target)
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+    assert target.stat().st_mode & 0o077 == 0o666 & ~_umask() & 0o077  # readable by whom other files are
+    convert_checkpoint(target, tmp_path / "again")
+    for name, tensor in read_checkpoint(converted / "model.safetensors").items():
+        assert torch.equal(read_checkpoint(tmp_path / "again" / "model.safetensors")[name], tensor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_openais_code_loads_what_comes_back(converted, tmp_path):
+    restored = restore_checkpoint(converted, "openai", output_file=tmp_path / "back.pt")
+    state_dict = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert state_dict.keys() == restored.state_dict.keys()
+    # Its own `build_model` drops the three sizes, rounds to float16 and loads with strict keys.
+    theirs = openai_reference.openai_code().build_model(dict(state_dict)).float()
+    ours = VitEmbedForContrastive.from_pretrained(converted).eval()
+    pixel_values, input_ids = tiny.pixels(), tiny.tokens()
+    with torch.no_grad():
+        expected, got = theirs.encode_image(pixel_values), ours.get_image_features(pixel_values)
+    assert (got - expected).abs().max() < 1e-2 * expected.abs().max()  # float16 weights
+    exact = openai_reference.openai_clip().float()
+    exact.load_state_dict({name: tensor for name, tensor in state_dict.items() if name not in METADATA})
+    with torch.no_grad():
+        expected, got = exact(pixel_values, input_ids)[0], ours(pixel_values, input_ids).logits_per_image
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)  # logits of tens: 1e-5 of them
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' .it has 'quick_gelu'."),
+        ({"num_register_tokens": 2}, "num_register_tokens=2"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
+        ({"contrastive_loss": "sigmoid"}, "contrastive_loss='sigmoid'"),
+        ({"num_attention_heads": 4}, "num_attention_heads=4"),
+        ({}, "intermediate_size=48"),
+    ],
+)
+def test_what_openais_code_cannot_compute_is_refused(tmp_path, changes, named):
+    tiny.randomised(VitEmbedForContrastive(tiny.dual_config(**changes))).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=f"OpenAI's CLIP cannot express this model: .*{named}"):
+        restore_checkpoint(tmp_path / "ours", "openai", output_file=tmp_path / "back.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+def test_an_image_tower_alone_is_no_openai_clip(tmp_path):
+    VitEmbedModel(tiny.vision_config()).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="has a text tower, this model has none"):
+        restore_checkpoint(tmp_path / "ours", "openai", output_file=tmp_path / "back.pt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout", "openai"], "give --output_file for the weights alone, or --output_dir"),
+        (["--layout", "openai", "--output_file", "a.pt", "--output_dir", "b"], "give --output_file"),
+        (["--layout", "openai", "--output_file", "a.txt"], "must end in one of .safetensors, .pt"),
+        (["--layout", "openai", "--output_dir", "b"], "layout openai has no folder for this model, only a file"),
+        (["--output_file", "a.pt"], "--reverse needs --layout, one of openai"),
+        (["--layout", "openai", "--output_file", "a.pt", "--hidden_act", "gelu"], "the model says the rest"),
+    ],
+)
+def test_a_way_back_that_makes_no_sense_is_refused(converted, tmp_path, monkeypatch, caplog, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main([str(converted), "--reverse", *arguments]) == 1
+    assert message in caplog.text and list(tmp_path.iterdir()) == []
+
+
+def test_the_way_back_takes_folders_of_ours_only(openai_file, converted, tmp_path):
+    with pytest.raises(ValueError, match="takes a folder that vit_embed wrote"):
+        restore_checkpoint(openai_file, "openai", output_file=tmp_path / "back.pt")
+    config = json.loads((converted / "config.json").read_text())
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes((converted / "model.safetensors").read_bytes())
+    (broken / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 9}))
+    with pytest.raises(ValueError, match="are not those that its config describes: .*layers.3"):
+        restore_checkpoint(broken, "openai", output_file=tmp_path / "back.pt")
+
+
+def test_a_file_in_use_stays(converted, tmp_path):
+    (tmp_path / "mine.pt").write_text("keep")
+    with pytest.raises(FileExistsError, match="must be a new file"):
+        restore_checkpoint(converted, "openai", output_file=tmp_path / "mine.pt")
+    assert (tmp_path / "mine.pt").read_text() == "keep"
+
+
+# Options
+
+
+def test_the_trunk_alone_is_an_image_tower(openai_file, converted, tmp_path):
+    convert_checkpoint(openai_file, tmp_path / "trunk", ConversionOptions(trunk_only=True))
+    model = AutoModel.from_pretrained(tmp_path / "trunk", trust_remote_code=True).eval()
+    assert type(model).__name__ == "VitEmbedModel" and model.config.text_config is None
+    whole = VitEmbedForContrastive.from_pretrained(converted).eval()
+    with torch.no_grad():
+        got = model(tiny.pixels()).pooler_output
+        torch.testing.assert_close(got, whole.vision_model(tiny.pixels()).pooler_output, rtol=0, atol=0)
+
+
+def test_an_option_that_a_layout_does_not_read_is_refused(openai_file, tmp_path, caplog):
+    arguments = [str(openai_file), "--output_dir", str(tmp_path / "out")]
+    assert main([*arguments, "--norm_position", "post", "--image_size", "32", "32"]) == 1
+    assert "layout openai does not read --norm_position, --image_size; leave it out" in caplog.text
+    assert main([str(openai_file)]) == 1
+    assert "give --output_dir" in caplog.text
+
+
+def text_features(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return VitEmbedForContrastive.from_pretrained(folder).eval().get_text_features(input_ids)
+
+
+def test_a_shorter_context_keeps_the_features_of_texts_that_fit(openai_file, converted, tmp_path):
+    convert_checkpoint(openai_file, tmp_path / "short", ConversionOptions(max_position_embeddings=8))
+    input_ids = tiny.tokens(length=8)
+    input_ids[:, -1] = tiny.EOS
+    got, expected = text_features(tmp_path / "short", input_ids), text_features(converted, input_ids)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="at most max_position_embeddings=8"):
+        text_features(tmp_path / "short", tiny.tokens(length=9))
+
+
+def test_a_longer_context_is_resampled_as_open_clip_does(openai_file, converted, tmp_path):
+    convert_checkpoint(openai_file, tmp_path / "long", ConversionOptions(max_position_embeddings=40))
+    config = AutoConfig.from_pretrained(tmp_path / "long", trust_remote_code=True)
+    assert config.text_config.max_position_embeddings == 40
+    name = "text_model.embeddings.position_embedding.weight"
+    table = read_checkpoint(converted / "model.safetensors")[name]
+    # open_clip's `resize_text_pos_embed`: linear, without antialias, half-pixel centres.
+    places = ((torch.arange(40) + 0.5) * 16 / 40 - 0.5).clamp(0, 15)
+    left = places.floor().long()
+    share = (places - left)[:, None]
+    expected = table[left] * (1 - share) + table[(left + 1).clamp(max=15)] * share
+    got = read_checkpoint(tmp_path / "long" / "model.safetensors")[name]
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)  # two orders of one interpolation
+    input_ids = F.pad(tiny.tokens(), (24, 0), value=5)
+    input_ids[:, 0] = 98
+    assert text_features(tmp_path / "long", input_ids).isfinite().all()
+    assert "could not be run" in (tmp_path / "long" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"), [(1, "from 2, start"), (0, "from 2"), (10**11, "to 131072; got 100000000000")]
+)
+def test_a_context_of_no_text_is_refused(openai_file, tmp_path, number, message):
+    with pytest.raises(ValueError, match=message):
+        convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(max_position_embeddings=number))
+    options = ConversionOptions(max_position_embeddings=20, trunk_only=True)
+    with pytest.raises(ValueError, match="is for a text tower, and this model has none"):
+        convert_checkpoint(openai_file, tmp_path / "out", options)
+    with pytest.raises(ValueError, match="--tokenizer .* is for a text tower"):
+        convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(trunk_only=True), tokenizer=tmp_path)
+
+
+def test_shards_out_load_and_come_back_in(openai_file, converted, tmp_path):
+    convert_checkpoint(openai_file, tmp_path / "shards", max_shard_size="500KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
+    whole = read_checkpoint(converted / "model.safetensors")
+    loaded = AutoModel.from_pretrained(tmp_path / "shards", trust_remote_code=True).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
+    restore_checkpoint(tmp_path / "shards", "openai", output_file=tmp_path / "back.pt")
+    expected, got = read_checkpoint(openai_file), read_checkpoint(tmp_path / "back.pt")
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+# The card
+
+
+def test_card_and_config_say_where_the_weights_came_from(openai_file, converted):
+    digest = hashlib.sha256(openai_file.read_bytes()).hexdigest()
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+    assert config.converted_from == {
+        "layout": "openai",
+        "source": "clip.pt",  # no path of the machine that converted it
+        "sha256": {"clip.pt": digest},
+        "license": None,
+    }
+    card = (converted / "README.md").read_text()
+    assert f"| `clip.pt` | `{digest}` |" in card and "The source states no licence." in card
+    assert "| width | 128 | 64 |" in card and "| heads | 2 | 1 |" in card
+    assert "| image_features |" in card and "license:" not in card.split("---")[1]
+
+
+def test_the_origin_survives_training_and_saving(converted, tmp_path):
+    model = VitEmbedForContrastive.from_pretrained(converted)
+    model.save_pretrained(tmp_path / "saved")
+    saved = AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    assert saved.converted_from == model.config.converted_from is not None
+
+
+# Progress
+
+
+def test_large_files_show_bars_and_small_ones_none(openai_file, tmp_path, capfd, monkeypatch):
+    convert_checkpoint(openai_file, tmp_path / "small")
+    assert "converting" not in capfd.readouterr().err
+    monkeypatch.setattr(progress, "MIN_BYTES", 10**6)  # of 100 MB
+    convert_checkpoint(openai_file, tmp_path / "large")
+    shown = capfd.readouterr().err
+    assert "converting: 100%" in shown and "hashing clip.pt: 100%" in shown
+
+
+# Memory
+
+
+PEAK = """
+import logging, sys
+from vit_embed.convert_checkpoint import main
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+before = peak()
+assert main(sys.argv[1:]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads its peak memory from Linux")
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_memory_stays_below_a_fifth_more_than_the_float32_weights(tmp_path, stored):
+    sizes = {"vision_width": 768, "vision_layers": 8, "transformer_width": 512, "transformer_heads": 8}
+    model = openai_reference.openai_clip(**sizes)
+    state_dict = openai_reference.openai_state_dict(model)
+    state_dict = {k: v.to(stored) if v.is_floating_point() else v for k, v in state_dict.items()}
+    torch.save(state_dict, tmp_path / "clip.pt")
+    weights = 4 * sum(tensor.numel() for tensor in state_dict.values())
+    assert weights > 240e6  # so that what else a process allocates is small beside them
+    command = [sys.executable, "-c", PEAK, "clip.pt", "--output_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.2 * weights
+    command[3:] = ["out", "--reverse", "--layout", "openai", "--output_file", "back.pt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 1.2 * weights
+
+
+# What ours bounds, rounds or does beyond its weights
+
+
+def test_a_logit_scale_above_the_bound_is_named_and_features_are_compared(tmp_path, caplog):
+    clip = tiny.clip_model()
+    clip.logit_scale.data.fill_(5.0)
+    clip.save_pretrained(tmp_path / "clip")
+    differences = convert_checkpoint(tmp_path / "clip", tmp_path / "out")
+    assert "logit_scale is 5.0000, above ln 100 = 4.6052" in caplog.text
+    assert set(differences) == {"image_features", "text_features"}
+    caplog.clear()
+    clip.logit_scale.data.fill_(4.6052)
+    clip.save_pretrained(tmp_path / "clip")
+    assert "logits_per_image" in convert_checkpoint(tmp_path / "clip", tmp_path / "bounded")
+    assert "above ln 100" not in caplog.text
+
+
+def test_half_precision_is_compared_too(openai_file, tmp_path, monkeypatch):
+    convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(dtype=torch.bfloat16))
+
+    def another(*arguments):
+        return {name: -value for name, value in openai.reference(*arguments).items()}
+
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=another))
+    with pytest.raises(ValueError, match="image_features of the result differs"):
+        convert_checkpoint(openai_file, tmp_path / "wrong", ConversionOptions(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes"),
+    [
+        (layout, changes)
+        for layout in ("openai", "hf_clip", "open_clip", "timm")
+        for changes in ({"token_merge_size": 2}, {"pad_to_patch": True})
+        if (layout, *changes) != ("timm", "pad_to_patch")  # timm's dynamic_img_pad
+    ],
+)
+def test_what_no_other_package_does_at_inference_is_not_taken_back(converted, tmp_path, layout, changes):
+    VitEmbedForContrastive.from_pretrained(converted, **changes).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=f"cannot express this model: {next(iter(changes))}="):
+        restore_checkpoint(tmp_path / "ours", layout, output_file=tmp_path / "back.pt")
+
+
+def test_code_that_cannot_take_the_weights_is_an_error(openai_file, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=broken))
+    with pytest.raises(ValueError, match="the source's own code does not run these weights .*: size mismatch"):
+        convert_checkpoint(openai_file, tmp_path / "out")
+
+
+# Image processors
+
+
+def test_an_image_processor_of_an_old_release_is_read(tmp_path):
+    """In the form that transformers < 4.25 wrote: sizes as one number, no `image_processor_type`."""
+    tiny.clip_model().save_pretrained(tmp_path / "clip")
+    old = {
+        **{"crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 32},
+        **{"feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3},
+    }
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(old))
+    convert_checkpoint(tmp_path / "clip", tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (written["size"], written["crop_size"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
+    assert written["image_mean"] == [0.4] * 3 and written["image_std"] == [0.3] * 3
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "out")).__name__.startswith("CLIPImageProcessor")
+
+
+def test_unknown_preprocessing_is_warned_of(openai_file, tmp_path, caplog, monkeypatch):
+    convert_checkpoint(openai_file, tmp_path / "clips")
+    assert "how the source's images were prepared" not in caplog.text
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], sees_as_clip=False))
+    convert_checkpoint(openai_file, tmp_path / "unknown")
+    assert "nothing says how the source's images were prepared" in caplog.text
+
+
+# What a stranger's config may hold
+
+
+@pytest.mark.parametrize("value", [None, "many", [4], {"a": 1}, 0, -3, 2.5, 10**30])
+def test_a_config_with_values_of_no_use_is_an_error_of_one_line(tmp_path, caplog, value):
+    model = tiny.clip_model()
+    model.save_pretrained(tmp_path / "clip")
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    for field in ("num_attention_heads", "layer_norm_eps", "image_size"):  # of the image tower
+        changed = {**config, "vision_config": {**config["vision_config"], field: value}}
+        if field == "layer_norm_eps" and isinstance(value, (int, float)) and value > 0:
+            continue
+        (tmp_path / "clip" / "config.json").write_text(json.dumps(changed))
+        caplog.clear()
+        assert main([str(tmp_path / "clip"), "--output_dir", str(tmp_path / "out")]) == 1
+        assert "nothing was written" in caplog.text and not (tmp_path / "out").exists()

@@ -1,0 +1,411 @@
+"""OpenAI's checkpoints: converted to the same numbers, refused when unfit."""
+
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import openai_reference
+import pytest
+import tiny
+import torch
+import torch._utils
+from conversions import converter, leftovers
+from transformers import AutoConfig, CLIPModel
+
+import vit_embed
+from vit_embed import VitEmbedForContrastive
+from vit_embed.conversion import openai_files
+from vit_embed.conversion.compare import compare
+from vit_embed.conversion.layouts import LAYOUTS, openai
+from vit_embed.conversion.layouts.layout import ConversionOptions
+from vit_embed.conversion.layouts.openai import METADATA
+from vit_embed.conversion.openai_files import BPE_FILE, find_openai_file
+from vit_embed.conversion.source import find_source
+from vit_embed.convert_checkpoint import convert_checkpoint, main
+
+REPO = Path(vit_embed.__file__).parent
+
+
+def from_openai(state_dict: dict, options: ConversionOptions):
+    return converter("openai")(state_dict, {}, options)
+
+
+convert = convert_checkpoint
+
+# Two orders of float32 operations over three layers; measured 1e-6 of the largest value.
+CLOSE = {"rtol": 0, "atol": 1e-5}
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """The difference in units of the largest value expected."""
+    return (got - expected) / expected.abs().max()
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(relative(got, expected), torch.zeros_like(expected), **CLOSE)
+
+
+# Equal to OpenAI's code
+
+
+def test_features_and_logits_equal_openais(source, converted):
+    model = VitEmbedForContrastive.from_pretrained(converted).eval()
+    pixel_values, input_ids = tiny.pixels(), tiny.tokens()
+    with torch.no_grad():
+        logits_per_image, logits_per_text = source.model(pixel_values, input_ids)
+        got = model(pixel_values, input_ids)
+        assert_close(model.get_image_features(pixel_values), source.model.encode_image(pixel_values))
+        assert_close(model.get_text_features(input_ids), source.model.encode_text(input_ids))
+    assert_close(got.logits_per_image, logits_per_image)
+    assert_close(got.logits_per_text, logits_per_text)
+
+
+def test_every_hidden_state_equals_openais(source, converted):
+    model = VitEmbedForContrastive.from_pretrained(converted).eval()
+    pixel_values, input_ids = tiny.pixels(), tiny.tokens()
+    with torch.no_grad():
+        image_states = openai_reference.hidden_states(
+            source.model.visual.transformer, lambda: source.model.encode_image(pixel_values)
+        )
+        text_states = openai_reference.hidden_states(
+            source.model.transformer, lambda: source.model.encode_text(input_ids)
+        )
+        got = model(pixel_values, input_ids, output_hidden_states=True)
+    assert len(got.hidden_states) == len(image_states) == 4 and len(got.text_hidden_states) == len(text_states) == 3
+    for ours, theirs in zip(got.hidden_states + got.text_hidden_states, image_states + text_states):
+        assert_close(ours, theirs)
+
+
+def test_bfloat16_is_no_worse_than_openais(tmp_path):
+    reference = openai_reference.openai_clip().float()
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # both then round only what they compute
+    torch.save(openai_reference.openai_state_dict(reference), tmp_path / "clip.pt")
+    convert(tmp_path / "clip.pt", tmp_path / "folder", ConversionOptions(dtype=torch.bfloat16))
+    model = VitEmbedForContrastive.from_pretrained(tmp_path / "folder", dtype=torch.bfloat16).eval()
+    pixel_values, input_ids = tiny.pixels(batch=32), tiny.tokens(batch=32)
+    with torch.no_grad():
+        exact = reference.encode_image(pixel_values), reference.encode_text(input_ids)
+        ours = model.get_image_features(pixel_values), model.get_text_features(input_ids)
+        # OpenAI's mixed form, bfloat16 in place of float16: norms in float32, the residual stream rounded.
+        for module in reference.modules():
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.MultiheadAttention)):
+                module.bfloat16()
+        for parameter in (reference.visual.proj, reference.text_projection):
+            parameter.data = parameter.data.bfloat16()
+        theirs = reference.encode_image(pixel_values), reference.encode_text(input_ids)
+    for expected, our, their in zip(exact, ours, theirs):
+        our_error, their_error = (relative(value.float(), expected).square().mean().sqrt() for value in (our, their))
+        # Two roundings of 32 features at random: their means agree within a tenth.
+        assert our_error <= 1.1 * their_error
+
+
+def config_but_origin(folder: Path) -> dict:
+    config = json.loads((folder / "config.json").read_text())
+    assert len(config.pop("converted_from")["sha256"]) == 1
+    return config
+
+
+def test_a_state_dict_gives_the_same_folder_as_the_archive(source, converted, tmp_path):
+    training = {"state_dict": {f"module.{key}": tensor for key, tensor in source.state_dict.items()}, "epoch": 3}
+    torch.save(training, tmp_path / "training.pt")
+    torch.save(source.state_dict, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for number, file in enumerate((source.file, tmp_path / "training.pt", tmp_path / "legacy.pt")):
+        convert(file, tmp_path / str(number), layout="openai")
+        name = "model.safetensors"
+        assert (tmp_path / str(number) / name).read_bytes() == (converted / name).read_bytes()
+        assert config_but_origin(tmp_path / str(number)) == config_but_origin(converted)
+
+
+def test_sizes_are_read_from_the_tensors(converted):
+    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+    sizes = openai_reference.SIZES
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 3, 2)
+    assert (config.image_size, config.patch_size, config.intermediate_size) == (32, 8, 512)
+    assert (config.projection_dim, config.hidden_act) == (sizes["embed_dim"], "quick_gelu")
+    text = config.text_config
+    assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (64, 2, 1)
+    assert (text.max_position_embeddings, text.vocab_size, text.intermediate_size) == (16, 100, 256)
+    assert (text.bos_token_id, text.eos_token_id, text.hidden_act) == (98, 99, "quick_gelu")
+
+
+def test_stock_clip_loads_the_folder(source, converted):
+    model, info = CLIPModel.from_pretrained(converted, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        logits = model(pixel_values=tiny.pixels(), input_ids=tiny.tokens()).logits_per_image
+        assert_close(logits, source.model(tiny.pixels(), tiny.tokens())[0])
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+def test_dtype_is_float32_unless_told(source, tmp_path, name):
+    arguments = [] if name == "float32" else ["--dtype", name]
+    assert main([str(source.archive), "--output_dir", str(tmp_path / "out"), *arguments]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
+    model = VitEmbedForContrastive.from_pretrained(tmp_path / "out", dtype="auto")
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, name)}
+    stored = model.vision_model.embeddings.class_embedding
+    torch.testing.assert_close(stored, source.model.visual.class_embedding.to(stored.dtype), rtol=0, atol=0)
+
+
+def test_the_largest_difference_is_logged_returned_and_in_the_card(source, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        differences = convert(source.archive, tmp_path / "out")
+    assert set(differences) == {"image_features", "text_features", "logits_per_image"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    for name, difference in differences.items():
+        assert 0 <= difference < 1e-4
+        assert f"largest difference of {name} between source and result: {difference:.2e}" in caplog.text
+        assert f"| {name} | {difference:.2e} |" in card
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: zero-shot-image-classification\n")
+    assert "archive.pt" in card
+
+
+def test_a_result_that_computes_something_else_is_not_written(source, tmp_path, monkeypatch):
+    def swaps_queries_and_values(state_dict, source_config, options):
+        converted = openai.convert(state_dict, source_config, options)
+        weights = converted.weights
+        attention = "vision_model.encoder.layers.1.self_attn."
+        query, value = f"{attention}q_proj.weight", f"{attention}v_proj.weight"
+        weights[query], weights[value] = weights[value], weights[query]
+        return converted
+
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], convert=swaps_queries_and_values))
+    with pytest.raises(ValueError, match="image_features of the result differs from the source's"):
+        convert(source.archive, tmp_path / "out")
+    assert leftovers(tmp_path) == []
+
+
+def test_without_openais_code_the_folder_is_written_and_the_log_says_so(source, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(openai_files, "DISTRIBUTIONS", ())
+    with caplog.at_level(logging.INFO):
+        assert convert(source.archive, tmp_path / "out") is None
+    assert "the source could not be run: OpenAI's CLIP code is not installed" in caplog.text
+    assert "could not be run" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_conversion_leaves_the_source_alone(source):
+    before = {key: tensor.clone() for key, tensor in source.state_dict.items()}
+    _, weights = from_openai(source.state_dict, ConversionOptions(dtype=torch.float16))
+    for tensor in weights.values():
+        tensor.fill_(7)
+    for key, tensor in before.items():
+        assert torch.equal(source.state_dict[key], tensor)
+
+
+# What a source does not say
+
+
+def without_metadata(source) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in source.state_dict.items() if key not in METADATA}
+
+
+def test_weights_said_to_be_openais_have_its_activation_with_a_warning(source, tmp_path, caplog):
+    torch.save(without_metadata(source), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="several layouts"):  # its keys are open_clip's too
+        convert(tmp_path / "clip.pt", tmp_path / "out")
+    assert leftovers(tmp_path) == ["clip.pt"]
+    for given, expected in ((None, "quick_gelu"), ("gelu", "gelu")):
+        folder = tmp_path / f"given {given}"
+        convert(tmp_path / "clip.pt", folder, ConversionOptions(hidden_act=given), layout="openai")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        assert config.hidden_act == config.text_config.hidden_act == expected
+        assert ("using quick_gelu, OpenAI's own; --hidden_act" in caplog.text) == (given is None)
+        caplog.clear()
+
+
+def test_heads_are_64_wide_unless_told(source):
+    options = ConversionOptions(num_attention_heads=4, text_num_attention_heads=8)
+    config, _ = from_openai(source.state_dict, options)
+    assert (config.num_attention_heads, config.text_config.num_attention_heads) == (4, 8)
+    with pytest.raises(ValueError, match="num_attention_heads=3"):
+        from_openai(source.state_dict, ConversionOptions(num_attention_heads=3))
+    narrow = openai_reference.openai_clip(transformer_width=96, transformer_heads=3)
+    with pytest.raises(ValueError, match="this width is 96; give the number of heads with --text_num_attention"):
+        from_openai(narrow.state_dict(), ConversionOptions(hidden_act="quick_gelu"))
+    config, _ = from_openai(narrow.state_dict(), ConversionOptions(hidden_act="quick_gelu", text_num_attention_heads=3))
+    assert config.text_config.num_attention_heads == 3
+
+
+# State dicts that do not fit
+
+
+def test_a_resnet_clip_is_refused_by_name():
+    resnet = openai_reference.openai_clip(vision_layers=(1, 1, 1, 1), vision_width=8)
+    with pytest.raises(ValueError, match="this is a ResNet CLIP"):
+        from_openai(openai_reference.openai_state_dict(resnet), ConversionOptions())
+
+
+def test_another_layout_is_refused(converted):
+    hugging_face = VitEmbedForContrastive.from_pretrained(converted).state_dict()
+    with pytest.raises(ValueError, match=r"not a CLIP in OpenAI's layout.*visual\.conv1\.weight.*\(7 in all\)"):
+        from_openai(hugging_face, ConversionOptions())
+
+
+def test_keys_left_over_are_listed_and_counted(source):
+    extra = {f"visual.extra.{n}": torch.zeros(1) for n in range(9)}
+    with pytest.raises(ValueError, match=r"keys of the source without a place.*visual\.extra\.0.*\(9 in all\)"):
+        from_openai({**source.state_dict, **extra}, ConversionOptions())
+    # A layer that nothing leads up to.
+    stray = {"transformer.resblocks.7.ln_1.weight": torch.zeros(64)}
+    with pytest.raises(ValueError, match="keys of the source without a place.*resblocks.7.ln_1.weight"):
+        from_openai({**source.state_dict, **stray}, ConversionOptions())
+
+
+def test_keys_not_filled_are_listed_and_counted(source):
+    partial = {key: tensor for key, tensor in source.state_dict.items() if "resblocks.1.ln_2" not in key}
+    with pytest.raises(ValueError, match=r"not in the source: .*layers\.1\.layer_norm2\.weight, [^,]*$"):
+        from_openai(partial, ConversionOptions())
+    empty = {key: tensor for key, tensor in source.state_dict.items() if "ln_" not in key}
+    with pytest.raises(ValueError, match=r"not in the source: .*\(26 in all\)"):
+        from_openai(empty, ConversionOptions())
+
+
+@pytest.mark.parametrize(
+    ("key", "tensor", "message"),
+    [
+        ("visual.positional_embedding", torch.zeros(12, 128), "square grid.* 12 positions"),
+        ("visual.conv1.weight", torch.zeros(128, 3, 8, 4), r"patches of \(8, 4\)"),
+        ("visual.proj", torch.zeros(128, 25), r"text_projection must be \(64, 25\), got \(64, 24\)"),
+        ("visual.proj", torch.zeros(128, 0), r"visual.proj must be \(width, joint width\), got \(128, 0\)"),
+        ("ln_final.bias", torch.zeros(65), r"ln_final.bias must be \(64,\), got \(65,\)"),
+        ("ln_final.bias", torch.zeros(64, dtype=torch.int64), "ln_final.bias must be a float tensor, got torch.int64"),
+        ("vocab_size", torch.tensor(99), "vocab_size must be 100 as the weights say, got 99"),
+        ("input_resolution", torch.tensor([32, 32]), "input_resolution must be 32"),
+    ],
+)
+def test_weights_that_contradict_each_other_are_refused(source, key, tensor, message):
+    with pytest.raises(ValueError, match=message):
+        from_openai({**source.state_dict, key: tensor}, ConversionOptions())
+
+
+def test_non_finite_weights_are_counted_and_converted(source, tmp_path, caplog):
+    broken = {key: tensor.clone() for key, tensor in source.state_dict.items()}
+    broken["visual.proj"][0, :3] = torch.nan
+    broken["ln_final.bias"][0] = torch.inf
+    torch.save(broken, tmp_path / "clip.pt")
+    assert convert(tmp_path / "clip.pt", tmp_path / "out") is None
+    assert "4 numbers of the source are NaN or infinite, in 2 tensors: " in caplog.text
+    projection = VitEmbedForContrastive.from_pretrained(tmp_path / "out").visual_projection.weight
+    assert projection[:3, 0].isnan().all() and projection.isnan().sum() == 3
+
+
+def test_numbers_too_large_for_the_dtype_are_refused(source, tmp_path):
+    large = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in source.state_dict.items()}
+    large["visual.proj"] = large["visual.proj"].clone()
+    large["visual.proj"][0, 0] = 1e6
+    with pytest.raises(ValueError, match="1 numbers of visual.proj overflow torch.float16; use --dtype"):
+        from_openai(large, ConversionOptions(dtype=torch.float16))
+    _, weights = from_openai(large, ConversionOptions())
+    assert weights["visual_projection.weight"][0, 0] == 1e6
+
+
+# Where the result goes
+
+
+def test_an_output_folder_in_use_is_refused_and_untouched(source, tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for name in ("used", "file"):
+        with pytest.raises(FileExistsError, match="must be a new or an empty folder"):
+            convert(source.archive, tmp_path / name)
+    assert leftovers(tmp_path) == ["file", "used"] and leftovers(tmp_path / "used") == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    convert(source.archive, tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").exists()
+
+
+def test_missing_parents_are_made_and_removed_on_failure(source, tmp_path):
+    torch.save({**source.state_dict, "extra": torch.zeros(1)}, tmp_path / "bad.pt")
+    with pytest.raises(ValueError, match="extra"):
+        convert(tmp_path / "bad.pt", tmp_path / "a" / "b" / "out")
+    assert leftovers(tmp_path) == ["bad.pt"]
+    convert(source.archive, tmp_path / "a" / "b" / "out")
+    assert leftovers(tmp_path / "a" / "b") == ["out"]
+
+
+def test_a_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, hard))  # the weights are 2 MB
+    try:
+        with pytest.raises(OSError, match="the weights could not be written"):
+            convert(source.archive, tmp_path / "a" / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert leftovers(tmp_path) == []
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match="the weights need . MB, but the disk"):
+        convert(source.archive, tmp_path / "a" / "out")
+    assert leftovers(tmp_path) == []
+
+
+def test_an_interrupt_leaves_nothing(source, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        convert(source.archive, tmp_path / "a" / "out")
+    assert leftovers(tmp_path) == []
+
+
+def test_files_of_packages_are_found_by_whole_names(monkeypatch):
+    assert find_openai_file("clip/model.py").parts[-2:] == ("clip", "model.py")
+    assert find_openai_file("lip/model.py") is None  # as open_clip/model.py is not clip/model.py
+    monkeypatch.setattr(openai_files, "DISTRIBUTIONS", ("no-such-package",))
+    assert find_openai_file(BPE_FILE) is None
+
+
+def test_the_comparison_sees_a_changed_weight(source, converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "changed")
+    model = VitEmbedForContrastive.from_pretrained(converted)
+    with torch.no_grad():
+        model.text_projection.weight[0] += 1
+    model.save_pretrained(tmp_path / "changed")
+    arguments = LAYOUTS["openai"], find_source(source.archive), tmp_path / "changed", VitEmbedForContrastive
+    with pytest.raises(ValueError, match="text_features of the result differs from the source's"):
+        compare(*arguments, torch.float32)
+
+
+# The command line
+
+
+def run_command(*command: str | os.PathLike, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_command_line_as_a_module(source, converted, tmp_path):
+    done = run_command("-m", "vit_embed.convert_checkpoint", source.archive, "--output_dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "largest difference of logits_per_image" in done.stderr
+    assert leftovers(tmp_path) == ["out"] and leftovers(tmp_path / "out") == leftovers(converted)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+
+
+def test_command_line_as_a_script_of_a_clone_of_any_name(source, converted, tmp_path):
+    clone = tmp_path / "my clone-1.0"
+    clone.mkdir()
+    for path in REPO.glob("*.py"):
+        shutil.copy(path, clone)
+    shutil.copytree(REPO / "conversion", clone / "conversion", ignore=shutil.ignore_patterns("__pycache__"))
+    marked = clone / "modeling_vit_embed.py"
+    marked.write_text(marked.read_text() + "\n# of the clone\n")
+    done = run_command(clone / "convert_checkpoint.py", source.archive, "--output_dir", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+    assert (tmp_path / "out" / "modeling_vit_embed.py").read_text().endswith("# of the clone\n")
+
+
+def test_command_line_names_the_error(tmp_path, caplog):
+    (tmp_path / "clip.pt").write_bytes(b"PK\x03\x04 and no more")
+    assert main([str(tmp_path / "clip.pt"), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "nothing was written" in caplog.text and "is truncated" in caplog.text
+    assert leftovers(tmp_path) == ["clip.pt"]

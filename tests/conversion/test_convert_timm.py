@@ -1,0 +1,237 @@
+"""timm's vision transformers: the same numbers here and there, its folders and its bare files, and the way back."""
+
+import json
+import logging
+import re
+
+import pytest
+import tiny
+import torch
+from timm_reference import (
+    CLASSIFIER,
+    CLS,
+    SIZES,
+    TOLD,
+    VARIANTS,
+    assert_close,
+    assert_equal,
+    convert,
+    images,
+    of_timm,
+    ours,
+    registered,
+    reloaded,
+    restore,
+    saved,
+    timm,
+)
+from transformers import AutoModel, AutoModelForImageClassification
+
+from vit_embed import VitEmbedConfig, VitEmbedForImageClassification, VitEmbedModel, VitEmbedModelWithProjection
+from vit_embed.conversion.layouts.layout import ConversionOptions
+from vit_embed.conversion.layouts.timm.names import FOREIGN_NAMES, find_architecture
+from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
+
+# Equal
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_equal_to_timm_and_back_bit_for_bit(variant):
+    arguments, told = VARIANTS[variant]
+    model = of_timm(**arguments)
+    config, weights = convert(model, **TOLD, **told)
+    assert config.architectures == ["VitEmbedModel" if arguments.get("num_classes") == 0 else CLASSIFIER]
+    assert_equal(model, ours(config, weights))
+
+    restored = restore(config, weights)
+    written = restored.files["config.json"]
+    back = timm.create_model(written["architecture"], **written["model_args"])
+    back.load_state_dict(restored.state_dict)
+    assert_equal(back.eval(), ours(config, weights))
+    expected = model.state_dict()
+    if variant in ("registers with positions", "registers alone"):  # these are in the registers now, and stay there
+        start = int(model.has_class_token)
+        positions = expected["pos_embed"][:, start : start + 2]
+        expected["reg_token"] = expected["reg_token"] + positions
+        positions.zero_()
+    assert set(restored.state_dict) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(restored.state_dict[name], tensor), name
+
+
+@pytest.mark.parametrize("norm_layer, eps", [("rmsnorm", 1e-6), (None, 1e-5)])
+def test_the_norm_is_what_the_config_says(norm_layer, eps):
+    name = "vit_base_patch16_224" if norm_layer else "vit_base_patch16_clip_224"
+    model = tiny.randomised(timm.create_model(name, **{**SIZES, "norm_layer": norm_layer}))
+    # So small a residual stream that the epsilon shows.
+    for tensor in (model.cls_token, model.pos_embed, model.patch_embed.proj.weight):
+        tensor.data *= 1e-3
+    stated = {"architecture": name, "model_args": {"num_heads": 4, "norm_layer": norm_layer}, "num_classes": 5}
+    config, weights = convert(model, stated)
+    assert (config.norm_type, config.layer_norm_eps) == ("rms_norm" if norm_layer else "layer_norm", eps)
+    assert_equal(model, ours(config, weights))
+    restored = restore(config, weights)
+    back = timm.create_model(name, **restored.files["config.json"]["model_args"])
+    back.load_state_dict(restored.state_dict)
+    assert_equal(back.eval(), ours(config, weights))
+
+
+def test_other_sizes_resample_positions_as_timm_does():
+    model = of_timm(dynamic_img_size=True)
+    assert_equal(model, ours(*convert(model, **CLS)), image_size=(48, 72))
+
+
+def test_positions_of_registers_are_added_in_float32():
+    model = of_timm(reg_tokens=2).bfloat16()
+    config, weights = convert(model, **CLS, dtype=torch.bfloat16)
+    expected = (model.reg_token.float() + model.pos_embed[:, 1:3].float()).bfloat16()[0]
+    assert torch.equal(weights["vision_model.embeddings.register_tokens"], expected)
+
+
+# Names
+
+
+# Blocks that are no plain layers though their keys start like them, and what of them shows it.
+OTHER_LAYERS = {"attn.lambda_q1", "attn.norm.weight", "mlp.fc1_g.weight"}
+ACTIVATIONS = {"GELU": "gelu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
+POOLINGS = {"token": "cls", "avg": "mean", "map": "map"}
+
+
+def test_every_name_of_timm_stands_for_what_timm_makes_of_it():
+    """The whole table against one layer of each of timm's own models."""
+    plain = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    named = {name for name in timm.list_models() if find_architecture(name) is not None}
+    assert named <= set(plain) and len(named) > 140
+    for name in plain:
+        with torch.device("meta"):
+            model = timm.create_model(name, depth=1, weight_init="skip")
+        block, found = model.blocks[0], find_architecture(name)
+        if found is None:  # its keys or a part of its name show that it is something else
+            keys, parts = set(block.state_dict()), set(name.split("_"))
+            assert "attn.qkv.weight" not in keys or keys & OTHER_LAYERS or parts & set(FOREIGN_NAMES), name
+            continue
+        norm_type = "rms_norm" if type(block.norm1).__name__ == "RmsNorm" else "layer_norm"
+        expected = (model.embed_dim, block.attn.num_heads, norm_type, block.norm1.eps)
+        assert (found.width, found.num_heads, found.norm_type, found.eps) == expected, name
+        assert type(block).__name__ == "Block" and type(block.attn).__name__ == "Attention"
+        if type(block.mlp).__name__ == "Mlp":  # a gated one is refused
+            assert found.hidden_act == ACTIVATIONS[type(block.mlp.act).__name__], name
+
+
+def test_pooling_and_positions_of_every_name_are_timms():
+    """What names and keys say of each of timm's models, made narrow and shallow."""
+    names = timm.list_models(module="vision_transformer") + timm.list_models(module="deit")
+    for name in names:
+        named = find_architecture(name)
+        if named is None or re.fullmatch("vit_giant_.*(dinov2|tipsv2)|vit_so150m_.*_map_256", name):
+            continue  # those two kinds are refused below
+        model = timm.create_model(name, depth=1, embed_dim=named.num_heads, num_classes=0, weight_init="skip")
+        stated = {"architecture": name, "model_args": {"embed_dim": named.num_heads, "num_heads": named.num_heads}}
+        config, _ = convert(model, stated, trunk_only=True)
+        grid = tuple(zip(model.patch_embed.patch_size, model.patch_embed.grid_size))
+        assert config.pooling_type == POOLINGS[model.global_pool], name
+        assert config.image_shape == tuple(side * number for side, number in grid), name
+        assert config.converted_from["model_args"]["no_embed_class"] == model.no_embed_class, name
+
+
+# Folders, through the whole pipeline
+
+
+@pytest.mark.parametrize(
+    "name, arguments, model_class, outputs",
+    [
+        ("vit_base_patch16_224", {}, CLASSIFIER, {"logits"}),
+        ("vit_base_patch16_reg4_gap_256", {}, CLASSIFIER, {"logits"}),
+        ("vit_base_patch16_siglip_256", {"num_classes": 0}, "VitEmbedModel", set()),
+        ("vit_small_patch14_reg4_dinov2", {"num_classes": 0, "img_size": (32, 64)}, "VitEmbedModel", set()),
+        ("vit_base_patch32_clip_quickgelu_224", {}, CLASSIFIER, {"logits"}),
+        ("test_vit3", {}, CLASSIFIER, {"logits"}),
+        ("test_vit4", {}, CLASSIFIER, {"logits"}),
+    ],
+)
+def test_a_folder_of_timm_there_and_back(name, arguments, model_class, outputs, tmp_path):
+    model = registered(name, **arguments)
+    source = saved(model, tmp_path / "source")
+    differences = convert_checkpoint(source, tmp_path / "ours")
+    assert set(differences) == {"last_hidden_state", "pooler_output"} | outputs
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert config["architectures"] == [model_class]
+    auto_class = AutoModelForImageClassification if model_class == CLASSIFIER else AutoModel
+    assert_equal(model, auto_class.from_pretrained(tmp_path / "ours", trust_remote_code=True).eval())
+
+    restored = restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "back")
+    assert restored.files["config.json"]["architecture"] == name
+    back = reloaded(tmp_path / "back")
+    assert_equal(back, auto_class.from_pretrained(tmp_path / "ours", trust_remote_code=True).eval())
+    folded = name.startswith("test_vit")  # their registers have positions
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[key], tensor) or (folded and key in ("reg_token", "pos_embed")), key
+    convert_checkpoint(tmp_path / "back", tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "ours" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_head_of_a_clip_tower_without_a_bias_is_its_projection(tmp_path):
+    model = registered("vit_base_patch32_clip_224", num_classes=7)
+    model.head.bias.data.zero_()
+    differences = convert_checkpoint(saved(model, tmp_path / "source"), tmp_path / "ours")
+    assert set(differences) == {"last_hidden_state", "pooler_output", "image_features"}
+    tower = VitEmbedModelWithProjection.from_pretrained(tmp_path / "ours").eval()
+    assert tower.config.projection_dim == 7
+    assert_equal(model, tower)
+    restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "back")
+    back = reloaded(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[key], tensor) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("entries", [{"label_names": ["a", "b", "c"]}, {"label_descriptions": {"a": "b"}}])
+def test_a_head_with_labels_is_a_classifier_though_the_tower_is_clips(entries):
+    model = registered("vit_base_patch32_clip_224", num_classes=3)
+    model.head.bias.data.zero_()
+    stated = {"architecture": "vit_base_patch32_clip_224", "model_args": {"num_heads": 4}, **entries}
+    config, weights = convert(model, stated)
+    assert config.architectures == [CLASSIFIER] and config.num_labels == 3
+    assert config.id2label[0] == ("a" if "label_names" in entries else "LABEL_0")
+    assert_equal(model, ours(config, weights))
+
+
+def test_a_distilled_deit_gives_its_trunk(tmp_path):
+    model = tiny.randomised(timm.create_model("deit_tiny_distilled_patch16_224"))
+    source = saved(model, tmp_path / "source")
+    with pytest.raises(ValueError, match="distilled.*--trunk_only"):
+        convert_checkpoint(source, tmp_path / "refused")
+    differences = convert_checkpoint(source, tmp_path / "ours", ConversionOptions(trunk_only=True))
+    assert set(differences) == {"last_hidden_state", "pooler_output"}
+    trunk = VitEmbedModel.from_pretrained(tmp_path / "ours").eval()
+    assert (trunk.config.num_register_tokens, trunk.config.num_attention_heads) == (1, 3)
+    with torch.no_grad():
+        states = trunk(images(model)).last_hidden_state
+        assert_close(trunk.post_layernorm(states), model.forward_features(images(model)))
+    restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "back")
+    assert_equal(reloaded(tmp_path / "back"), trunk)
+
+
+def test_a_registered_model_of_full_size(tmp_path):
+    model = tiny.randomised(timm.create_model("vit_tiny_patch16_224"))
+    differences = convert_checkpoint(saved(model, tmp_path / "source"), tmp_path / "ours", layout="timm")
+    assert set(differences) == {"last_hidden_state", "pooler_output", "logits"}
+    assert_equal(model, VitEmbedForImageClassification.from_pretrained(tmp_path / "ours").eval())
+    config = VitEmbedConfig.from_pretrained(tmp_path / "ours")
+    assert (config.num_attention_heads, config.hidden_act, config.layer_norm_eps) == (3, "gelu", 1e-6)
+    assert config.converted_from["license"] == "apache-2.0" and config.num_labels == 1000
+
+
+def test_a_bare_file_by_the_command_line(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    model = of_timm(reg_tokens=1, no_embed_class=True)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "vit.pth")
+    told = ["--num_attention_heads=4", "--hidden_act=gelu", "--layer_norm_eps=1e-6", "--pooling_type=cls"]
+    told += ["--image_size", "32", "32"]
+    assert main([str(tmp_path / "vit.pth"), "--output_dir", str(tmp_path / "ours"), *told]) == 0
+    assert "layout timm, as it has timm's keys" in caplog.text and "largest difference of logits" in caplog.text
+    back = ["--reverse", "--layout=timm", "--output_file", str(tmp_path / "back.safetensors")]
+    assert main([str(tmp_path / "ours"), *back]) == 0
+    call = re.search(r"for a file (timm\.create_model\(.*\))$", caplog.text, re.MULTILINE)[1]
+    loaded = eval(call, {"timm": timm}).eval()  # the log's own words load it
+    assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
