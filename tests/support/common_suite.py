@@ -14,7 +14,7 @@ import transformers
 # Where `make` unpacks the tests of the installed release.
 FOLDER = Path(sys.prefix) / "transformers-tests" / transformers.__version__
 PACKAGE = "transformers_tests"
-REPO = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parents[2]
 # Modules that the source distribution lacks, and the class that is imported from each.
 MISSING = {"exporters.test_export": "ExportTesterMixin", "generation.test_utils": "GenerationTesterMixin"}
 

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoProcessor
 
 from vit_embed.configuration_vit_embed import AUTO_MAP
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 sys.path.insert(0, str(REPO / "examples"))
 
 from recipes.embedding import embed_texts  # noqa: E402

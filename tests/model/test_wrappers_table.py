@@ -13,7 +13,7 @@ import test_export
 import test_forward_rules
 from catalogue import CLASSES
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "wrappers.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "wrappers.md"
 
 
 def cases_of(*tests) -> set[str]:

@@ -14,7 +14,7 @@ from vit_embed import (
     VitEmbedModel,
 )
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def config_of(name: str, **overrides) -> VitEmbedConfig:

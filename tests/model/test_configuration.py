@@ -14,7 +14,7 @@ from transformers import CLIPConfig, PretrainedConfig, ResNetConfig
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel, VitEmbedTextConfig
 from vit_embed.configuration_vit_embed import AUTO_MAP, FIELDS, TEXT_FIELDS
 
-REPO = Path(__file__).parent.parent
+REPO = Path(__file__).parents[2]
 
 
 def test_defaults_are_openai_clip_vit_b_16():
