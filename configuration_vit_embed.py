@@ -343,6 +343,7 @@ class VitEmbedConfig(PretrainedConfig):
 
     def __init__(self, **fields: Any):
         _reject_misspelled(fields, FIELDS, type(self).__name__)
+        fields.pop("vision_config", None)  # written for stock CLIPModel, says nothing that the fields do not
         own = {option.name: fields.pop(option.name, option.default) for option in OPTIONS}
         out_features, out_indices = own.pop("out_features"), own.pop("out_indices")
         for name, value in own.items():

@@ -4,7 +4,7 @@ import peft
 import pytest
 import stem_family
 import torch
-from catalogue import CLASSES, OPTIONS, flat
+from catalogue import CLASSES, IMAGE_CLASSES, OPTIONS, flat
 from tiny import pixels, score, vision_config
 from torch import nn
 
@@ -84,7 +84,7 @@ def test_every_method_on_every_class(name, method, tmp_path):
 
 @pytest.mark.parametrize("method", AT_THE_STEM)
 @pytest.mark.parametrize("layer", ["patch_embedding", "position_embedding"])
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("text",)])
+@pytest.mark.parametrize("name", IMAGE_CLASSES)
 def test_the_layers_of_the_embeddings(name, layer, method, tmp_path):
     assert_adapts(CLASSES[name], lambda: AT_THE_STEM[method]([layer]), tmp_path)
 

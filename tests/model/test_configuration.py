@@ -198,6 +198,13 @@ def test_overrides_at_load_are_checked(tmp_path):
         VitEmbedConfig.from_pretrained(tmp_path, image_size=33)
 
 
+def test_a_config_can_be_made_of_its_dict():
+    """CLIP's vision_config, which is written for stock CLIPModel, says nothing that the fields do not."""
+    written = dual_config().to_dict()
+    assert "vision_config" in written
+    assert VitEmbedConfig(**written).to_dict() == written
+
+
 @pytest.mark.parametrize("config", [vision_config(), dual_config()], ids=["vision", "dual"])
 def test_saved_config_is_complete_and_read_back_equal(config, tmp_path):
     config.save_pretrained(tmp_path)

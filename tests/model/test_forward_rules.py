@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import vit_embed
-from vit_embed import stems_vit_embed
 
 EVERY = {**CLASSES, **OPTIONS}
 WITH_LOSS = [name for name, case in CLASSES.items() if case.labels]
@@ -545,7 +544,7 @@ def test_layers_outputs_that_nobody_asked_for_are_let_go(name):
     if config.model_type == "vit_embed":
         config.out_features = ["stage3", "stage12"]
     model = randomised(case.model_class(config))
-    trunk = getattr(model, "vision_model", model)
+    trunk = getattr(model, "vision_model", getattr(model, "text_model", model))
     kept = {"depth, dpt": 4, "backbone": 2}.get(name, 1)  # what the head reads
     assert most_alive(trunk.encoder.layers, lambda: model(**case.inputs())) <= kept + 1
     assert most_alive(trunk.encoder.layers, lambda: model(**case.inputs(), output_hidden_states=True)) == 12
@@ -554,9 +553,9 @@ def test_layers_outputs_that_nobody_asked_for_are_let_go(name):
 @pytest.mark.parametrize("stem", ["dct", "wavelet"])
 def test_a_spectral_basis_is_made_once_a_dtype_and_device(stem, monkeypatch):
     made = Counter()
-    build = stems_vit_embed.spectral_basis
-    monkeypatch.setattr(stems_vit_embed, "_BASES", {})
-    monkeypatch.setattr(stems_vit_embed, "spectral_basis", lambda *key: made.update([key[3]]) or build(*key))
+    build = stem_layers_vit_embed.spectral_basis
+    monkeypatch.setattr(stem_layers_vit_embed, "_BASES", {})
+    monkeypatch.setattr(stem_layers_vit_embed, "spectral_basis", lambda *key: made.update([key[3]]) or build(*key))
     model = randomised(vit_embed.VitEmbedModel(vision_config(stem_type=stem)))
     with torch.inference_mode():
         model(pixels())

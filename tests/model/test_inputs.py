@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from catalogue import CLASSES
+from catalogue import CLASSES, IMAGE_CLASSES
 from PIL import Image
 from tiny import pixels, randomised, tokens, vision_config
 from transformers import BatchFeature
@@ -35,7 +35,6 @@ WRONG_IMAGES = {
     "empty batch": (PIXELS[:0], ValueError, r"got \(0, 3, 32, 32\); leave empty batches out"),
     "other size": (pixels(1, 30, 32), ValueError, r"multiples of patch_size \(8, 8\), got \(30, 32\); resize or crop"),
 }
-IMAGE_CLASSES = [name for name in CLASSES if name != "text"]
 
 
 @pytest.mark.parametrize("wrong", WRONG_IMAGES)
@@ -75,7 +74,7 @@ WRONG_TEXTS = {
 
 
 @pytest.mark.parametrize("wrong", WRONG_TEXTS)
-@pytest.mark.parametrize("name", ["text", "contrastive"])
+@pytest.mark.parametrize("name", ["text", "text, projection", "contrastive"])
 def test_wrong_texts(name, wrong):
     value, kind, message = WRONG_TEXTS[wrong]
     with pytest.raises(kind, match="input_ids must .*" + message if wrong != "endless" else message):
@@ -223,7 +222,7 @@ def test_wrong_depths(labels, kind, message):
         CLASSES["depth"].model()(pixels(), labels=labels)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name != "text"])
+@pytest.mark.parametrize("name", IMAGE_CLASSES)
 def test_other_sizes_are_refused_where_they_are_not_wanted(name):
     """interpolate_pos_encoding=False is stock CLIP's default: it takes the native size alone."""
     case = CLASSES[name]

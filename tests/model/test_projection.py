@@ -57,7 +57,8 @@ def test_it_equals_clips(stock, implementation):
     for name in ("hidden_states", "attentions"):
         for own, their in zip(ours[name], theirs[name], strict=True):
             torch.testing.assert_close(own, their, **CLOSE)
-    assert list(ours) == ["image_embeds", "last_hidden_state", "hidden_states", "attentions"]
+    assert list(ours) == ["image_embeds", "last_hidden_state", "hidden_states", "attentions", "pooler_output"]
+    assert ours.pooler_output is ours.image_embeds, "for pipelines"
     assert not torch.allclose(ours.image_embeds.norm(dim=-1), torch.ones(3), atol=0.1), "embeddings keep their length"
 
 

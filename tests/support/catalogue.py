@@ -99,6 +99,9 @@ CLASSES = {
     ),
 }
 
+# Those that read pixels.
+IMAGE_CLASSES = [name for name in CLASSES if not name.startswith("text")]
+
 # Options of the trunk that take another path in a graph, each with the head whose loss reaches everything.
 OPTIONS = {
     "antialias": classifier(position_interpolation="bicubic_antialias"),
