@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from fresh_process import DEAD_ENDPOINT
-from pages import MOVES, PAGES, REPO, Block, blocks_of, locate
+from pages import PAGES, REPO, Block, blocks_of, locate
 from transformers import TrainingArguments
 
 SUPPORT = REPO / "tests" / "support"
@@ -35,10 +35,6 @@ def make_clone(folder: Path) -> Path:
     (folder / "examples").mkdir()
     for path in (REPO / "examples").iterdir():
         (folder / "examples" / path.name).symlink_to(path)
-    for path in MOVES:
-        if path.startswith("examples/") and not (folder / path).exists():
-            (folder / path).parent.mkdir(exist_ok=True)
-            (folder / path).symlink_to(locate(path))
     return folder
 
 

@@ -51,5 +51,5 @@ def test_the_public_names_are_those_of_the_package():
 
     assert sorted(vit_embed.__all__) == vit_embed.__all__
     assert all(hasattr(vit_embed, name) for name in vit_embed.__all__)
-    targets = {target.partition(".")[2] for target in {**AUTO_MAP, **TEXT_AUTO_MAP}.values()}
+    targets = {target.partition(".")[2] for target in (*AUTO_MAP.values(), *TEXT_AUTO_MAP.values())}
     assert targets - set(vit_embed.__all__) == {"VitEmbedAutoModel", "VitEmbedTextAutoModel"}

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import vit_embed
+from vit_embed import stem_layers_vit_embed
 
 EVERY = {**CLASSES, **OPTIONS}
 WITH_LOSS = [name for name, case in CLASSES.items() if case.labels]

@@ -1,4 +1,4 @@
-"""docs/wrappers.md: every cell of its table is a test that runs on that class."""
+"""docs/wrappers.md and docs/ecosystem.md: every cell of their tables is a test that runs on that class."""
 
 from pathlib import Path
 
@@ -11,9 +11,13 @@ import test_compile
 import test_distributed
 import test_export
 import test_forward_rules
+import test_hub
+import test_loading
+import test_sentence_transformers
+import test_text_tower
 from catalogue import CLASSES
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "wrappers.md"
+PAGES = Path(__file__).resolve().parents[2] / "docs"
 
 
 def cases_of(*tests) -> set[str]:
@@ -28,7 +32,7 @@ def cases_of(*tests) -> set[str]:
     return set.intersection(*found)
 
 
-COLUMNS = {
+WRAPPERS = {
     "hooks on a tower": cases_of(
         test_forward_rules.test_a_hook_on_a_tower_fires_once_a_pass_and_may_change_what_it_gives
     ),
@@ -57,22 +61,36 @@ COLUMNS = {
     "PEFT, ten methods": cases_of(test_adapters.test_every_method_on_every_class),
     "transformers' common suite": set(test_common_suite.CASES),
 }
+DOORS = {
+    "Auto class in a new process, on both versions": {
+        case.model_class.__name__ for case in test_loading.CASES.values() if case.auto_class
+    }
+    | {test_text_tower.VitEmbedTextModel.__name__, test_text_tower.VitEmbedTextModelWithProjection.__name__},
+    "pushed, its card, pulled by name": {model_class.__name__ for model_class, _, _ in test_hub.REPOS.values()},
+    "`pipeline(model=name)`": {test_hub.REPOS[repo][0].__name__ for repo in test_hub.PIPELINES},
+    "sentence-transformers": set(test_sentence_transformers.FOLDERS),
+    "PEFT, saved and loaded": WRAPPERS["PEFT, ten methods"],
+    "ONNX": WRAPPERS["torch.export, ONNX, AOTInductor"],
+}
+TABLES = {"wrappers.md": WRAPPERS, "ecosystem.md": DOORS}
 
 
-def table() -> dict[tuple[str, str], str]:
+def table(page: str) -> dict[tuple[str, str], str]:
     """(class, column) -> cell."""
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("|")]
-    header, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    lines = [line for line in (PAGES / page).read_text().splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    header = next(row for row in rows if row[0] == "class")
     rows = [row for row in rows if row[0].startswith("VitEmbed")]
-    return {(row[0], column): cell for row in rows for column, cell in zip(header[1:], row[1:])}
+    return {(row[0], column): cell for row in rows for column, cell in zip(header[1:], row[1:], strict=True)}
 
 
-def test_every_cell_is_a_test():
-    cells = table()
-    assert {column for _, column in cells} == set(COLUMNS)
+@pytest.mark.parametrize("page", TABLES)
+def test_every_cell_is_a_test(page):
+    cells, columns = table(page), TABLES[page]
+    assert {column for _, column in cells} == set(columns)
     assert {name for name, _ in cells} == {case.model_class.__name__ for case in CLASSES.values()}
     for (name, column), cell in cells.items():
-        assert cell == ("yes" if name in COLUMNS[column] else "-"), (name, column)
+        assert cell == ("yes" if name in columns[column] else "-"), (name, column)
 
 
 def test_ten_methods_are_ten():
