@@ -56,7 +56,8 @@ test-matrix: $(READY)
 style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p build/typed && ln -sfn $(abspath .) build/typed/vit_embed
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(abspath pyproject.toml) vit_embed/*_vit_embed.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -2,17 +2,19 @@
 
 import torch
 
+from .configuration_vit_embed import VitEmbedConfig
 from .tokens_vit_embed import Tokens, feature_map, token_sequence
 
 try:
     from transformers.backbone_utils import BackboneType
 except ImportError:  # before transformers 5.2
-    from transformers.utils.backbone_utils import BackboneType
+    from transformers.utils.backbone_utils import BackboneType  # type: ignore[attr-defined,no-redef]
 
 
 class BackboneMixin:
     """Names, places and channels of the maps that a backbone gives, from its config."""
 
+    config: VitEmbedConfig
     backbone_type = BackboneType.TRANSFORMERS
     has_attentions = True
 

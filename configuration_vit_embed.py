@@ -200,10 +200,10 @@ def _from_file(
     return result
 
 
-def with_options(options: tuple[Option, ...]) -> Callable[[type], type]:
+def with_options(options: tuple[Option, ...]) -> Callable[[Any], Any]:
     """Of a config class: its fields in its docstring and its signature, which `**fields` alone would hide."""
 
-    def complete(config_class: type) -> type:
+    def complete(config_class: Any) -> Any:
         config_class.__doc__ = config_class.__doc__.replace("{options}", documentation(options))
         keyword = inspect.Parameter.KEYWORD_ONLY
         fields = [inspect.Parameter(option.name, keyword, default=option.default) for option in options]

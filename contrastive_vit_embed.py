@@ -113,7 +113,7 @@ def softmax_contrastive_loss(rows: PairRows, hard_negative_beta: float = 0.0) ->
 
     Source: arXiv:2103.00020 figure 3.
     """
-    total = 0.0
+    total: float | torch.Tensor = 0.0
     for logits in (rows.by_image, rows.by_text):
         if hard_negative_beta:
             negatives = torch.ones_like(logits, dtype=torch.bool).scatter(1, rows.targets[:, None], False)
@@ -354,6 +354,16 @@ def embed_in_chunks(
 
 class ContrastiveMixin:
     """Of a dual encoder: its towers' unit vectors, in training a chunk at a time."""
+
+    config: VitEmbedConfig
+    training: bool
+    vision_model: nn.Module
+    text_model: nn.Module
+    visual_projection: nn.Module
+    text_projection: nn.Module
+    logit_scale: nn.Parameter
+    logit_bias: nn.Parameter | None
+    buffers: Callable[[], Iterator[torch.Tensor]]
 
     def init_parameters(self, config: VitEmbedConfig) -> None:
         fill(self.logit_scale, nn.init.constant_, val=config.logit_scale_init_value)

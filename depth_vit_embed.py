@@ -63,7 +63,7 @@ class ResidualConvUnit(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1)
-        self.conv2.init_std = 0.0
+        self.conv2.init_std = 0.0  # type: ignore[assignment]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.conv2(F.relu(self.conv1(F.relu(hidden))))
@@ -133,7 +133,7 @@ class DPTDepthHead(nn.Module):
             finer = self._level(i - 1, feature_maps) if i else None
             height, width = level.shape[2:]
             size = tuple(finer.shape[2:]) if i else (2 * height, 2 * width)
-            fused, level = self.fusions[i](level, fused, size), finer
+            fused, level = self.fusions[i](level, fused, size), finer  # type: ignore[assignment]
         hidden = self.head1(fused)  # (B, F / 2, 8 gh, 8 gw)
         del fused
         hidden = F.interpolate(hidden, scale_factor=2, mode="bilinear", align_corners=False)

@@ -208,7 +208,7 @@ class VitEmbedEmbeddings(nn.Module):
         if patch_embeds is None:
             grid_size, device = config.grid_of(tuple(pixel_values.shape[2:])), pixel_values.device
         else:
-            grid_size, device = tuple(patch_embeds.shape[2:]), patch_embeds.device
+            grid_size, device = (patch_embeds.shape[2], patch_embeds.shape[3]), patch_embeds.device
         class_position, positions = POSITIONS[config.position_embedding_type](
             config, self.position_embedding, self.native_grid, grid_size, device
         )  # (1, D) or None, (N, D) or None
@@ -219,7 +219,7 @@ class VitEmbedEmbeddings(nn.Module):
             tokens = stem.read_patch_embeds(self.patch_embedding, patch_embeds, positions)
         states, layout = tokens.states, tokens.layout  # (B, n, D)
         if kept is None and self.training and config.patch_drop_rate:
-            kept = random_kept(*states.shape[:2], config.patch_drop_rate, states.device)
+            kept = random_kept(states.shape[0], states.shape[1], config.patch_drop_rate, states.device)
         if kept is not None:
             states, layout = keep_tokens(states, layout, kept)
         return tokens._replace(states=self.dropout(self._with_prefix(states, class_position)), layout=layout)
@@ -269,8 +269,8 @@ class VitEmbedEmbeddings(nn.Module):
             prefix.append(self.register_tokens)
         if not prefix:
             return states
-        prefix = torch.cat(prefix).to(states).expand(states.shape[0], -1, -1)  # (B, P, D)
-        return torch.cat([prefix, states], dim=1)
+        rows = torch.cat(prefix).to(states).expand(states.shape[0], -1, -1)  # (B, P, D)
+        return torch.cat([rows, states], dim=1)
 
 
 def join_sizes(

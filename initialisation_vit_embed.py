@@ -21,7 +21,7 @@ def linear(width_in: int, width_out: int, std: float, bias: bool = True) -> nn.L
     so an attention block is never asked to initialise its projections.
     """
     layer = nn.Linear(width_in, width_out, bias=bias)
-    layer.init_std = std
+    layer.init_std = std  # type: ignore[assignment]
     return layer
 
 

@@ -7,9 +7,11 @@ have to wait for the device: `ChecksValues` says when they are made.
 Symbols: B batch, C channels, H W image pixels, T text tokens, N patches. Height comes before width everywhere.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 
@@ -45,6 +47,7 @@ class ChecksValues:
         "never" checks none. No pass is checked while a graph is recorded or captured.
     """
 
+    modules: Callable[[], Iterator[nn.Module]]
     input_checks = "auto"
     _has_checked = False
 

@@ -131,7 +131,7 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
         return self.embeddings.token_embedding
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.token_embedding = value
+        self.embeddings.token_embedding = value  # type: ignore[assignment]
 
     @with_return_dict
     def forward(
@@ -470,7 +470,7 @@ class VitEmbedForContrastive(ContrastiveMixin, ImageProjectionMixin, TextProject
 
     has_text_tower = True
     combinations = CONTRASTIVE_COMBINATIONS
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     _no_split_modules = ["VitEmbedEmbeddings", "VitEmbedTextEmbeddings", "VitEmbedLayer"]
     _keys_to_ignore_on_load_unexpected = other_parts("decoder")
 

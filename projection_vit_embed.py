@@ -31,6 +31,11 @@ def text_projection(config: VitEmbedTextConfig, projection_dim: int) -> nn.Linea
 class ImageProjectionMixin:
     """Images in the joint space, of any class with a trunk `vision_model` and its `visual_projection`."""
 
+    config: VitEmbedConfig
+    training: bool
+    vision_model: nn.Module
+    visual_projection: nn.Module
+
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -73,6 +78,9 @@ class ImageProjectionMixin:
 
 class TextProjectionMixin:
     """Texts in the joint space, of any class with a tower `text_model` and its `text_projection`."""
+
+    text_model: nn.Module
+    text_projection: nn.Module
 
     def get_text_features(
         self,

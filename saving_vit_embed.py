@@ -232,7 +232,7 @@ def tokenizer_files(source: str | None, target: str) -> dict[str, bytes]:
     return files
 
 
-def sentence_files(model_class: type, target: str) -> dict[str, bytes]:
+def sentence_files(model_class: Any, target: str) -> dict[str, bytes]:
     """{name: content} of what sentence-transformers reads, where the target has none: pictures and texts give what
     `get_image_features` and `get_text_features` give, and of a class without them the pooled vector."""
     if os.path.exists(os.path.join(target, MODULES_FILE)):
@@ -295,7 +295,8 @@ def aside(folder: str | os.PathLike) -> Iterator[tuple[str, list[str]]]:
         its path, and a list of the names that is filled at the end.
     """
     os.makedirs(folder, exist_ok=True)
-    unfinished, names = tempfile.mkdtemp(prefix=".saving-", dir=folder), []
+    unfinished = tempfile.mkdtemp(prefix=".saving-", dir=folder)
+    names: list[str] = []
     try:
         yield unfinished, names
         names += sorted(os.listdir(unfinished))
@@ -335,7 +336,7 @@ def push(model: Any, folder: str | os.PathLike, names: list[str], repo_id: str, 
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     commit = {name: options[name] for name in COMMIT_OPTIONS if options.get(name) is not None}
     commit = {"commit_message": "Upload model", **commit}
-    files = {name: os.path.join(folder, name) for name in names}
+    files: dict[str, str | bytes] = {name: os.path.join(folder, name) for name in names}
     card = os.path.join(folder, CARD_FILE)
     if os.path.exists(card):
         files[CARD_FILE] = card
@@ -355,6 +356,8 @@ def other_parts(*names: str) -> list[str]:
 class CheckpointMixin:
     """Of a model class: how its checkpoint is loaded and saved."""
 
+    config: Any
+    config_class: Any
     # The class of the image processor that belongs to the model; None for a model without images.
     image_processor_type: str | None = "CLIPImageProcessor"
     has_text_tower = False
@@ -469,6 +472,8 @@ class CheckpointMixin:
 
 class ImageCheckpointMixin(CheckpointMixin):
     """Of a class with an image tower: how its checkpoint is loaded at another image size."""
+
+    trunk: Any
 
     @classmethod
     def _load(

@@ -3,11 +3,14 @@
 import torch
 
 from .combinations_vit_embed import check_combinations, needs_grid
+from .configuration_vit_embed import VitEmbedConfig
 from .tokens_vit_embed import spread
 
 
 class TokenMapsMixin:
     """Of the image tower: maps over its patches."""
+
+    config: VitEmbedConfig
 
     def get_class_attentions(
         self,

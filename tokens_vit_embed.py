@@ -50,7 +50,7 @@ class KeptPatches(NamedTuple):
     """
 
     mask: torch.Tensor
-    count: int | None = None
+    count: int | None = None  # type: ignore[assignment]
 
 
 def select_rows(hidden_states: torch.Tensor, rows: torch.Tensor | slice | None) -> torch.Tensor:

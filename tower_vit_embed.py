@@ -2,8 +2,10 @@
 its layers."""
 
 import os
+from collections.abc import Callable, Iterator
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
@@ -13,7 +15,10 @@ from .stems_vit_embed import HybridStem
 
 
 class TowerMixin:
-    """Of a `PreTrainedModel`: how weights start, and what transformers may do with the layers."""
+    """Of a `PreTrainedModel`: what transformers may do with the layers."""
+
+    config: VitEmbedConfig | VitEmbedTextConfig
+    modules: Callable[[], Iterator[nn.Module]]
 
     supports_gradient_checkpointing = True
     # What Trainer asks: whether the loss takes `num_items_in_batch`.
@@ -25,7 +30,7 @@ class TowerMixin:
     _supports_attention_backend = True
     # Whether it is one tower, with embeddings, layers and a norm of its own.
     is_tower = False
-    _require_grads_hooks = []
+    _require_grads_hooks: list[RemovableHandle] = []
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -37,7 +42,7 @@ class TowerMixin:
         hybrids = [module for module in self.modules() if isinstance(module, HybridStem)]
         backbones = [hybrid.backbone for hybrid in hybrids]
         for hybrid in hybrids:
-            hybrid.backbone = None
+            hybrid.backbone = None  # type: ignore[assignment]
         try:
             super().set_attn_implementation(attn_implementation, **kwargs)
         finally:
@@ -80,6 +85,8 @@ class AutoModelMixin:
     folders of one base name, and would give a dual encoder named like an earlier vision-only one no text tower.
     """
 
+    class_for: Callable[[PretrainedConfig], type[PreTrainedModel]]
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike, *model_args, config: PretrainedConfig, **kwargs
@@ -110,6 +117,8 @@ class TextTowerMixin:
 class ImageTowerMixin:
     """Of a class that is, or has, an image tower."""
 
+    is_tower: bool
+    vision_model: nn.Module
     config_class = VitEmbedConfig
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"

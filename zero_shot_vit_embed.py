@@ -17,7 +17,9 @@ class VitEmbedZeroShotPipeline(ZeroShotImageClassificationPipeline):
     Texts longer than the text tower takes are cut, as in transformers' SigLIP.
     """
 
-    def preprocess(self, image, candidate_labels=None, tokenizer_kwargs=None, **options) -> dict[str, Any]:
+    def preprocess(  # type: ignore[override]
+        self, image, candidate_labels=None, tokenizer_kwargs=None, **options
+    ) -> dict[str, Any]:
         max_length = self.model.config.text_config.max_position_embeddings
         tokenizer_kwargs = {
             "padding": "max_length",
@@ -27,7 +29,7 @@ class VitEmbedZeroShotPipeline(ZeroShotImageClassificationPipeline):
         }
         return super().preprocess(image, candidate_labels, tokenizer_kwargs=tokenizer_kwargs, **options)
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:  # type: ignore[override]
         scores = model_outputs["logits"][0].float().sigmoid().tolist()
         pairs = sorted(zip(scores, model_outputs["candidate_labels"]), key=lambda pair: -pair[0])
         return [{"score": score, "label": label} for score, label in pairs]
