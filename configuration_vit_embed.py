@@ -174,7 +174,7 @@ def _near_miss(name: str, fields: tuple[str, ...]) -> str | None:
     return None
 
 
-def _reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_name: str) -> None:
+def reject_misspelled(kwargs: dict[str, Any], fields: tuple[str, ...], class_name: str) -> None:
     """Raises TypeError for a keyword that is nearly the name of a field. Unknown keywords as such pass: configs written
     by another transformers release carry keys of that release."""
     for name in kwargs:
@@ -228,6 +228,7 @@ class VitEmbedTextConfig(PretrainedConfig):
     """
 
     model_type = "vit_embed_text"
+    field_names = TEXT_FIELDS
     base_config_key = "text_config"
 
     # The layers of the text tower have no options: they are CLIP's. The layer that both towers share asks for these.
@@ -240,7 +241,7 @@ class VitEmbedTextConfig(PretrainedConfig):
     num_prefix_tokens = 0
 
     def __init__(self, **fields: Any):
-        _reject_misspelled(fields, TEXT_FIELDS, type(self).__name__)
+        reject_misspelled(fields, TEXT_FIELDS, type(self).__name__)
         own = {option.name: fields.pop(option.name, option.default) for option in TEXT_OPTIONS}
         if own["eos_token_id"] == LEGACY_EOS_TOKEN_ID and own["vocab_size"] == CLIP_VOCAB_SIZE:
             own["eos_token_id"] = CLIP_EOS_TOKEN_ID
@@ -328,6 +329,7 @@ class VitEmbedConfig(PretrainedConfig):
     """
 
     model_type = "vit_embed"
+    field_names = FIELDS
     # Trainer gathers what evaluation returns over all batches: batch x batch logits do not concatenate.
     keys_to_ignore_at_inference = [
         "logits_per_image",
@@ -342,7 +344,7 @@ class VitEmbedConfig(PretrainedConfig):
     _out_features = None
 
     def __init__(self, **fields: Any):
-        _reject_misspelled(fields, FIELDS, type(self).__name__)
+        reject_misspelled(fields, FIELDS, type(self).__name__)
         fields.pop("vision_config", None)  # written for stock CLIPModel, says nothing that the fields do not
         own = {option.name: fields.pop(option.name, option.default) for option in OPTIONS}
         out_features, out_indices = own.pop("out_features"), own.pop("out_indices")

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PretrainedConfig
 
 from .card_vit_embed import CARD_FILE, LICENCE_FILES, licence_in, model_card
-from .configuration_vit_embed import VitEmbedConfig, as_size
+from .configuration_vit_embed import VitEmbedConfig, as_size, reject_misspelled
 
 logger = logging.getLogger(__name__)
 
@@ -374,6 +374,7 @@ class CheckpointMixin:
     ):
         """As in transformers; the processor files of the checkpoint are remembered, to be saved with the model."""
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        reject_misspelled(kwargs, cls.config_class.field_names, cls.__name__)
         if isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(config)
         loaded = cls._load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)

@@ -29,7 +29,7 @@ from recipes.embedding import token_ids
 from recipes.models import image_processor_of, load_model
 from recipes.pictures import UNREADABLE, as_rgb, is_one_grey, read_rgba
 from recipes.retrieval import caption_id
-from vit_embed import VitEmbedConfig, VitEmbedForContrastive
+from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedTextConfig
 
 logger = logging.getLogger(__name__)
 
@@ -375,6 +375,18 @@ def read_tokenizer(folder: str, config: VitEmbedConfig) -> CLIPTokenizer:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: CLIPTokenizer, name: str, config: VitEmbedTextConfig) -> None:
+    """Raises ValueError for a tokenizer of another vocabulary: of a folder without one transformers makes an empty one,
+    to which every word is the end of the text."""
+    if len(tokenizer) != config.vocab_size or tokenizer.eos_token_id != config.eos_token_id:
+        raise ValueError(
+            f"expected a tokenizer of text_config.vocab_size = {config.vocab_size} tokens that ends a text with "
+            f"{config.eos_token_id}, {name} has {len(tokenizer)} and {tokenizer.eos_token_id}; where the folder has no "
+            "tokenizer name one with --tokenizer_name, or convert the checkpoint with convert_checkpoint.py, which adds "
+            "it"
+        )
+
+
 def load_two_towers(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, CLIPProcessor]:
     """The model and its processor, both from a checkpoint or both new.
 
@@ -385,11 +397,6 @@ def load_two_towers(arguments: ModelArguments) -> tuple[VitEmbedForContrastive, 
         raise ValueError("expected --tokenizer_name beside --config_name, got none; name a folder of a CLIP tokenizer")
     model = load_model(VitEmbedForContrastive, arguments)
     tokenizer = read_tokenizer(arguments.tokenizer_name or arguments.model_name_or_path, model.config)
-    vocab_size = model.config.text_config.vocab_size
-    if arguments.config_name is not None and len(tokenizer) != vocab_size:
-        raise ValueError(
-            f"expected a tokenizer of text_config.vocab_size = {vocab_size} tokens, {arguments.tokenizer_name} has "
-            f"{len(tokenizer)}; change one of them"
-        )
+    check_tokenizer(tokenizer, arguments.tokenizer_name or arguments.model_name_or_path, model.config.text_config)
     image_processor = image_processor_of(model)
     return model, CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)

@@ -278,7 +278,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads its peak memory from Linux")
-@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.heavy)])
 def test_memory_stays_below_a_fifth_more_than_the_float32_weights(tmp_path, stored):
     sizes = {"vision_width": 768, "vision_layers": 8, "transformer_width": 512, "transformer_heads": 8}
     model = openai_reference.openai_clip(**sizes)

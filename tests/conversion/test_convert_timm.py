@@ -140,11 +140,13 @@ def test_pooling_and_positions_of_every_name_are_timms():
 @pytest.mark.parametrize(
     "name, arguments, model_class, outputs",
     [
-        ("vit_base_patch16_224", {}, CLASSIFIER, {"logits"}),
-        ("vit_base_patch16_reg4_gap_256", {}, CLASSIFIER, {"logits"}),
-        ("vit_base_patch16_siglip_256", {"num_classes": 0}, "VitEmbedModel", set()),
+        pytest.param("vit_base_patch16_224", {}, CLASSIFIER, {"logits"}, marks=pytest.mark.heavy),
+        pytest.param("vit_base_patch16_reg4_gap_256", {}, CLASSIFIER, {"logits"}, marks=pytest.mark.heavy),
+        pytest.param(
+            "vit_base_patch16_siglip_256", {"num_classes": 0}, "VitEmbedModel", set(), marks=pytest.mark.heavy
+        ),
         ("vit_small_patch14_reg4_dinov2", {"num_classes": 0, "img_size": (32, 64)}, "VitEmbedModel", set()),
-        ("vit_base_patch32_clip_quickgelu_224", {}, CLASSIFIER, {"logits"}),
+        pytest.param("vit_base_patch32_clip_quickgelu_224", {}, CLASSIFIER, {"logits"}, marks=pytest.mark.heavy),
         ("test_vit3", {}, CLASSIFIER, {"logits"}),
         ("test_vit4", {}, CLASSIFIER, {"logits"}),
     ],

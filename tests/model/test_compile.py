@@ -4,7 +4,7 @@ import pytest
 import stem_family
 import tiny
 import torch
-from catalogue import CLASSES, OPTIONS, Case, flat
+from catalogue import CLASSES, OPTIONS, Case, flat, mostly_heavy
 from tiny import dual_config, pixels, randomised, tokens
 
 import vit_embed
@@ -26,6 +26,11 @@ def assert_same_outputs(case: Case, model, compiled) -> None:
         torch.testing.assert_close(one, other, **CLOSE)
 
 
+# Classes with a tower inside them, and those with a loss.
+NESTED = [name for name in CLASSES if name not in ("model", "text")]
+TRAINED = [name for name, case in CLASSES.items() if case.labels]
+
+
 @pytest.mark.parametrize("name", [*CLASSES, *OPTIONS])
 def test_a_class_is_one_graph(name):
     case = {**CLASSES, **OPTIONS}[name]
@@ -33,7 +38,7 @@ def test_a_class_is_one_graph(name):
     assert_same_outputs(case, model, torch.compile(model, backend="eager", fullgraph=True))
 
 
-@pytest.mark.parametrize("stem", stem_family.FAMILY)
+@pytest.mark.parametrize("stem", mostly_heavy(stem_family.FAMILY, "adaptive", "deformable"))
 def test_a_stem_is_one_graph(stem):
     case, model = CLASSES["classification"], stem_family.build(stem, "classification")
     assert_same_outputs(case, model, torch.compile(model, backend="eager", fullgraph=True))
@@ -55,7 +60,7 @@ def counting(graphs: list):
     return backend
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("model", "text")])
+@pytest.mark.parametrize("name", mostly_heavy(NESTED, "contrastive", "depth, dpt"))
 def test_a_tower_that_is_compiled_alone_is_what_the_class_runs(name):
     case, graphs = CLASSES[name], []
     model, plain = case.model(), case.model()
@@ -76,7 +81,7 @@ def assert_same_step(model, compiled, inputs) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * max(1, gradient.abs().max().item()))
 
 
-@pytest.mark.parametrize("name", [name for name, case in CLASSES.items() if case.labels])
+@pytest.mark.parametrize("name", mostly_heavy(TRAINED, "contrastive", "masked"))
 def test_a_training_step_is_one_graph(name):
     case = CLASSES[name]
     model = case.model().train()
@@ -89,6 +94,7 @@ def test_a_training_step_in_chunks():
     assert_same_step(model, torch.compile(model, backend="aot_eager", fullgraph=True), batch)
 
 
+@pytest.mark.heavy
 def test_a_training_step_in_chunks_with_batch_norm_leaves_the_chunks_out_of_the_graph():
     batch = {"pixel_values": pixels(6), "input_ids": tokens(6)}
     model = stem_family.build("hybrid", "contrastive", contrastive_chunk_size=2).train()

@@ -1,7 +1,9 @@
 """The config: its defaults, what it refuses and how it says so, what it reads of CLIP's, what it writes."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +11,10 @@ from pathlib import Path
 import pytest
 import stem_family
 from tiny import TEXT, VISION, dual_config, vision_config
-from transformers import CLIPConfig, PretrainedConfig, ResNetConfig
+from transformers import CLIPConfig, PretrainedConfig, PreTrainedModel, ResNetConfig
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel, VitEmbedTextConfig
-from vit_embed.configuration_vit_embed import AUTO_MAP, FIELDS, TEXT_FIELDS
+from vit_embed.configuration_vit_embed import AUTO_MAP, FIELDS, TEXT_FIELDS, reject_misspelled
 
 REPO = Path(__file__).parents[2]
 
@@ -196,6 +198,20 @@ def test_overrides_at_load_are_checked(tmp_path):
     assert VitEmbedConfig.from_pretrained(tmp_path, image_size=[64, 32]).grid_size == (8, 4)
     with pytest.raises(ValueError, match="image_size=33"):
         VitEmbedConfig.from_pretrained(tmp_path, image_size=33)
+
+
+def test_a_misspelled_option_of_from_pretrained_is_named(tmp_path):
+    VitEmbedModel(vision_config()).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="VitEmbedModel has no field 'poolling_type'; did you mean 'pooling_type'"):
+        VitEmbedModel.from_pretrained(tmp_path, poolling_type="mean")
+
+
+def test_no_option_of_transformers_is_taken_for_misspelled():
+    parameters = inspect.signature(PreTrainedModel.from_pretrained).parameters
+    options = {*parameters, *re.findall(r"^ {12}(\w+) \(", PreTrainedModel.from_pretrained.__doc__, re.MULTILINE)}
+    assert {"cache_dir", "device_map", "attn_implementation"} <= options
+    for config_class in (VitEmbedConfig, VitEmbedTextConfig):
+        reject_misspelled(dict.fromkeys(options), config_class.field_names, "VitEmbedModel")
 
 
 def test_a_config_can_be_made_of_its_dict():

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import stem_family
 import torch
-from catalogue import CLASSES, OPTIONS, Case, flat, sized_inputs
+from catalogue import CLASSES, OPTIONS, Case, flat, mostly_heavy, sized_inputs
 from torch import nn
 from torch.export import Dim
 
@@ -98,7 +98,7 @@ def test_traced(name):
     assert_serves_unseen_sizes(graph, part, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", mostly_heavy(EVERY, *CLASSES))
 def test_exported(name):
     part = graphed(name)
     assert_serves_unseen_sizes(export(name, part).module(), part, TOLERANCE)
@@ -107,11 +107,7 @@ def test_exported(name):
 QUICK = ("classification", "contrastive")  # the others in `make test-all`
 
 
-def marked(names) -> list:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.heavy) for name in names]
-
-
-@pytest.mark.parametrize("name", marked(EVERY))
+@pytest.mark.parametrize("name", mostly_heavy(EVERY, *QUICK))
 def test_exported_strictly(name):
     part = graphed(name)
     assert_serves_unseen_sizes(export(name, part, strict=True).module(), part, TOLERANCE)
@@ -125,7 +121,7 @@ def run_onnx(path) -> object:
     return lambda *given: session.run(None, {name: tensor.numpy() for name, tensor in zip(names, given)})
 
 
-@pytest.mark.parametrize("name", marked(EVERY))
+@pytest.mark.parametrize("name", mostly_heavy(EVERY, *QUICK))
 def test_onnx_of_the_exported_program(name, tmp_path):
     pytest.importorskip("onnxscript")
     part, path = graphed(name), tmp_path / "model.onnx"

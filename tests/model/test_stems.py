@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from catalogue import mostly_heavy
 from fresh_process import digests, junk_in_new_memory, outputs, run_fresh
 from numpy.polynomial.chebyshev import chebval2d
 from stem_family import (
@@ -413,7 +414,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, fullgraph=True, backend="eager")
 
 
-@pytest.mark.parametrize("stem", STEM_TYPES)
+@pytest.mark.parametrize("stem", mostly_heavy(STEM_TYPES, "adaptive", "token_learner"))
 def test_compiles_without_graph_breaks(stem):
     """The stem in evaluation, the whole model in training: random choices included, with the draws of a seed."""
     model = build(stem, "classification", num_hidden_layers=1)

@@ -61,7 +61,7 @@ WRAPPERS = {
     "PEFT, ten methods": cases_of(test_adapters.test_every_method_on_every_class),
     "transformers' common suite": set(test_common_suite.CASES),
 }
-DOORS = {
+LIBRARIES = {
     "Auto class in a new process, on both versions": {
         case.model_class.__name__ for case in test_loading.CASES.values() if case.auto_class
     }
@@ -72,7 +72,7 @@ DOORS = {
     "PEFT, saved and loaded": WRAPPERS["PEFT, ten methods"],
     "ONNX": WRAPPERS["torch.export, ONNX, AOTInductor"],
 }
-TABLES = {"wrappers.md": WRAPPERS, "ecosystem.md": DOORS}
+TABLES = {"wrappers.md": WRAPPERS, "ecosystem.md": LIBRARIES}
 
 
 def table(page: str) -> dict[tuple[str, str], str]:

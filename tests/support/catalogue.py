@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from tiny import SIGLIP, dual_config, hidden_patches, pixels, randomised, tokens, vision_config
 from torch import nn
@@ -113,6 +114,12 @@ OPTIONS = {
     "merging": classifier(token_merge_size=2),
     "layer scale": classifier(layer_scale_init_value=0.1),
 }
+
+
+def mostly_heavy(names, *kept: str) -> list:
+    """Parameters of a test: `make test` runs it for those kept, `make test-all` for all."""
+    assert set(kept) <= set(names), (kept, names)
+    return [name if name in kept else pytest.param(name, marks=pytest.mark.heavy) for name in names]
 
 
 def sized_inputs(case: Case, batch: int, height: int, width: int, length: int = 16) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from catalogue import mostly_heavy
 from huggingface_hub import ModelCard
 from PIL import Image
 from training_runs import assert_equal_runs, flags, losses, results, run_here, shared_by_two, weights
@@ -78,7 +79,7 @@ def unbroken(options, tmp_path_factory) -> dict[str, Path]:
     return {recipe: folder / recipe for recipe in options}
 
 
-@pytest.mark.parametrize("recipe", CLASSES)
+@pytest.mark.parametrize("recipe", mostly_heavy(CLASSES, "train_classification", "pretrain_masked"))
 def test_a_killed_run_resumed_equals_an_unbroken_one(recipe, options, unbroken, command, tmp_path):
     """Bit for bit, killed as it saves a checkpoint in its last step but one, with workers."""
     given = {**options[recipe], "output_dir": tmp_path / "run", "per_device_train_batch_size": 4, "report_to": "none"}
@@ -91,7 +92,7 @@ def test_a_killed_run_resumed_equals_an_unbroken_one(recipe, options, unbroken, 
     assert_equal_runs(tmp_path / "run", unbroken[recipe])
 
 
-@pytest.mark.parametrize("recipe", CLASSES)
+@pytest.mark.parametrize("recipe", mostly_heavy(CLASSES, "train_depth"))
 def test_two_sharded_processes_train_as_one(recipe, options, command, tmp_path):
     """FSDP: parameters are split, the rows are shared, and the losses, metrics and weights are those of one process."""
     given = dict(options[recipe])

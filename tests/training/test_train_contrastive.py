@@ -253,6 +253,15 @@ def test_refusals(options, message, small, tmp_path):
         run_here(train_contrastive, **{**small, "output_dir": tmp_path / "run", "max_steps": 1, **options})
 
 
+def test_a_checkpoint_without_a_tokenizer_is_refused(small, tmp_path):
+    """transformers makes an empty one of it, to which every word is the end of the text."""
+    config = VitEmbedConfig.from_pretrained(small["config_name"])
+    VitEmbedForContrastive(config).save_pretrained(tmp_path / "clip")
+    given = {**small, "config_name": None, "tokenizer_name": None, "model_name_or_path": tmp_path / "clip"}
+    with pytest.raises(ValueError, match=r"clip has 2 and \d; where the folder has no tokenizer name one"):
+        run_here(train_contrastive, **given, output_dir=tmp_path / "run", max_steps=1)
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
@@ -422,6 +431,7 @@ def launched(command: list, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.heavy
 def test_two_processes_share_a_stream(small, tmp_path):
     """Started by torchrun. Texts of the two batches of a step differ in length; each process reads the shards that the
     other does not."""
