@@ -13,7 +13,8 @@ logger = logging.getLogger(__name__)
 
 CARD_FILE = "README.md"
 # What the licences of weights ask to be passed on with them.
-LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
+LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
+NOTICE_FILES = ("NOTICE*",)
 
 # How each class is loaded, what it reads, and what the Hub calls its task.
 LOADED_AS = {
@@ -54,20 +55,24 @@ processor = {processor}.from_pretrained("{repo_id}", trust_remote_code=True)
 """
 
 
-def model_card(model: Any, repo_id: str, licence: str | None, tags: list[str] | None = None) -> str:
+def model_card(model: Any, repo_id: str, source: dict[str, Any], tags: list[str] | None = None) -> str:
     """The card of a model: what it is, how large, what it was made from, how it is loaded. What its training data and
     results are, nobody but its owner knows: the card says that they are not stated.
 
     Args:
         model: any of our classes; its weights are not looked at.
         repo_id: the repository's name on the Hub.
-        licence: what the source of the weights states, by its SPDX name, or None.
+        source: the front matter of the card of the checkpoint that the model was loaded from, {} for none: its licence
+            is passed on, and its base model where it has no name on the Hub itself.
         tags: besides those of the class.
     """
     name = type(model).__name__
     auto_class, processor, task = LOADED_AS[name]
     base = getattr(model.config, "_name_or_path", "") or None
-    base = base if base and not os.path.exists(base) and base.count("/") <= 1 else None  # a folder says nobody anything
+    if base is None or os.path.exists(base) or base.count("/") > 1:  # a folder's name says nobody anything
+        base = source.get("base_model")
+    licence = source.get("license")
+    origin = ", ".join(base) if isinstance(base, list) else base
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
@@ -75,8 +80,8 @@ def model_card(model: Any, repo_id: str, licence: str | None, tags: list[str] | 
         base_model=base,
         tags=["vit_embed", "clip", "custom_code", *(tags or ())],
     )
-    stated = [f"Made from `{base}`." if base else "What the weights were made from is not stated here."]
-    stated.append(f"The licence of the source is {licence}." if licence else "The source states no licence.")
+    stated = [f"Made from `{origin}`." if origin else "What the weights were made from is not stated here."]
+    stated.append(f"The licence of the source is {licence}." if licence else "No licence is stated here.")
     stated.append("Training data and results are not stated here.")
     return CARD.format(
         metadata=metadata.to_yaml(),
@@ -120,13 +125,13 @@ def table_of_sizes(config: PretrainedConfig) -> str:
     return head + "\n".join(f"| {name} | {' | '.join(map(str, cells))} |" for name, cells in rows.items())
 
 
-def licence_in(folder: str | None) -> str | None:
-    """The licence that the card in a folder states; None where none does."""
+def card_metadata(folder: str | None) -> dict[str, Any]:
+    """The front matter of the card in a folder; {} where there is none."""
     path = os.path.join(folder or "", CARD_FILE)
     if folder is None or not os.path.isfile(path):
-        return None
+        return {}
     try:
-        return (metadata_load(path) or {}).get("license")
+        return metadata_load(path) or {}
     except (ValueError, yaml.YAMLError) as error:
         logger.warning("the licence in %s is missing from the model card: %s", path, error)
-        return None
+        return {}

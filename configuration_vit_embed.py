@@ -53,6 +53,9 @@ TEXT_AUTO_MAP = {
     "AutoModel": "modeling_vit_embed.VitEmbedTextAutoModel",
 }
 
+# Of a model of the sigmoid loss, the pipeline that gives SigLIP's scores: its class and the Auto class of the model.
+SIGMOID_PIPELINE = ("zero_shot_vit_embed.VitEmbedZeroShotPipeline", "AutoModelForZeroShotImageClassification")
+
 # Fields that a CLIPVisionConfig and a VitEmbedConfig share by name; `to_clip_vision_config` writes them.
 CLIP_VISION_FIELDS = (
     "hidden_size",
@@ -355,7 +358,7 @@ class VitEmbedConfig(PretrainedConfig):
         self._set_stages(out_features, out_indices)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        super().__setattr__(name, as_text_config(value) if name == "text_config" else value)
         if name in ("text_config", "projection_dim") and self.__dict__.get("text_config") is not None:
             # Stock CLIPTextModelWithProjection reads it there.
             self.text_config.projection_dim = self.__dict__.get("projection_dim", self.text_config.projection_dim)
@@ -530,6 +533,10 @@ class VitEmbedConfig(PretrainedConfig):
         if self.text_config is not None:
             output["text_config"].pop("auto_map", None)
         output.pop("out_indices", None)
+        output.pop("custom_pipelines", None)
+        if self.text_config is not None and self.contrastive_loss == "sigmoid":
+            pipeline = {"impl": SIGMOID_PIPELINE[0], "pt": [SIGMOID_PIPELINE[1]], "type": "multimodal"}
+            output["custom_pipelines"] = {"zero-shot-image-classification": pipeline}
         if (names := output.pop("_out_features", None)) is not None:
             output["out_features"] = names
         vision_config = self.to_clip_vision_config() if self.text_config is not None else None
@@ -548,6 +555,8 @@ class VitEmbedConfig(PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VitEmbedConfig":
         """As in transformers; a CLIPConfig dict is translated, and overrides are validated like any other value."""
         config_dict = from_clip_config(config_dict)
+        # As CLIPConfig takes it: fields of the image tower.
+        kwargs = {**(kwargs.pop("vision_config", None) or {}), **kwargs}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
         if isinstance(overrides.get("text_config"), dict):
             overrides["text_config"] = {**(config_dict.get("text_config") or {}), **overrides["text_config"]}

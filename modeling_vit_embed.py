@@ -87,7 +87,7 @@ from .stems_vit_embed import STEMS
 from .token_maps_vit_embed import TokenMapsMixin
 from .tokens_vit_embed import KeptPatches, Tokens, feature_map, select_rows
 from .tower_vit_embed import AutoModelMixin, ImageTowerMixin, TextTowerMixin, TowerMixin
-from .zero_shot_vit_embed import custom_pipelines
+from .zero_shot_vit_embed import VitEmbedZeroShotPipeline  # noqa: F401
 
 
 class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
@@ -483,8 +483,6 @@ class VitEmbedForContrastive(ContrastiveMixin, ImageProjectionMixin, TextProject
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         has_bias = config.contrastive_loss == "sigmoid"
         self.logit_bias = nn.Parameter(torch.tensor(SIGMOID_LOGIT_BIAS_INIT)) if has_bias else None
-        if has_bias:  # saved, and read by `pipeline`
-            config.custom_pipelines = custom_pipelines()
         self.post_init()
 
     @with_return_dict

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import PretrainedConfig
 
-from .card_vit_embed import CARD_FILE, LICENCE_FILES, licence_in, model_card
+from .card_vit_embed import CARD_FILE, LICENCE_FILES, NOTICE_FILES, card_metadata, model_card
 from .configuration_vit_embed import VitEmbedConfig, as_size, reject_misspelled
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,14 @@ TOKENIZER_FILES = (
 
 # What tells sentence-transformers (6 or newer) how to get the vector of a picture or a text.
 MODULES_FILE, SENTENCE_FILE = "modules.json", "sentence_bert_config.json"
+SENTENCE_SETTINGS = {"transformer_task": "feature-extraction", "module_output_name": "sentence_embedding"}
 SENTENCE_MODULE = "sentence_transformers.base.modules.transformer.Transformer"
+
+# What goes along with weights and is not made of them: what a repository has of it stays.
+COMPANIONS = (
+    *(IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, MODULES_FILE, SENTENCE_FILE),
+    *(*TOKENIZER_FILES, *LICENCE_FILES, *NOTICE_FILES),
+)
 
 # Where a checkpoint is read from, among the keywords of `from_pretrained`.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -55,6 +62,7 @@ PUSH_OPTIONS = ("repo_id", "tags", *REPO_OPTIONS, *COMMIT_OPTIONS)
 # OpenAI's statistics of its training images (the `_transform` of its reference code).
 CLIP_IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
+DEPTH_PROCESSOR = "DPTImageProcessor"
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 
@@ -84,7 +92,7 @@ def image_processor_dict(config: VitEmbedConfig, image_processor_type: str) -> d
         "image_mean": CLIP_IMAGE_MEAN,
         "image_std": CLIP_IMAGE_STD,
     }
-    if image_processor_type == "DPTImageProcessor":
+    if image_processor_type == DEPTH_PROCESSOR:
         return {
             **result,
             "do_pad": False,
@@ -117,6 +125,8 @@ def edge_of(size: Any) -> int | None:
 
 def resized(source: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """An image processor with the sizes of `own`, and all else as it is. A margin around the crop keeps its share."""
+    if "crop_size" not in source and "height" in (source.get("size") or {}):  # resizes to the size, without a crop
+        return {**source, "size": own.get("crop_size", own["size"])}
     result = {**source, "size": own["size"]}
     if "crop_size" not in own:
         return result
@@ -202,8 +212,10 @@ def image_processor_files(
         if not found:
             continue
         saved_by = read_json(folder, CONFIG_FILE).get("architectures") or [architecture]
-        if found is there and saved_by == [architecture] and image_processor_kind(found) != kind:
-            own = {**own, "image_processor_type": found.get("image_processor_type", kind)}  # chosen for this class
+        # Somebody's choice for this class, or for one that reads pictures as it does: depth alone takes no crop.
+        found_kind = image_processor_kind(found)
+        if found_kind and (saved_by == [architecture] or (found_kind == DEPTH_PROCESSOR) == (kind == DEPTH_PROCESSOR)):
+            own = {**own, "image_processor_type": found_kind}
         result = carried_image_processor(found, own, image_size_in(folder) == config.image_size)
         break
     files = {IMAGE_PROCESSOR_FILE: as_json(result)}
@@ -235,8 +247,9 @@ def tokenizer_files(source: str | None, target: str) -> dict[str, bytes]:
 def sentence_files(model_class: Any, target: str) -> dict[str, bytes]:
     """{name: content} of what sentence-transformers reads, where the target has none: pictures and texts give what
     `get_image_features` and `get_text_features` give, and of a class without them the pooled vector."""
-    if os.path.exists(os.path.join(target, MODULES_FILE)):
-        return {}
+    there = read_json(target, SENTENCE_FILE)
+    if os.path.exists(os.path.join(target, MODULES_FILE)) and there.keys() != {*SENTENCE_SETTINGS, "modality_config"}:
+        return {}  # sentence-transformers' own, or somebody's; those that we wrote follow the class
     methods = {"text": "get_text_features", "image": "get_image_features"}
     found = {
         modality: {"method": method, "method_output_name": None}
@@ -245,11 +258,7 @@ def sentence_files(model_class: Any, target: str) -> dict[str, bytes]:
     }
     modality = "text" if model_class.image_processor_type is None else "image"
     pooled = {modality: {"method": "forward", "method_output_name": "pooler_output"}}
-    settings = {
-        "transformer_task": "feature-extraction",
-        "modality_config": found or pooled,
-        "module_output_name": "sentence_embedding",
-    }
+    settings = {**SENTENCE_SETTINGS, "modality_config": found or pooled}
     modules = [{"idx": 0, "name": "0", "path": "", "type": SENTENCE_MODULE}]
     return {MODULES_FILE: as_json(modules), SENTENCE_FILE: as_json(settings)}
 
@@ -263,7 +272,15 @@ def processor_folder(source: str, hub_options: dict[str, Any]) -> str | None:
     subfolder = hub_options.get("subfolder") or ""
     if os.path.isdir(source):
         return os.path.abspath(os.path.join(source, subfolder))
-    names = (CONFIG_FILE, IMAGE_PROCESSOR_FILE, PROCESSOR_FILE, CARD_FILE, *LICENCE_FILES, *TOKENIZER_FILES)
+    names = (
+        CONFIG_FILE,
+        IMAGE_PROCESSOR_FILE,
+        PROCESSOR_FILE,
+        CARD_FILE,
+        *LICENCE_FILES,
+        *NOTICE_FILES,
+        *TOKENIZER_FILES,
+    )
     patterns = [os.path.join(subfolder, name) for name in names]
     options = {
         name: hub_options[name]
@@ -324,6 +341,19 @@ def write_files(folder: str | os.PathLike, files: dict[str, bytes]) -> None:
             file.write(content)
 
 
+def fetch_companions(repo_id: str, folder: str, options: dict[str, Any]) -> set[str]:
+    """Fetches COMPANIONS and card of a repository into a folder; their names, none for a new repository."""
+    access = {"revision": options.get("revision"), "token": options.get("token")}
+    if "/" not in repo_id:
+        repo_id = f"{HfApi(token=access['token']).whoami()['name']}/{repo_id}"
+    try:
+        snapshot_download(repo_id, local_dir=folder, allow_patterns=[*COMPANIONS, CARD_FILE], **access)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return set()
+    shutil.rmtree(os.path.join(folder, ".cache"), ignore_errors=True)
+    return set(os.listdir(folder))
+
+
 def push(model: Any, folder: str | os.PathLike, names: list[str], repo_id: str, options: dict[str, Any]) -> CommitInfo:
     """Uploads files of a folder to the Hub, in one commit, with a card where neither the folder nor the repository has
     one."""
@@ -341,8 +371,8 @@ def push(model: Any, folder: str | os.PathLike, names: list[str], repo_id: str, 
     if os.path.exists(card):
         files[CARD_FILE] = card
     elif not api.file_exists(repo_id, CARD_FILE, revision=revision):
-        licence = licence_in(model._processor_folder)
-        files[CARD_FILE] = model_card(model, repo_id, licence, options.get("tags")).encode()
+        source = card_metadata(model._processor_folder)
+        files[CARD_FILE] = model_card(model, repo_id, source, options.get("tags")).encode()
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     return api.create_commit(repo_id, operations, **commit)
 
@@ -380,7 +410,10 @@ class CheckpointMixin:
         loaded = cls._load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if pretrained_model_name_or_path is not None:
-            model._processor_folder = processor_folder(os.fspath(pretrained_model_name_or_path), hub_options)
+            folder = processor_folder(os.fspath(pretrained_model_name_or_path), hub_options)
+            for module in model.modules():
+                if isinstance(module, CheckpointMixin):  # a tower may be saved by itself
+                    module._processor_folder = folder
         return loaded
 
     @classmethod
@@ -398,20 +431,24 @@ class CheckpointMixin:
         `repo_id` or else the name of the folder.
         """
         options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
-        names = self._save(save_directory, *args, **kwargs)
+        repo_id = options.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory))
+        names = self._save(save_directory, repo_id, *args, **kwargs)
         if push_to_hub and names:
-            repo_id = options.pop("repo_id", None) or os.path.basename(os.path.abspath(save_directory))
-            self._push(save_directory, names, repo_id, options)
+            with tempfile.TemporaryDirectory() as folder:
+                there = fetch_companions(repo_id, folder, options)
+            self._push(save_directory, [name for name in names if name not in there], repo_id, options)
 
     def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
         """As in transformers: saves to a folder that is gone afterwards, and pushes that, with a card where the
         repository has none."""
         options = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
         with tempfile.TemporaryDirectory() as folder:
-            return self._push(folder, self._save(folder, **kwargs), repo_id, options)
+            fetch_companions(repo_id, folder, options)
+            return self._push(folder, self._save(folder, repo_id, **kwargs), repo_id, options)
 
-    def _save(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str]:
-        """Saves; the names of the files, none where other processes than this one write them."""
+    def _save(self, save_directory: str | os.PathLike, card_name: str, *args, **kwargs) -> list[str]:
+        """Saves; the names of the files, none where other processes than this one write them. A card is written where
+        there is a licence to pass on, under this name."""
         with self._saved_config():
             # Other processes than the main one take part in gathering weights, and write nothing of ours.
             if not kwargs.get("is_main_process", True) or kwargs.get("distributed_checkpoint"):
@@ -421,7 +458,11 @@ class CheckpointMixin:
                 super().save_pretrained(unfinished, *args, **kwargs)
                 target, source = os.fspath(save_directory), self._source_of_processor(save_directory)
                 write_files(unfinished, self._processor_files(source, target))
-                write_files(unfinished, carried_files(LICENCE_FILES, source, target))
+                for patterns in (LICENCE_FILES, NOTICE_FILES):
+                    write_files(unfinished, carried_files(patterns, source, target))
+                metadata = card_metadata(source)
+                if "license" in metadata and not os.path.exists(os.path.join(target, CARD_FILE)):
+                    write_files(unfinished, {CARD_FILE: model_card(self, card_name, metadata).encode()})
                 write_files(unfinished, sentence_files(type(self), target))
             return names
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from transformers import ZeroShotImageClassificationPipeline
 
-TASK = "zero-shot-image-classification"
-
 
 class VitEmbedZeroShotPipeline(ZeroShotImageClassificationPipeline):
     """Scores each label on its own, in [0, 1]: the sigmoid of its logit. They do not add up to 1.
@@ -33,9 +31,3 @@ class VitEmbedZeroShotPipeline(ZeroShotImageClassificationPipeline):
         scores = model_outputs["logits"][0].float().sigmoid().tolist()
         pairs = sorted(zip(scores, model_outputs["candidate_labels"]), key=lambda pair: -pair[0])
         return [{"score": score, "label": label} for score, label in pairs]
-
-
-def custom_pipelines() -> dict[str, dict[str, Any]]:
-    """The config's entry for `pipeline`, which writes into what it reads: a new dict each time."""
-    pipeline = f"{__name__.rpartition('.')[2]}.{VitEmbedZeroShotPipeline.__name__}"
-    return {TASK: {"impl": pipeline, "pt": ["AutoModelForZeroShotImageClassification"], "type": "multimodal"}}

@@ -56,6 +56,7 @@ def python_of(packages: tuple[str, ...]) -> Path:
         ]
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*pip, *packages, *others], check=True)
+        subprocess.run([*pip, "--no-deps", "-r", str(REPO / "requirements-references.txt")], check=True)
         subprocess.run([*pip, "--no-deps", "--editable", str(REPO)], check=True)
         ready.touch()
     return python

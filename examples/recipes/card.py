@@ -18,7 +18,7 @@ from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel, TrainingArguments
 
 from recipes.arguments import SHIPPED_CHECKPOINT
-from vit_embed.card_vit_embed import CARD_FILE, LICENCE_FILES, LOADED_AS
+from vit_embed.card_vit_embed import CARD_FILE, LICENCE_FILES, LOADED_AS, NOTICE_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Base:
         folder = Path(name)
         if not folder.is_dir():
             try:
-                folder = Path(snapshot_download(name, allow_patterns=[CARD_FILE, *LICENCE_FILES]))
+                folder = Path(snapshot_download(name, allow_patterns=[CARD_FILE, *LICENCE_FILES, *NOTICE_FILES]))
             except (OSError, HfHubHTTPError, ValueError) as error:
                 logger.warning("the licence of %s is missing from the model card: %s", name, error)
                 return cls(name)
@@ -86,7 +86,7 @@ class Base:
     def copy_licence(self, output_dir: Path) -> list[str]:
         """Copies the files of the licence; returns their names."""
         names = []
-        for pattern in LICENCE_FILES if self.folder is not None else ():
+        for pattern in (*LICENCE_FILES, *NOTICE_FILES) if self.folder is not None else ():
             for path in sorted(self.folder.glob(pattern)):
                 if path.is_file() and not (output_dir / path.name).exists():
                     shutil.copyfile(path, output_dir / path.name)

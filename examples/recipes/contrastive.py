@@ -382,8 +382,8 @@ def check_tokenizer(tokenizer: CLIPTokenizer, name: str, config: VitEmbedTextCon
         raise ValueError(
             f"expected a tokenizer of text_config.vocab_size = {config.vocab_size} tokens that ends a text with "
             f"{config.eos_token_id}, {name} has {len(tokenizer)} and {tokenizer.eos_token_id}; where the folder has no "
-            "tokenizer name one with --tokenizer_name, or convert the checkpoint with convert_checkpoint.py, which adds "
-            "it"
+            "tokenizer name one with --tokenizer_name, or convert the checkpoint with convert_checkpoint.py, which "
+            "adds it"
         )
 
 

@@ -82,7 +82,8 @@ def assert_says(task: str, found: Any, expected: Any) -> None:
 def test_pipeline_of_a_saved_folder_equals_the_model_called_by_hand(task, folder):
     options = OPTIONS.get(task, {})
     pipe = pipeline(task, model=str(folder / task), trust_remote_code=True)
-    assert type(pipe.model).__module__ == "vit_embed.modeling_vit_embed", "importing the package registers it"
+    # The package's, or on older releases the folder's, which trust_remote_code then prefers.
+    assert type(pipe.model).__module__.endswith(".modeling_vit_embed")
     images = [pictures.photo(name) for name in NAMES]
     paths = [str(folder / f"{name}.png") for name in NAMES]
     expected = [by_hand(task, folder / task, image) for image in images]

@@ -3,10 +3,13 @@
 import json
 import socket
 
+import pictures
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file
+from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
 
 from vit_embed import VitEmbedForContrastive, VitEmbedForDepthEstimation, VitEmbedModel
 from vit_embed.saving_vit_embed import image_processor_dict, resized
@@ -59,6 +62,71 @@ def test_another_kind_of_processor_gives_its_mean_alone(model, tmp_path):
     assert written["image_mean"] == MINE["image_mean"] and written["image_std"] == MINE["image_std"]
 
 
+@pytest.mark.parametrize("kind", ["ViTImageProcessor", "SiglipImageProcessor", "BitImageProcessor"])
+def test_another_processor_for_the_same_kind_of_task_stays(model, tmp_path, kind):
+    """A picture gives the same pixels before and after, in the source's folder and in another."""
+    model.save_pretrained(tmp_path / "source")
+    chosen = getattr(transformers, kind)(image_mean=[0.5] * 3, resample=2, size={"height": 32, "width": 32})
+    chosen.save_pretrained(tmp_path / "source")
+    loaded = VitEmbedModel.from_pretrained(tmp_path / "source")
+    loaded.save_pretrained(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "source")
+    wanted = chosen(pictures.photo("coffee"), return_tensors="pt").pixel_values
+    for folder in ("source", "again"):
+        again = transformers.AutoImageProcessor.from_pretrained(tmp_path / folder)
+        torch.testing.assert_close(again(pictures.photo("coffee"), return_tensors="pt").pixel_values, wanted)
+    if kind == "ViTImageProcessor":
+        VitEmbedModel.from_pretrained(tmp_path / "source", image_size=64).save_pretrained(tmp_path / "64")
+        assert image_processor(tmp_path / "64")["size"] == {"height": 64, "width": 64}
+
+
+def test_a_tower_that_is_saved_by_itself_takes_what_came_with_the_whole(tmp_path):
+    tiny.randomised(VitEmbedForContrastive(tiny.dual_config())).save_pretrained(tmp_path / "source")
+    write_tokenizer(tmp_path / "source")
+    (tmp_path / "source" / "NOTICE").write_text("theirs")
+    path = tmp_path / "source" / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **MINE}))
+    whole = VitEmbedForContrastive.from_pretrained(tmp_path / "source")
+    whole.vision_model.save_pretrained(tmp_path / "images")
+    whole.text_model.save_pretrained(tmp_path / "texts")
+    assert image_processor(tmp_path / "images")["image_mean"] == MINE["image_mean"]
+    assert files(tmp_path / "texts") >= TOKENIZER_FILES | {"NOTICE"} and "NOTICE" in files(tmp_path / "images")
+
+
+def test_the_licence_goes_on_through_folders(model, tmp_path):
+    """Trained, saved, loaded and pushed: the card that is written in between says what the source's did."""
+    model.save_pretrained(tmp_path / "source")
+    card = "---\nlicense: cc-by-nc-4.0\nbase_model: them/base\n---\n\nTheirs.\n"
+    (tmp_path / "source" / "README.md").write_text(card)
+    VitEmbedModel.from_pretrained(tmp_path / "source").save_pretrained(tmp_path / "between")
+    written = (tmp_path / "between" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0" in written and "base_model: them/base" in written and "Theirs." not in written
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("mine")
+    VitEmbedModel.from_pretrained(tmp_path / "between").save_pretrained(tmp_path / "own")
+    assert (tmp_path / "own" / "README.md").read_text() == "mine"
+    model.save_pretrained(tmp_path / "none")
+    assert "README.md" not in files(tmp_path / "none")
+
+
+def test_what_sentence_transformers_reads_follows_the_class(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    VitEmbedForContrastive(tiny.dual_config()).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "sentence_bert_config.json").read_text())
+    assert settings["modality_config"].keys() == {"text", "image"}
+
+
+def test_the_sigmoid_pipeline_is_saved_with_the_loss_it_belongs_to(tmp_path):
+    sigmoid = VitEmbedForContrastive(tiny.dual_config(contrastive_loss="sigmoid"))
+    sigmoid.save_pretrained(tmp_path / "sigmoid")
+    assert "custom_pipelines" in json.loads((tmp_path / "sigmoid" / "config.json").read_text())
+    softmax = VitEmbedForContrastive.from_pretrained(tmp_path / "sigmoid", contrastive_loss="softmax")
+    softmax.save_pretrained(tmp_path / "softmax")
+    VitEmbedModel(sigmoid.config).save_pretrained(tmp_path / "images")
+    for name in ("softmax", "images"):
+        assert "custom_pipelines" not in json.loads((tmp_path / name / "config.json").read_text())
+
+
 def test_a_margin_around_the_crop_keeps_its_share():
     own = image_processor_dict(tiny.vision_config(image_size=64), "CLIPImageProcessor")
     source = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "do_center_crop": True}
@@ -103,9 +171,12 @@ def test_the_weights_that_are_given_are_saved(model, tmp_path):
     assert not any(weight.any() for weight in load_file(tmp_path / "model.safetensors").values())
 
 
-def test_another_process_than_the_main_one_writes_nothing(model, tmp_path):
+def test_another_process_than_the_main_one_writes_nothing_of_ours(model, tmp_path):
+    """What transformers does there is its own: version 4 leaves the weights to `save_function`."""
+    (tmp_path / "saved").mkdir()
     model.save_pretrained(tmp_path / "saved", is_main_process=False)
-    assert not (tmp_path / "saved").exists() or not files(tmp_path / "saved") & {"config.json", "model.safetensors"}
+    ours = {"preprocessor_config.json", "modules.json", "sentence_bert_config.json"}
+    assert not files(tmp_path / "saved") & ours
 
 
 def test_saving_asks_no_network(tmp_path, monkeypatch):
@@ -133,4 +204,5 @@ def test_licences_go_along_and_stay_where_there_are_some(model, tmp_path):
         loaded.save_pretrained(tmp_path / name)
     assert (tmp_path / "new" / "NOTICE").read_text() == "theirs"
     assert (tmp_path / "new" / "LICENSE.md").read_text() == "their licence"
-    assert (tmp_path / "own" / "LICENSE").read_text() == "mine" and "NOTICE" not in files(tmp_path / "own")
+    assert (tmp_path / "own" / "LICENSE").read_text() == "mine" and "LICENSE.md" not in files(tmp_path / "own")
+    assert (tmp_path / "own" / "NOTICE").read_text() == "theirs", "a licence of one's own is no notice of theirs"

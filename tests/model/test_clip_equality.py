@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from tiny import EOS, clip_model, dual_config, pixels, randomised, tokens, use_attention
 
 from vit_embed import VitEmbedForContrastive, VitEmbedModel, VitEmbedTextModel
@@ -55,6 +56,7 @@ def test_features_equal_clip_and_are_plain_tensors(reference, model):
     torch.testing.assert_close(normalized, image / image.norm(dim=-1, keepdim=True), **CLOSE)
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("5.0."), reason="CLIPModel of 5.0 gives no hidden states")
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_every_hidden_state_and_attention_equals_clip(reference, model, implementation):

@@ -200,6 +200,17 @@ def test_overrides_at_load_are_checked(tmp_path):
         VitEmbedConfig.from_pretrained(tmp_path, image_size=33)
 
 
+def test_fields_of_a_tower_are_given_as_clips_config_takes_them(tmp_path):
+    dual_config().save_pretrained(tmp_path)
+    changed = VitEmbedConfig.from_pretrained(tmp_path, vision_config={"attention_dropout": 0.1})
+    assert changed.attention_dropout == 0.1 and changed.hidden_size == dual_config().hidden_size
+    config = vision_config()
+    config.text_config = dict(TEXT)
+    assert isinstance(config.text_config, VitEmbedTextConfig)
+    config.update({"text_config": {**TEXT, "num_hidden_layers": 1}})
+    assert config.text_config.num_hidden_layers == 1
+
+
 def test_a_misspelled_option_of_from_pretrained_is_named(tmp_path):
     VitEmbedModel(vision_config()).save_pretrained(tmp_path)
     with pytest.raises(TypeError, match="VitEmbedModel has no field 'poolling_type'; did you mean 'pooling_type'"):
