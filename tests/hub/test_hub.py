@@ -1,6 +1,7 @@
 """Push and pull over HTTP, against a Hub on loopback: every class, revisions, a private repo, refusals, Trainer."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import tiny
 import torch
 from fresh_process import digests, run_fresh
 from loopback_hub import TOKEN
-from test_loading import MODEL_CODE
+from test_loading import MODEL_CODE, OTHER_PYTHON
 from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
 
 from vit_embed import (
@@ -85,6 +86,16 @@ def push(repos: dict, token: str) -> dict:
     result["model"]["commit_2"] = model.push_to_hub("alice/model", token=token).oid
     result["model"]["digests_2"] = digests(model)
     model.push_to_hub("alice/secret", token=token, private=True)
+
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(
+        vit_embed.VitEmbedForContrastive.from_pretrained(repos["dual"][1]),
+        LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False),
+    ).eval()
+    adapted.push_to_hub("alice/adapter", token=token)
+    with torch.no_grad():
+        result["dual"]["adapted"] = adapted.get_image_features(torch.ones(1, 3, 32, 32)).tolist()
 
     dual = vit_embed.VitEmbedForContrastive.from_pretrained(repos["dual"][1])
     dual.save_pretrained("saved-and-pushed", push_to_hub=True, repo_id="alice/at-once", token=token)
@@ -238,7 +249,7 @@ def pulled(hub, pushed, tmp_path_factory) -> dict:
     result = run_fresh(
         pull, root / "home", environment=hub, repos=repos, pipelines=PIPELINES, target=str(root / "saved")
     )
-    return {**result, "saved": root / "saved"}
+    return {**result, "saved": root / "saved", "home": root / "home"}
 
 
 def test_every_class_is_pulled_by_name(pushed, pulled):
@@ -283,6 +294,50 @@ def test_pulled_and_saved_folder_keeps_everything(pushed, pulled):
         assert auto_map == json.loads((original / "config.json").read_text())["auto_map"]
         assert auto_map.keys() == (AUTO_MAP if repo in WITH_IMAGES else TEXT_AUTO_MAP).keys()
         assert digests(REPOS[repo][0].from_pretrained(folder)) == loaded["digests"]
+
+
+def answer_offline() -> dict:
+    """What a cache that was filled by another release gives without a network."""
+    import sys
+
+    import torch
+    from fresh_process import auto_load
+    from peft import PeftModel
+    from PIL import Image
+    from transformers import pipeline
+
+    picture = Image.new("RGB", (40, 30), "red")
+    classify = pipeline("zero-shot-image-classification", model="alice/dual", trust_remote_code=True)
+    result = {"labels": [entry["label"] for entry in classify(picture, candidate_labels=["cat", "rocket"])]}
+    result["maps"] = len(auto_load("AutoBackbone", "alice/backbone")(torch.ones(1, 3, 32, 32)).feature_maps)
+    adapted = PeftModel.from_pretrained(auto_load("AutoModel", "alice/dual"), "alice/adapter").eval()
+    with torch.no_grad():
+        result["adapted"] = adapted.get_image_features(torch.ones(1, 3, 32, 32)).tolist()
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        result["sentence"] = None
+    else:
+        encoder = SentenceTransformer("alice/dual", trust_remote_code=True, device="cpu")
+        result["sentence"] = [list(encoder.encode([picture]).shape), list(encoder.encode(["cat"]).shape)]
+    result["package_imported"] = "vit_embed" in sys.modules
+    return result
+
+
+def fetch_adapter() -> None:
+    from huggingface_hub import snapshot_download
+
+    snapshot_download("alice/adapter")
+
+
+def test_another_release_answers_from_the_cache_without_a_network(hub, pushed, pulled):
+    """Where there is one (`make test-4.57`), else the same release. As in transformers, names are pulled first."""
+    run_fresh(fetch_adapter, pulled["home"], environment=hub)
+    found = run_fresh(answer_offline, pulled["home"], python=OTHER_PYTHON or sys.executable)
+    assert not found["package_imported"]
+    assert sorted(found["labels"]) == ["cat", "rocket"] and found["maps"] == 2
+    torch.testing.assert_close(torch.tensor(found["adapted"]), torch.tensor(pushed["dual"]["adapted"]))
+    assert found["sentence"] in (None, [[1, 20], [1, 20]])
 
 
 def load_revisions(revisions: dict, token: str) -> dict:
