@@ -16,7 +16,7 @@ from .initialisation_vit_embed import fill, linear
 from .inputs_vit_embed import check_masked_patches, is_traced
 from .losses_vit_embed import total_items
 from .stem_layers_vit_embed import patchify, unpatchify
-from .tokens_vit_embed import KeptPatches, Tokens, random_kept, spread
+from .tokens_vit_embed import KeptPatches, Tokens, random_kept, token_of_each_patch
 
 
 def seen_patches(
@@ -80,7 +80,7 @@ class VitEmbedPatchDecoder(nn.Module):
         hidden_states = self.projection(tokens.states).to(self.mask_token.dtype)
         prefix, seen = hidden_states[:, :num_prefix_tokens], hidden_states[:, num_prefix_tokens:]
         is_seen = (layout.token_of_patch >= 0)[..., None]  # (B, N, 1)
-        patches = torch.where(is_seen, spread(seen, layout), self.mask_token.to(seen.device))
+        patches = torch.where(is_seen, token_of_each_patch(seen, layout), self.mask_token.to(seen.device))
         positions = sinusoidal_positions(layout.grid_size, self.config.hidden_size, patches.device)
         return torch.cat([prefix, patches + positions.to(patches.dtype)], dim=1)
 

@@ -322,8 +322,12 @@ class AdaptiveStem(Stem, nn.Module):
         column = torch.arange(columns, device=tokens.device)
         first_of_cell = (row // 2 * 2 * columns + column // 2 * 2).flatten()  # (N,) top left patch of each patch's cell
         own = torch.arange(rows * columns, device=tokens.device)
-        holder = torch.where(is_coarse > 0, first_of_cell, own)  # (B, N) patch whose slot each patch's token is in
-        return keep_tokens(tokens, layout, KeptPatches(holder == own), sizes=1 + 3 * is_coarse, holder=holder)
+        standing_for = torch.where(
+            is_coarse > 0, first_of_cell, own
+        )  # (B, N) patch whose slot each patch's token is in
+        return keep_tokens(
+            tokens, layout, KeptPatches(standing_for == own), sizes=1 + 3 * is_coarse, standing_for=standing_for
+        )
 
 
 def repeat_cells(cells: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from .combinations_vit_embed import check_combinations, needs_grid
 from .configuration_vit_embed import VitEmbedConfig
-from .tokens_vit_embed import spread
+from .tokens_vit_embed import token_of_each_patch
 
 
 class TokenMapsMixin:
@@ -35,7 +35,7 @@ class TokenMapsMixin:
             weights = weights[:, :, 0, self.config.num_prefix_tokens :].transpose(1, 2)  # (B, n, h)
             if layout.sizes is not None:
                 weights = weights / layout.sizes[..., None].clamp(min=1)
-            layers.append(spread(weights, layout).transpose(1, 2))  # (B, h, N)
+            layers.append(token_of_each_patch(weights, layout).transpose(1, 2))  # (B, h, N)
         return torch.stack(layers, dim=1).unflatten(-1, layout.grid_size)
 
     @torch.no_grad()

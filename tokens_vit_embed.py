@@ -79,8 +79,8 @@ def mean_of_patches(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     return (weights.to(tokens.dtype)[:, None] @ tokens)[:, 0]
 
 
-def spread(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
-    """Gives each patch its token: (B, n, D) -> (B, N, D), zeros for a patch that has none."""
+def token_of_each_patch(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """The token that stands for each patch: (B, n, D) -> (B, N, D), zeros for a patch that has none."""
     if layout.token_of_patch is None:
         return tokens
     patches = select_rows(tokens, layout.token_of_patch.clamp(min=0))
@@ -89,7 +89,7 @@ def spread(tokens: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
 
 def patch_grid(tokens: Tokens, num_prefix_tokens: int) -> torch.Tensor:
     """One token a patch of (B, P + n, D), as (B, gh, gw, D); zeros for a patch that has none."""
-    patches = spread(tokens.states[:, num_prefix_tokens:], tokens.layout)  # (B, N, D)
+    patches = token_of_each_patch(tokens.states[:, num_prefix_tokens:], tokens.layout)  # (B, N, D)
     return patches.reshape(patches.shape[0], *tokens.layout.grid_size, patches.shape[2])
 
 
@@ -109,7 +109,7 @@ def keep_tokens(
     layout: TokenLayout,
     kept: KeptPatches,
     sizes: torch.Tensor | None = None,
-    holder: torch.Tensor | None = None,
+    standing_for: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, TokenLayout]:
     """Keeps some patches' tokens, in order, and pads rows that keep fewer than others.
 
@@ -118,7 +118,7 @@ def keep_tokens(
         layout: of `tokens`; each stands for its patch.
         kept: which go on.
         sizes: (B, N), patches that each kept token stands for; None is 1.
-        holder: (B, N) the patch whose token stands for each patch; None is the patch itself.
+        standing_for: (B, N) the patch whose token stands for each patch; None is the patch itself.
 
     Returns:
         (B, n, D) and what they stand for; n = `kept.count`, else the most that a row keeps, or N where a graph is
@@ -130,14 +130,14 @@ def keep_tokens(
         # No length may depend on the data: every token stays, and those left out have no size.
         sizes = mask.float() if sizes is None else sizes * mask
         of_patch = torch.where(mask, number, -1)
-        return tokens, layout._replace(sizes=sizes, token_of_patch=of_patch if holder is None else holder)
+        return tokens, layout._replace(sizes=sizes, token_of_patch=of_patch if standing_for is None else standing_for)
     num_kept = mask.sum(dim=1, keepdim=True)  # (B, 1)
     length = int(num_kept.max()) if count is None else count
     slot = slots_of_kept(mask)
     order = numbers_in_order(mask, slot, length)  # (B, n)
     token_of_patch = torch.where(mask, slot, -1)
-    if holder is not None:
-        token_of_patch = token_of_patch.gather(1, holder)
+    if standing_for is not None:
+        token_of_patch = token_of_patch.gather(1, standing_for)
     if sizes is None and count is None:
         sizes = torch.ones_like(mask, dtype=torch.float32)
     if sizes is not None:

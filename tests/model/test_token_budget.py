@@ -25,7 +25,7 @@ from vit_embed import (
 )
 from vit_embed.options_vit_embed import GRIDLESS_STEMS, STEM_TYPES
 from vit_embed.stems_vit_embed import AdaptiveStem
-from vit_embed.tokens_vit_embed import TokenLayout, match_tokens, mean_of_patches, merge_tokens, spread
+from vit_embed.tokens_vit_embed import TokenLayout, match_tokens, mean_of_patches, merge_tokens, token_of_each_patch
 
 
 class Head(NamedTuple):
@@ -162,7 +162,7 @@ def test_merges_compose():
         is_member = nn.functional.one_hot(layout.token_of_patch, count_now).transpose(1, 2).float()  # (B, n, N)
         assert torch.equal(layout.sizes, is_member.sum(-1)) and (layout.sizes.sum(dim=1) == count).all()
         torch.testing.assert_close(states, is_member / layout.sizes[..., None])
-        torch.testing.assert_close(spread(states, layout).sum(-1), torch.ones(3, count))
+        torch.testing.assert_close(token_of_each_patch(states, layout).sum(-1), torch.ones(3, count))
         torch.testing.assert_close(mean_of_patches(states, layout), torch.full((3, count), 1 / count))
     assert count_now == 2
 
@@ -582,7 +582,7 @@ def test_coarse_token_is_the_cell_at_its_mean_position():
     coarse = stem.coarse(images).permute(0, 2, 3, 1) + cell_positions
     fine = stem.fine(images).flatten(2).transpose(1, 2) + positions
     embedded = model.embeddings(images)
-    spread_out = spread(embedded.states[:, 1:], embedded.layout)
+    spread_out = token_of_each_patch(embedded.states[:, 1:], embedded.layout)
     sizes = embedded.layout.sizes.gather(1, embedded.layout.token_of_patch)
     assert sorted(sizes.unique().tolist()) == [1, 4]
     expected = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1, 2)
