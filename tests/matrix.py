@@ -50,7 +50,8 @@ def python_of(packages: tuple[str, ...]) -> Path:
         print(f"installing {', '.join(packages)} into {folder.relative_to(REPO)}", flush=True)
         venv.create(folder, with_pip=True, clear=True)
         others = [
-            line
+            # datasets follows huggingface_hub.
+            line.partition("==")[0] if line.startswith("datasets") else line
             for line in (REPO / REQUIREMENTS).read_text().splitlines()
             if line and not line.startswith(("#", "torch", "transformers", "huggingface_hub"))
         ]
