@@ -308,7 +308,8 @@ def preserve_buffers(buffers: list[torch.Tensor]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-@torch.compiler.disable(reason="torch.compile knows no checkpoint that restores buffers; compile the towers instead")
+# torch.compile knows no checkpoint that restores buffers. (torch 2.6 takes no `reason`.)
+@torch.compiler.disable
 def _chunks_with_buffers(
     embed: Callable[..., ModelOutput], columns: list[list[torch.Tensor | None]], buffers: list[torch.Tensor]
 ) -> list[ModelOutput]:
