@@ -308,8 +308,16 @@ def preserve_buffers(buffers: list[torch.Tensor]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-# torch.compile knows no checkpoint that restores buffers. (torch 2.6 takes no `reason`.)
-@torch.compiler.disable
+def _outside_graphs(function: Callable) -> Callable:
+    """A function that torch.compile leaves out of its graphs, and says why; torch 2.6 has no word for the reason."""
+    reason = "torch.compile knows no checkpoint that restores buffers; compile the towers instead"
+    try:
+        return torch.compiler.disable(function, reason=reason)
+    except TypeError:
+        return torch.compiler.disable(function)
+
+
+@_outside_graphs
 def _chunks_with_buffers(
     embed: Callable[..., ModelOutput], columns: list[list[torch.Tensor | None]], buffers: list[torch.Tensor]
 ) -> list[ModelOutput]:
