@@ -305,11 +305,14 @@ def answer_offline() -> dict:
     from peft import PeftModel
     from PIL import Image
     from transformers import pipeline
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     picture = Image.new("RGB", (40, 30), "red")
     classify = pipeline("zero-shot-image-classification", model="alice/dual", trust_remote_code=True)
     result = {"labels": [entry["label"] for entry in classify(picture, candidate_labels=["cat", "rocket"])]}
-    result["maps"] = len(auto_load("AutoBackbone", "alice/backbone")(torch.ones(1, 3, 32, 32)).feature_maps)
+    # AutoBackbone of transformers 5.23 asks the Hub whether there is such a repository, of stock backbones too.
+    backbone = get_class_from_dynamic_module("modeling_vit_embed.VitEmbedBackbone", "alice/backbone")
+    result["maps"] = len(backbone.from_pretrained("alice/backbone")(torch.ones(1, 3, 32, 32)).feature_maps)
     adapted = PeftModel.from_pretrained(auto_load("AutoModel", "alice/dual"), "alice/adapter").eval()
     with torch.no_grad():
         result["adapted"] = adapted.get_image_features(torch.ones(1, 3, 32, 32)).tolist()
