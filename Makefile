@@ -104,4 +104,4 @@ $(OLD_VENV)/ready: requirements-4.57.txt requirements-references.txt setup.cfg p
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) build *.egg-info demo_output
+	rm -rf $(VENV) $(OLD_VENV) .venv-matrix build *.egg-info demo_output

@@ -368,11 +368,9 @@ def push(model: Any, folder: str | os.PathLike, names: list[str], repo_id: str, 
     commit = {"commit_message": "Upload model", **commit}
     files: dict[str, str | bytes] = {name: os.path.join(folder, name) for name in names}
     card = os.path.join(folder, CARD_FILE)
-    if os.path.exists(card):
-        files[CARD_FILE] = card
-    elif not api.file_exists(repo_id, CARD_FILE, revision=revision):
-        source = card_metadata(model._processor_folder)
-        files[CARD_FILE] = model_card(model, repo_id, source, options.get("tags")).encode()
+    if CARD_FILE not in files and not api.file_exists(repo_id, CARD_FILE, revision=revision):
+        written = model_card(model, repo_id, card_metadata(model._processor_folder), options.get("tags")).encode()
+        files[CARD_FILE] = card if os.path.exists(card) else written
     operations = [CommitOperationAdd(name, content) for name, content in sorted(files.items())]
     return api.create_commit(repo_id, operations, **commit)
 

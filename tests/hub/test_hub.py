@@ -168,7 +168,7 @@ def push_over(token: str) -> dict:
     api = HfApi(token=token)
     api.create_repo("alice/mine")
     ViTImageProcessor(image_mean=[0.5] * 3, size={"height": 32, "width": 32}).push_to_hub("alice/mine", token=token)
-    for name in ("LICENSE", "modules.json"):
+    for name in ("LICENSE", "modules.json", "README.md"):
         api.upload_file(path_or_fileobj=b"[]", path_in_repo=name, repo_id="alice/mine")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     model = VitEmbedForImageClassification(VitEmbedConfig(**sizes, image_size=32, patch_size=8))
@@ -177,15 +177,16 @@ def push_over(token: str) -> dict:
         if how == "push":
             model.push_to_hub("alice/mine", token=token)
         else:
+            Path("here").mkdir()
+            Path("here/README.md").write_text("The card of the folder.")
             model.save_pretrained("here", push_to_hub=True, repo_id="alice/mine", token=token)
-        names = ("preprocessor_config.json", "LICENSE", "modules.json")
+        names = ("preprocessor_config.json", "LICENSE", "modules.json", "README.md")
         read = {name: Path(api.hf_hub_download("alice/mine", name)).read_text() for name in names}
         processor = json.loads(read["preprocessor_config.json"])
         result[how] = [
             processor["image_processor_type"],
             processor["image_mean"],
-            read["LICENSE"],
-            read["modules.json"],
+            *(read[name] for name in names[1:]),
         ]
     result["model"] = "model.safetensors" in api.list_repo_files("alice/mine")
     return result
@@ -195,7 +196,7 @@ def test_what_a_repository_has_stays(hub, tmp_path):
     found = run_fresh(push_over, tmp_path, environment=hub, token=TOKEN)
     assert found["model"]
     for how in ("push", "save"):
-        assert found[how][0].startswith("ViTImageProcessor") and found[how][1:] == [[0.5] * 3, "[]", "[]"], how
+        assert found[how][0].startswith("ViTImageProcessor") and found[how][1:] == [[0.5] * 3, "[]", "[]", "[]"], how
 
 
 def pull(repos: dict, pipelines: dict, target: str) -> dict:
