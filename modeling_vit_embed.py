@@ -12,7 +12,8 @@ The rules of a forward pass, which tests/model/test_forward_rules.py holds every
    work on any of them.
 2. Dtype and device come from the inputs or a named weight of the same module: a replica of `nn.DataParallel` has no
    `parameters()`.
-3. Shapes come from `.shape`, and no branch of a recorded graph depends on values.
+3. Shapes come from `.shape`, and no branch of a recorded graph depends on values. No argument is keyword-only: torch's
+   older exporter gives all of them by position.
 4. Collectives belong to training steps: evaluation and passes without gradients are local.
 5. No parameter is written to.
 6. Losses take `num_items_in_batch`, so a step cut into batches and processes is the step in one.
@@ -139,7 +140,6 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        *,
         pooled_only: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -226,7 +226,6 @@ class VitEmbedModel(TokenMapsMixin, VitEmbedPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        *,
         interpolate_pos_encoding: bool | None = None,
         pooled_only: bool = False,
         stages: Collection[int] | None = None,
@@ -309,7 +308,6 @@ class VitEmbedForImageClassification(VitEmbedPreTrainedModel):
         labels: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        *,
         num_items_in_batch: torch.Tensor | int | None = None,
         **options: Unpack[ImageOptions],
     ) -> ImageClassifierOutput:
@@ -365,7 +363,6 @@ class VitEmbedForDepthEstimation(VitEmbedPreTrainedModel):
         labels: torch.Tensor | None = None,
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
-        *,
         num_items_in_batch: torch.Tensor | int | None = None,
         **options: Unpack[ImageOptions],
     ) -> DepthEstimatorOutput:
@@ -494,7 +491,6 @@ class VitEmbedForContrastive(ContrastiveMixin, ImageProjectionMixin, TextProject
         patch_embeds: torch.Tensor | None = None,
         pixel_mask: torch.Tensor | None = None,
         return_loss: bool = True,
-        *,
         position_ids: torch.Tensor | None = None,
         group_ids: torch.Tensor | None = None,
         gather_loss: bool | None = None,
@@ -575,7 +571,6 @@ class VitEmbedForMaskedImageModeling(VitEmbedPreTrainedModel):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         return_loss: bool = True,
-        *,
         num_items_in_batch: torch.Tensor | int | None = None,
         **options: Unpack[ImageOptions],
     ) -> VitEmbedMaskedImageModelingOutput:
