@@ -79,7 +79,8 @@ def download_from_hub(name: str) -> Path:
     patterns = [*HUB_PATTERNS, weights]
     try:
         if weights.endswith(INDEX_ENDING):
-            patterns += read_index(Path(hf_hub_download(name, weights, revision=info.sha))).values()
+            index = read_index(Path(hf_hub_download(name, weights, revision=info.sha)))
+            patterns += [Path(weights).with_name(shard).as_posix() for shard in index.values()]
         return Path(snapshot_download(name, allow_patterns=patterns, revision=info.sha))
     except HfHubHTTPError as error:
         raise OSError(f"{name} cannot be fetched from the Hub: {error}") from error

@@ -17,7 +17,7 @@ from vit_embed.conversion.reading import read_checkpoint
 from vit_embed.conversion.reading.files import read_json
 from vit_embed.conversion.reading.index import INDEX_ENDING, read_index
 from vit_embed.conversion.reading.torch_files import WeightsChoice
-from vit_embed.conversion.weight_files import WEIGHT_FILES, choose_weights
+from vit_embed.conversion.weight_files import INNER_FOLDER, WEIGHT_FILES, choose_weights
 
 TRANSFORMERS_WEIGHT_FILES = tuple(name for name in WEIGHT_FILES if not name.startswith("open_clip_"))
 # What says more of the weights, the first that is there.
@@ -81,8 +81,9 @@ def find_source(name: str | os.PathLike, weights_key: str | None = None) -> Sour
     else:
         path = _fetched(called)
     if path.is_dir():
-        beside = {each.name: each for each in path.iterdir() if each.is_file()}
-        weights = beside[choose_weights(list(beside), path)]
+        inside = (*path.glob("*"), *path.glob(f"{INNER_FOLDER}/*"))
+        weights = path / choose_weights([each.relative_to(path).as_posix() for each in inside if each.is_file()], path)
+        beside = {each.name: each for each in (*path.glob(CARD_FILE), *weights.parent.iterdir()) if each.is_file()}
     else:  # beside a lone file may lie anything
         weights = path
         beside = {each: path.with_name(each) for each in CONFIG_FILES if path.with_name(each).is_file()}

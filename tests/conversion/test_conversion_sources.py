@@ -121,6 +121,24 @@ def test_a_lone_file_takes_the_config_beside_it_and_nothing_else(tmp_path):
     assert find_source(folder).weights.name == "any name.pt"  # the only one there
 
 
+def test_the_clip_inside_a_folder_of_sentence_transformers_is_found(tmp_path):
+    folder = folder_of(tmp_path, modules__json=b"[]")
+    inner = folder / "0_CLIPModel"
+    inner.mkdir()
+    save_file(STATE, inner / "model.safetensors")
+    (inner / "config.json").write_text('{"model_type": "clip"}')
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    source = find_source(folder)
+    assert source.weights == inner / "model.safetensors" and source.config == {"model_type": "clip"}
+    assert source.licence == "mit"
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
+    assert find_source(folder).weights == folder / "model.safetensors"  # its own come first
+    (inner / "model.safetensors").unlink()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"folder/0_CLIPModel must hold weights"):
+        find_source(folder)
+
+
 def test_shards_are_named_by_their_index(tmp_path):
     folder = folder_of(tmp_path)
     save_file({"a": torch.zeros(2)}, folder / "one.safetensors")
