@@ -206,7 +206,7 @@ def work(rank: int, port: int, folder: Path) -> None:
 
     A crash in native code leaves its stacks in `folder / "crash-RANK.txt"`.
     """
-    stacks = open(folder / f"crash-{rank}.txt", "w")
+    stacks = open(folder / f"crash-{rank}.txt", "w")  # noqa: SIM115 - open for as long as the process runs
     faulthandler.enable(stacks)
     os.environ.update(
         RANK=str(rank),
@@ -236,13 +236,13 @@ def work(rank: int, port: int, folder: Path) -> None:
 def launch(folder: Path) -> None:
     """Runs `work` in WORLD_SIZE processes and waits. An error in any of them is raised here.
 
-    A crash of native code, seen once in some hundred runs, is none of ours, as all our code is Python: its stacks become
-    a warning, and a second one an error.
+    A crash of native code, seen once in some hundred runs, is none of ours, as all our code is Python: its stacks
+    become a warning, and a second one an error.
     """
     try:
         spawn(folder)
     except multiprocessing.ProcessExitedException as crash:
-        warnings.warn("\n".join([str(crash), *crash.__notes__]))
+        warnings.warn("\n".join([str(crash), *crash.__notes__]), stacklevel=2)
         spawn(folder)
 
 
