@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from recipes.embedding import embed_texts
-from recipes.pictures import as_rgb
+from vit_embed.retrieval.pictures import as_rgb
 from recipes.search import ATTENTION_SCALE, COLUMNS, class_attention, draw_found, embed_files, find_pictures
 from vit_embed import VitEmbedForContrastive
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from PIL import ImageOps
 
 from recipes.drawing import draw_picture, picture_sheet, save_figure
-from recipes.pictures import as_rgb
+from vit_embed.retrieval.pictures import as_rgb
 from recipes.tokens import KINDS
 
 logger = logging.getLogger("show_tokens")

@@ -27,7 +27,7 @@ from recipes.data import (
 )
 from recipes.embedding import token_ids
 from recipes.models import image_processor_of, load_model
-from recipes.pictures import UNREADABLE, as_rgb, is_one_grey, read_rgba
+from vit_embed.retrieval.pictures import UNREADABLE, as_rgb, is_one_grey, read_rgba
 from recipes.retrieval import caption_id
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedTextConfig
 

@@ -14,7 +14,7 @@ from transformers import CLIPImageProcessor
 
 from recipes import arguments as base
 from recipes.data import check_rows, picture_findings, require_columns, require_pictures, seeded
-from recipes.pictures import as_rgb
+from vit_embed.retrieval.pictures import as_rgb
 from vit_embed import VitEmbedConfig
 
 NUM_SHOWN = 8

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from recipes import classification, contrastive, data, depth, masked, search, tokens
-from recipes.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
+from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
 
 REPO = Path(__file__).resolve().parents[2]
 
