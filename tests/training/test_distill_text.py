@@ -1,6 +1,5 @@
 """The text tower's start: a small random sentence encoder as the teacher."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,13 +8,12 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict
-from training_runs import assert_equal_runs, losses, results, run_here, weights
+from training_runs import REPO, assert_equal_runs, losses, results, run_here, text_fields, weights
 from transformers import BertConfig, BertModel, BertTokenizerFast, TrainingArguments
 
 from recipes import distillation
-from vit_embed import VitEmbedConfig, VitEmbedForContrastive
+from vit_embed import VitEmbedForContrastive
 
-REPO = Path(__file__).resolve().parents[2]
 WORDS = ("red", "blue", "green", "cat", "dog", "house", "tree", "sun", "moon", "car")
 
 
@@ -32,11 +30,8 @@ def folder(tmp_path_factory) -> Path:
     captions = [[f"{colour} {thing}"] for colour in WORDS[:3] for thing in WORDS[3:]]
     rows = Dataset.from_dict({"captions": captions, "tags": [["sun", "moon"]] * len(captions)})
     DatasetDict(train=rows).save_to_disk(str(folder / "data"))
-    text = json.loads((REPO / "config.json").read_text())["text_config"]
-    tokens = {key: text[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    VitEmbedConfig(**tiny.VISION, projection_dim=16, text_config={**tiny.TEXT, **tokens}).save_pretrained(
-        folder / "config"
-    )
+    config = tiny.dual_config(projection_dim=16, text_config=text_fields())
+    config.save_pretrained(folder / "config")
     return folder
 
 
@@ -62,10 +57,8 @@ def test_the_students_texts_come_near_the_teachers(folder, monkeypatch, tmp_path
     model = VitEmbedForContrastive.from_pretrained(tmp_path / "run")
     assert (saved["vision_model.post_layernorm.weight"] == 1).all(), "no picture was seen"
     assert (saved["text_model.final_layer_norm.weight"] != 1).any() and model.config.projection_dim == 16
-    assert (
-        f"| cosine | {results(tmp_path / 'run', 'eval')['cosine']:.4g} |"
-        in (tmp_path / "run" / "README.md").read_text()
-    )
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| cosine | {results(tmp_path / 'run', 'eval')['cosine']:.4g} |" in card
 
 
 def test_a_run_goes_on_from_its_checkpoint(folder, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import render_depth_scenes, scenes
 
-SCRIPT = str(Path(__file__).resolve().parents[2] / "examples" / "data" / "render_depth_scenes.py")
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "data" / "render_depth_scenes.py"
 SIZE = 64
 
 
@@ -29,14 +29,6 @@ def client():
     number = pybullet.connect(pybullet.DIRECT)
     yield number
     pybullet.disconnect(number)
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, SCRIPT, *map(str, arguments)]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -56,8 +48,7 @@ def ray_depth(client: int, camera: scenes.Camera) -> np.ndarray:
 
 @pytest.mark.parametrize("number", [2, 6, 10])
 def test_depth_is_that_of_rays_within_a_centimetre(number, client, textures):
-    """No outside reference but the physics engine's own collision shapes; pixels that graze an edge may fall on
-    either side of it."""
+    """Of the physics engine's own collision shapes; pixels that graze an edge may fall on either side of it."""
     camera = scenes.build_scene(client, 0, number, textures, solid=True)
     _, depth = scenes.render_scene(client, 0, number, camera, SIZE)
     expected = ray_depth(client, camera)
@@ -68,26 +59,18 @@ def test_depth_is_that_of_rays_within_a_centimetre(number, client, textures):
     assert (error < 0.01).mean() > 0.99 and np.median(error) < 1e-4
 
 
-def test_a_scene_depends_on_the_seed_and_its_number_alone(client, textures):
-    def render(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        camera = scenes.build_scene(client, seed, number, textures)
+def test_a_scene_depends_on_the_seed_and_its_number_alone(client, tmp_path):
+    """Also its textures, in a folder that serves two seeds."""
+
+    def render(folder: str, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        camera = scenes.build_scene(client, seed, number, tmp_path / folder)
         return scenes.render_scene(client, seed, number, camera, SIZE)
 
-    first = render(0, 7)
-    others = [render(0, 8), render(1, 7)]
-    again = render(0, 7)
+    others = [render("one", 1, 7), render("one", 0, 8)]
+    first, again = render("one", 0, 7), render("two", 0, 7)
     assert all((one == two).all() for one, two in zip(first, again))
     assert all((first[0] != other[0]).mean() > 0.5 for other in others)
-
-
-def test_a_texture_depends_on_the_seed_and_its_number_alone(tmp_path):
-    def drawn(folder: str, seed: int, number: int) -> bytes:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        return scenes.texture_file(tmp_path / folder, seed, number).read_bytes()
-
-    first = drawn("one", 0, 7)
-    assert drawn("other", 0, 8) != first == drawn("other", 0, 7)
-    assert drawn("one", 1, 7) != first == drawn("one", 0, 7), "a folder serves two seeds"
 
 
 def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkeypatch, tmp_path):
@@ -120,14 +103,14 @@ def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkey
     assert shares == [800, 100, 100]
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    arguments = ["--num_scenes", 60, "--size", SIZE]
-    assert run("--output_dir", whole, "--num_processes", 2, *arguments).returncode == 0
-    partial = tmp_path / "broken.partial"
-    process = subprocess.Popen(
-        command("--output_dir", broken, *arguments), stderr=subprocess.DEVNULL, start_new_session=True
-    )
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path, caplog):
+    def render(folder: Path, seed: int = 0, processes: int = 1) -> None:
+        render_depth_scenes.render_scenes(folder, 60, SIZE, seed, processes)
+
+    whole, broken, partial = (tmp_path / name for name in ("whole", "broken", "broken.partial"))
+    render(whole, processes=2)
+    asked = [sys.executable, SCRIPT, "--output_dir", broken, "--num_scenes", "60", "--size", str(SIZE)]
+    process = subprocess.Popen(asked, stderr=subprocess.DEVNULL, start_new_session=True)
     while len(list(partial.glob("*/depths/*.png"))) < 12:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
@@ -135,18 +118,18 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path):
     process.wait()
     assert partial.exists() and not broken.exists(), "a folder has its name only when it is complete"
     (partial / "test" / "depths" / "000000.99.tmp").write_bytes(b"half a picture")
-    other_seed = run("--output_dir", broken, *arguments, "--seed", 1)
-    assert other_seed.returncode != 0 and "give the same settings" in other_seed.stderr
-    resumed = run("--output_dir", broken, *arguments)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "60 of 60 scenes to render" not in resumed.stderr
+    with pytest.raises(ValueError, match="give the same settings"):
+        render(broken, seed=1)
+    caplog.set_level("INFO")
+    render(broken)
+    assert "of 60 scenes to render" in caplog.text and "60 of 60" not in caplog.text
     assert digests(broken) == digests(whole) and not partial.exists()
     names = [len(list((whole / split / "images").iterdir())) for split in ("train", "validation", "test")]
     assert names == [48, 6, 6]
     depth = np.asarray(Image.open(whole / "test" / "depths" / "000010.png"))
     assert depth.dtype == np.uint16 and depth.shape == (SIZE, SIZE) and 300 < np.median(depth[depth > 0]) < 10_000
-    again = run("--output_dir", whole, *arguments)
-    assert again.returncode != 0 and "not to exist, it does" in again.stderr
+    with pytest.raises(ValueError, match="not to exist, it does"):
+        render(whole)
 
 
 def test_a_floor_alone_does_not_give_the_depth_away(client, textures):
