@@ -101,6 +101,7 @@ def test_the_shipped_trunk_takes_another_size_and_head():
     assert {name: getattr(model.config, name) for name in options} == options
     assert processor.size == {"height": 64, "width": 64}
     assert model.config.name_or_path == SHIPPED_CHECKPOINT
+    assert model.eval()(tiny.pixels(1, 64, 64)).predicted_depth.max() <= 8
 
 
 # --- data ---
