@@ -91,21 +91,12 @@ PACKAGES = {
 }
 
 
-def a_png(colour: str, box: tuple[int, int, int, int]) -> bytes:
-    picture = Image.new("RGBA", (32, 32))
-    picture.paste(colour, box)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def an_emoji(name: str, vendor: str, colour: str, box: tuple[int, int, int, int], tags: list[str]) -> dict:
-    return {
-        "image": {"bytes": a_png(colour, box), "path": None},
-        "vendor": vendor,
-        "name": name,
-        "captions": [name, *tags],
-    }
+    picture, content = Image.new("RGBA", (32, 32)), io.BytesIO()
+    picture.paste(colour, box)
+    picture.save(content, "PNG")
+    image = {"bytes": content.getvalue(), "path": None}
+    return {"image": image, "vendor": vendor, "name": name, "captions": [name, *tags]}
 
 
 EMOJI = {

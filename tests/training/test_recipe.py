@@ -223,15 +223,12 @@ def test_the_command_line_refuses_at_once(options, message, parse_with):
         parse_with(**options)
 
 
-def test_the_best_of_errors_is_the_least(parse_with):
+def test_options_are_read_and_the_best_of_errors_is_the_least(parse_with):
+    recipe, training = parse_with(do_train=True, resume_from_checkpoint=True, freeze=["a", "b"])
+    assert recipe.freeze == ["a", "b"] and not training.remove_unused_columns
     least, greatest = ("loss", "eval_median_scaled_abs_rel", "rmse"), ("delta1", "accuracy")
     for name in (*least, *greatest):
         assert parse_with(metric_for_best_model=name)[-1].greater_is_better is (name in greatest)
-
-
-def test_parse_resumes_in_a_folder_that_is_not_empty(parse_with):
-    recipe, training = parse_with(do_train=True, resume_from_checkpoint=True, freeze=["a", "b"])
-    assert recipe.freeze == ["a", "b"] and not training.remove_unused_columns
 
 
 def test_an_unfinished_checkpoint_is_left_out(tmp_path, caplog):
@@ -324,11 +321,11 @@ def test_evaluation_reads_every_row_once_and_in_order(tmp_path):
     assert trainer.args.dataloader_drop_last and trainer.args.train_sampling_strategy == "group_by_length"
 
 
-@pytest.mark.parametrize("name", ["two towers", "masked"])
-def test_label_smoothing_is_refused_where_there_are_no_class_numbers(name, tmp_path):
+def test_label_smoothing_is_refused_where_there_are_no_class_numbers(tmp_path):
     """Trainer takes the labels away, and would smooth nothing or fail later."""
-    with pytest.raises(ValueError, match="--label_smoothing_factor 0.1 smooths class numbers, of which .* has none"):
-        trainer_of(MODELS[name](), tmp_path, label_smoothing_factor=0.1)
+    for name in ("two towers", "masked"):
+        with pytest.raises(ValueError, match="--label_smoothing_factor 0.1 smooths class numbers, of .* has none"):
+            trainer_of(MODELS[name](), tmp_path, label_smoothing_factor=0.1)
     trainer_of(MODELS["lora"](), tmp_path, label_smoothing_factor=0.1)
 
 

@@ -19,11 +19,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "data" / "render_dep
 SIZE = 64
 
 
-@pytest.fixture(scope="module")
-def textures(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("textures")
-
-
 @pytest.fixture
 def client():
     number = pybullet.connect(pybullet.DIRECT)
@@ -37,6 +32,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def rendered(client: int, textures: Path, seed: int, number: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    camera = scenes.build_scene(client, seed, number, textures)
+    return scenes.render_scene(client, seed, number, camera, size)
+
+
 def ray_depth(client: int, camera: scenes.Camera) -> np.ndarray:
     """Depth along the optical axis by casting a ray for each pixel, 0 where none hits: (SIZE, SIZE)."""
     start, rays = camera.rays(SIZE)
@@ -47,9 +47,9 @@ def ray_depth(client: int, camera: scenes.Camera) -> np.ndarray:
 
 
 @pytest.mark.parametrize("number", [2, 6, 10])
-def test_depth_is_that_of_rays_within_a_centimetre(number, client, textures):
+def test_depth_is_that_of_rays_within_a_centimetre(number, client, tmp_path):
     """Of the physics engine's own collision shapes; pixels that graze an edge may fall on either side of it."""
-    camera = scenes.build_scene(client, 0, number, textures, solid=True)
+    camera = scenes.build_scene(client, 0, number, tmp_path, solid=True)
     _, depth = scenes.render_scene(client, 0, number, camera, SIZE)
     expected = ray_depth(client, camera)
     assert ((depth > 0) != (expected > 0)).mean() < 0.005
@@ -61,14 +61,10 @@ def test_depth_is_that_of_rays_within_a_centimetre(number, client, textures):
 
 def test_a_scene_depends_on_the_seed_and_its_number_alone(client, tmp_path):
     """Also its textures, in a folder that serves two seeds."""
-
-    def render(folder: str, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        camera = scenes.build_scene(client, seed, number, tmp_path / folder)
-        return scenes.render_scene(client, seed, number, camera, SIZE)
-
-    others = [render("one", 1, 7), render("one", 0, 8)]
-    first, again = render("one", 0, 7), render("two", 0, 7)
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    scenes_of = [("one", 1, 7), ("one", 0, 8), ("one", 0, 7), ("two", 0, 7)]
+    *others, first, again = (rendered(client, tmp_path / folder, *which) for folder, *which in scenes_of)
     assert all((one == two).all() for one, two in zip(first, again))
     assert all((first[0] != other[0]).mean() > 0.5 for other in others)
 
@@ -80,27 +76,23 @@ def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkey
 
     def created(*args, **kwargs):
         if "fileName" in kwargs:
-            loaded.setdefault("meshes", set()).add(int(Path(kwargs["fileName"]).stem))
+            loaded["meshes"].add(int(Path(kwargs["fileName"]).stem))
         return create(*args, **kwargs)
 
     def texture(path, **kwargs):
-        loaded.setdefault("textures", set()).add(int(Path(path).stem.split("-")[1]))
+        loaded["textures"].add(int(Path(path).stem.split("-")[1]))
         return load(path, **kwargs)
 
     monkeypatch.setattr(pybullet, "createVisualShape", created)
     monkeypatch.setattr(pybullet, "loadTexture", texture)
-    seen = {}
     for split, numbers in {"test": range(0, 200, 10), "validation": range(1, 200, 10), "train": range(2, 9)}.items():
-        loaded = {}
+        loaded |= {"meshes": set(), "textures": set()}
         for number in numbers:
             assert scenes.split_of(number) == split
             scenes.build_scene(client, 0, number, tmp_path)
-        seen[split] = loaded
-        for kind, found in loaded.items():
-            assert {scenes.split_of(number) for number in found} == {split}, kind
-    assert all(len(kinds["meshes"]) > 20 and len(kinds["textures"]) > 5 for kinds in seen.values())
-    shares = [len(scenes.numbers_of(split, 1000)) for split in ("train", "validation", "test")]
-    assert shares == [800, 100, 100]
+        assert len(loaded["meshes"]) > 20 and len(loaded["textures"]) > 5
+        assert {scenes.split_of(number) for found in loaded.values() for number in found} == {split}
+    assert [len(scenes.numbers_of(split, 1000)) for split in ("train", "validation", "test")] == [800, 100, 100]
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path, caplog):
@@ -132,13 +124,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path, ca
         render(whole)
 
 
-def test_a_floor_alone_does_not_give_the_depth_away(client, textures):
+def test_a_floor_alone_does_not_give_the_depth_away(client, tmp_path):
     """The best picture-blind answer, the mean depth of each pixel, is far from what is asked of a model (0.08)."""
-    depths = []
-    for number in range(2, 42):
-        camera = scenes.build_scene(client, 0, number, textures)
-        depths.append(scenes.render_scene(client, 0, number, camera, 32)[1])
-    depths = np.stack(depths)
+    depths = np.stack([rendered(client, tmp_path, 0, number, 32)[1] for number in range(2, 42)])
     measured = depths > 0
     mean = depths.sum(0) / measured.sum(0).clip(min=1)
     error = np.abs(mean - depths)[measured] / depths[measured]
