@@ -96,6 +96,11 @@ def test_learning_rate_of_every_parameter(model, optim, tmp_path):
             assert group["weight_decay"] == 0.3, name
         scales.add(round(expected_scale(own), 6))
     assert len(scales) >= 5, "the rates differ from layer to layer"
+    rates = [group["lr"] for group in optimizer.param_groups]
+    trainer.create_scheduler(10, optimizer)
+    optimizer.step()
+    trainer.lr_scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.9 * rate for rate in rates])
 
 
 def test_without_decay_all_parameters_have_one_rate(tmp_path):

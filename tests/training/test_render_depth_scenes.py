@@ -67,6 +67,9 @@ def test_a_scene_depends_on_the_seed_and_its_number_alone(client, tmp_path):
     *others, first, again = (rendered(client, tmp_path / folder, *which) for folder, *which in scenes_of)
     assert all((one == two).all() for one, two in zip(first, again))
     assert all((first[0] != other[0]).mean() > 0.5 for other in others)
+    files = [scenes.texture_file(tmp_path / folder, *which) for folder, *which in scenes_of]
+    *others, first, again = (file.read_bytes() for file in files)
+    assert first == again and first not in others
 
 
 def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkeypatch, tmp_path):

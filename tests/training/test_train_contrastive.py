@@ -113,10 +113,11 @@ def test_a_group_is_drawn_once_an_epoch_and_held_out_whole():
     assert groups.rows[0] == [0, len(PICTURES)], "in any of its drawings"
     arguments = DataArguments(dataset="x", group_column="group", validation_share=0.3)
     choose = partial(contrastive.random_groups, column="group")
-    splits = hold_out(DatasetDict(train=rows()), arguments, 0, choose)
-    held, kept = (set(splits[split]["group"]) for split in ("validation", "train"))
-    assert len(held) == math.ceil(0.3 * len(PICTURES)) and not held & kept
-    assert sum(map(len, splits.values())) == len(rows())
+    for seed in range(4):
+        splits = hold_out(DatasetDict(train=rows()), arguments, seed, choose)
+        held, kept = (set(splits[split]["group"]) for split in ("validation", "train"))
+        assert len(held) == math.ceil(0.3 * len(PICTURES)) and not held & kept
+        assert sum(map(len, splits.values())) == len(rows())
 
 
 # --- what is wrong with the data ---
