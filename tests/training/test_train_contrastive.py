@@ -104,6 +104,7 @@ def test_the_shipped_checkpoint_trains_on_groups(small, tmp_path):
     assert {"model.safetensors", "modeling_vit_embed.py", "tokenizer_config.json", "LICENSE", "NOTICE"} <= names
     card = (tmp_path / "run" / "README.md").read_text()
     assert "license: apache-2.0" in card and "fine-tuned from the checkpoint of vit_embed on `data`" in card
+    assert "its LICENSE, NOTICE lie here" in card
     assert f"| text_to_image_recall@5 | {found['text_to_image_recall@5']:.4g} |" in card and "softmax" in card
 
 
