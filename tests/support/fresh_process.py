@@ -33,6 +33,23 @@ with open({received!r}, "w", encoding="utf-8") as _file:
 """
 
 
+def environment_of(**changes: str) -> dict[str, str]:
+    """The variables of a new process: offline, unless HF_ENDPOINT is among the changes."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "PYTHON", "PYTEST_"))}
+    support, path = os.path.dirname(__file__), os.environ.get("PYTHONPATH")
+    offline = {} if "HF_ENDPOINT" in changes else {"HF_ENDPOINT": DEAD_ENDPOINT, "HF_HUB_OFFLINE": "1"}
+    return {
+        **kept,
+        **offline,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([support, path] if path else [support]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **changes,
+    }
+
+
 @functools.lru_cache(maxsize=2)
 def fork_server(python: str, variables: tuple[tuple[str, str], ...]) -> ForkServer:
     return ForkServer(python, dict(variables))
@@ -61,20 +78,7 @@ def run_fresh(
     Raises:
         AssertionError: the process failed, with what it wrote to stderr.
     """
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "PYTHON"))}
-    variables = {
-        **inherited,
-        "HF_ENDPOINT": DEAD_ENDPOINT,
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        **(environment or {}),
-    }
-    variables.pop("PYTEST_CURRENT_TEST", None)
-    if variables["HF_ENDPOINT"] == DEAD_ENDPOINT:
-        variables["HF_HUB_OFFLINE"] = "1"
+    variables = environment_of(**(environment or {}))
     os.makedirs(home, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         sent, received, file = (os.path.join(folder, name) for name in ("arguments", "result", "code.py"))
