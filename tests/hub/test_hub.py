@@ -13,30 +13,20 @@ from loopback_hub import TOKEN
 from test_loading import CLASSIFICATION, DEPTH, MASKED, MODEL_CODE, OTHER_PYTHON, part_of
 from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
 
-from vit_embed import (
-    VitEmbedBackbone,
-    VitEmbedForContrastive,
-    VitEmbedForDepthEstimation,
-    VitEmbedForImageClassification,
-    VitEmbedForMaskedImageModeling,
-    VitEmbedModel,
-    VitEmbedModelWithProjection,
-    VitEmbedTextModel,
-    VitEmbedTextModelWithProjection,
-)
+import vit_embed
 from vit_embed.configuration_vit_embed import AUTO_MAP, TEXT_AUTO_MAP
 
 # repo -> (class, Auto class that pulls it, its config)
 REPOS = {
-    "model": (VitEmbedModel, "AutoModel", tiny.vision_config(num_register_tokens=2)),
-    "projection": (VitEmbedModelWithProjection, "AutoModel", tiny.vision_config()),
-    "classification": (VitEmbedForImageClassification, CLASSIFICATION, tiny.vision_config(num_labels=5)),
-    "depth": (VitEmbedForDepthEstimation, DEPTH, tiny.vision_config(depth_head_type="dpt")),
-    "masked": (VitEmbedForMaskedImageModeling, MASKED, tiny.vision_config()),
-    "dual": (VitEmbedForContrastive, "AutoModel", tiny.dual_config()),
-    "backbone": (VitEmbedBackbone, "AutoBackbone", tiny.vision_config(out_indices=[2, 4])),
-    "text": (VitEmbedTextModel, "AutoModel", tiny.dual_config().text_config),
-    "text-projection": (VitEmbedTextModelWithProjection, "AutoModel", tiny.dual_config().text_config),
+    "model": (vit_embed.VitEmbedModel, "AutoModel", tiny.vision_config(num_register_tokens=2)),
+    "projection": (vit_embed.VitEmbedModelWithProjection, "AutoModel", tiny.vision_config()),
+    "classification": (vit_embed.VitEmbedForImageClassification, CLASSIFICATION, tiny.vision_config(num_labels=5)),
+    "depth": (vit_embed.VitEmbedForDepthEstimation, DEPTH, tiny.vision_config(depth_head_type="dpt")),
+    "masked": (vit_embed.VitEmbedForMaskedImageModeling, MASKED, tiny.vision_config()),
+    "dual": (vit_embed.VitEmbedForContrastive, "AutoModel", tiny.dual_config()),
+    "backbone": (vit_embed.VitEmbedBackbone, "AutoBackbone", tiny.vision_config(out_indices=[2, 4])),
+    "text": (vit_embed.VitEmbedTextModel, "AutoModel", tiny.dual_config().text_config),
+    "text-projection": (vit_embed.VitEmbedTextModelWithProjection, "AutoModel", tiny.dual_config().text_config),
 }
 WITH_TEXTS = {"dual", "text", "text-projection"}
 WITH_IMAGES = REPOS.keys() - {"text", "text-projection"}
@@ -115,43 +105,39 @@ def test_saving_with_push_to_hub_pushes_as_much(pushed):
     assert set(pushed["dual"]["files_of_save"]) >= set(pushed["dual"]["files"])
 
 
-def push_over(token: str) -> dict:
-    """Pushes a model into a repository that has a processor, a licence and a tokenizer of its own."""
-    import json
+def push_over(model: str, token: str) -> dict:
+    """Pushes a model in two ways into a repository that has a processor, a licence and a card of its own."""
     from pathlib import Path
 
     from huggingface_hub import HfApi
     from transformers import ViTImageProcessor
 
-    from vit_embed import VitEmbedConfig, VitEmbedForImageClassification
+    from vit_embed import VitEmbedForImageClassification
 
-    api, theirs = HfApi(token=token), ("LICENSE", "modules.json", "README.md")
+    api, names = HfApi(token=token), ("LICENSE", "modules.json", "README.md", "preprocessor_config.json")
     api.create_repo("alice/mine")
     ViTImageProcessor(image_mean=[0.5] * 3, size={"height": 32, "width": 32}).push_to_hub("alice/mine", token=token)
-    for name in theirs:
+    for name in names[:3]:
         api.upload_file(path_or_fileobj=b"[]", path_in_repo=name, repo_id="alice/mine")
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    model = VitEmbedForImageClassification(VitEmbedConfig(**sizes, image_size=32, patch_size=8))
     Path("here").mkdir()
     Path("here/README.md").write_text("The card of the folder.")
-    result = {}
-    for how in ("push", "save"):
-        if how == "push":
-            model.push_to_hub("alice/mine", token=token)
-        else:
-            model.save_pretrained("here", push_to_hub=True, repo_id="alice/mine", token=token)
-        read = [Path(api.hf_hub_download("alice/mine", name)).read_text() for name in theirs]
-        processor = json.loads(Path(api.hf_hub_download("alice/mine", "preprocessor_config.json")).read_text())
-        result[how] = [processor["image_processor_type"], processor["image_mean"], *read]
-    result["files"] = api.list_repo_files("alice/mine")
-    return result
+    model, result = VitEmbedForImageClassification.from_pretrained(model), {}
+    model.push_to_hub("alice/mine", token=token)
+    result["push"] = {name: Path(api.hf_hub_download("alice/mine", name)).read_text() for name in names}
+    model.save_pretrained("here", push_to_hub=True, repo_id="alice/mine", token=token)
+    result["save"] = {name: Path(api.hf_hub_download("alice/mine", name)).read_text() for name in names}
+    return {**result, "files": api.list_repo_files("alice/mine")}
 
 
-def test_what_a_repository_has_stays(hub, tmp_path):
-    found = run_fresh(push_over, tmp_path, environment=hub, token=TOKEN)
+def test_what_a_repository_has_stays(hub, pushed, tmp_path):
+    folder = str(pushed["classification"]["folder"])
+    found = run_fresh(push_over, tmp_path, environment=hub, model=folder, token=TOKEN)
     assert "model.safetensors" in found["files"]
     for how in ("push", "save"):
-        assert found[how][0].startswith("ViTImageProcessor") and found[how][1:] == [[0.5] * 3, "[]", "[]", "[]"], how
+        processor = json.loads(found[how].pop("preprocessor_config.json"))
+        assert processor["image_processor_type"].startswith("ViTImageProcessor")
+        assert processor["image_mean"] == [0.5] * 3
+        assert set(found[how].values()) == {"[]"}, how
 
 
 def pull(repos: dict, pipelines: list, revisions: dict, target: str) -> dict:
@@ -240,7 +226,7 @@ def test_every_class_is_pulled_by_name(pushed, pulled):
     dual = pushed["dual"]["digests"]
     assert pulled["processor"] == "CLIPProcessor" and pulled["zero_shot"] == dual
     assert pulled["text"] == {"text": pushed["text"]["digests"], "dual": part_of(dual, "text_model.")}
-    resized = VitEmbedForContrastive.from_pretrained(pushed["dual"]["folder"], image_size=48)
+    resized = vit_embed.VitEmbedForContrastive.from_pretrained(pushed["dual"]["folder"], image_size=48)
     assert pulled["resized"] == digests(resized)
 
 
@@ -420,5 +406,5 @@ def test_a_repository_is_converted_by_its_name(hub, tmp_path):
     assert (origin["layout"], origin["source"], origin["license"]) == ("hf_clip", "alice/clip", "mit")
     assert "pytorch_model.bin" not in got["fetched"]  # one form of the weights is enough
     assert list(origin["sha256"]) == ["model.safetensors"]
-    converted = VitEmbedForContrastive.from_pretrained(home / "clip").state_dict()
+    converted = vit_embed.VitEmbedForContrastive.from_pretrained(home / "clip").state_dict()
     assert all(torch.equal(converted[name], tensor) for name, tensor in clip.state_dict().items())

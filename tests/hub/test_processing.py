@@ -162,8 +162,7 @@ def centre_cropped(image: Image.Image, size: int) -> Image.Image:
 
 @pytest.mark.parametrize("name", list(pictures.CAPTIONS))
 def test_features_do_not_depend_on_whether_pil_or_torch_resizes(saved, name):
-    """Pixels are CLIP's, of PIL, numpy and torch; torch's own antialiased resize, as of the torchvision backend, gives the
-    same features."""
+    """Pixels are CLIP's, of PIL, numpy and torch; torch's antialiased resize, as torchvision's, gives the same."""
     (model, processor, _), photo = saved["features"], pictures.photo(name)
     found = processed(processor, photo)
     torch.testing.assert_close(found, normalised(as_tensor(centre_cropped(photo, 64))), rtol=0, atol=1e-5)  # float32
