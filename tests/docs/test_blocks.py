@@ -38,7 +38,6 @@ def make_clone(folder: Path) -> Path:
 # Of a process without a Hub; shells find the python of the tests.
 VARIABLES = environment_of(
     PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    PYTHONPATH=os.environ.get("PYTHONPATH", ""),
     HF_HUB_DISABLE_PROGRESS_BARS="1",
 )
 

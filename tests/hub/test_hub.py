@@ -1,14 +1,17 @@
 """Push and pull over HTTP, against a Hub on loopback: every class, revisions, a private repo, refusals, Trainer."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import loopback_hub
 import pytest
 import tiny
 import torch
-from fresh_process import digests, run_fresh
+import transformers
+from fresh_process import auto_load, digests, run_fresh
 from loopback_hub import TOKEN
 from test_loading import CLASSIFICATION, DEPTH, MASKED, MODEL_CODE, OTHER_PYTHON, part_of
 from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
@@ -42,8 +45,6 @@ def hub(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 def push(repos: dict, token: str) -> dict:
     """Pushes a folder of each class; other weights on top of "model", whose first state gets a tag; a private repo."""
-    import torch
-    from fresh_process import digests
     from huggingface_hub import HfApi
     from peft import LoraConfig, get_peft_model
 
@@ -107,16 +108,14 @@ def test_saving_with_push_to_hub_pushes_as_much(pushed):
 
 def push_over(model: str, token: str) -> dict:
     """Pushes a model in two ways into a repository that has a processor, a licence and a card of its own."""
-    from pathlib import Path
-
     from huggingface_hub import HfApi
-    from transformers import ViTImageProcessor
 
     from vit_embed import VitEmbedForImageClassification
 
     api, names = HfApi(token=token), ("LICENSE", "modules.json", "README.md", "preprocessor_config.json")
     api.create_repo("alice/mine")
-    ViTImageProcessor(image_mean=[0.5] * 3, size={"height": 32, "width": 32}).push_to_hub("alice/mine", token=token)
+    processor = transformers.ViTImageProcessor(image_mean=[0.5] * 3, size={"height": 32, "width": 32})
+    processor.push_to_hub("alice/mine", token=token)
     for name in names[:3]:
         api.upload_file(path_or_fileobj=b"[]", path_in_repo=name, repo_id="alice/mine")
     Path("here").mkdir()
@@ -142,13 +141,9 @@ def test_what_a_repository_has_stays(hub, pushed, tmp_path):
 
 def pull(repos: dict, pipelines: list, revisions: dict, target: str) -> dict:
     """Loads every repo by its name, saves it, and reads cards, processors and revisions."""
-    import os
-    import sys
-
-    from fresh_process import auto_load, digests
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, snapshot_download
     from PIL import Image
-    from transformers import AutoImageProcessor, AutoModel, AutoProcessor, pipeline
+    from transformers import AutoImageProcessor, AutoProcessor, pipeline
 
     models, cards, answers = {}, {}, {}
     for repo, auto_class in repos.items():
@@ -172,8 +167,9 @@ def pull(repos: dict, pipelines: list, revisions: dict, target: str) -> dict:
     }
     result["processor"] = type(AutoProcessor.from_pretrained("alice/dual")).__name__
     result["zero_shot"] = digests(auto_load("AutoModelForZeroShotImageClassification", "alice/dual"))
-    result["resized"] = digests(AutoModel.from_pretrained("alice/dual", image_size=48, trust_remote_code=True))
+    result["resized"] = digests(auto_load("AutoModel", "alice/dual", image_size=48))
     result["imported"] = "vit_embed" in sys.modules
+    snapshot_download("alice/adapter")
 
     from vit_embed import VitEmbedTextModel
 
@@ -252,10 +248,6 @@ def test_pulled_and_saved_folder_keeps_everything(pushed, pulled):
 
 def answer_offline() -> dict:
     """What a cache that was filled by another release gives without a network."""
-    import sys
-
-    import torch
-    from fresh_process import auto_load
     from peft import PeftModel
     from PIL import Image
     from transformers import pipeline
@@ -281,15 +273,8 @@ def answer_offline() -> dict:
     return result
 
 
-def fetch_adapter() -> None:
-    from huggingface_hub import snapshot_download
-
-    snapshot_download("alice/adapter")
-
-
-def test_another_release_answers_from_the_cache_without_a_network(hub, pushed, pulled):
+def test_another_release_answers_from_the_cache_without_a_network(pushed, pulled):
     """Where there is one (`make test-4.57`), else the same release. As in transformers, names are pulled first."""
-    run_fresh(fetch_adapter, pulled["home"], environment=hub)
     found = run_fresh(answer_offline, pulled["home"], python=OTHER_PYTHON or sys.executable)
     assert not found["imported"]
     assert sorted(found["labels"]) == ["cat", "rocket"] and found["maps"] == 2
@@ -299,17 +284,10 @@ def test_another_release_answers_from_the_cache_without_a_network(hub, pushed, p
 
 def refused(token: str) -> dict:
     """Asks for what must not be given: remote code without trust, a private repo without a token."""
-    import os
-    import sys
-    from pathlib import Path
-
-    from fresh_process import auto_load, digests
-    from transformers import AutoModel
-
     result, home = {}, os.environ["HF_HOME"]
     for name, options in {"silent": {}, "false": {"trust_remote_code": False}}.items():
         try:
-            AutoModel.from_pretrained("alice/model", **options)
+            transformers.AutoModel.from_pretrained("alice/model", **options)
         except ValueError as error:
             result[name] = str(error)
     result["code"] = [path.name for path in Path(home).rglob("*_vit_embed.py")]
@@ -338,8 +316,6 @@ def test_refusals_and_the_private_repo(hub, pushed, tmp_path):
 
 def train(output_dir: str, token: str) -> dict:
     """Fine-tunes a head of a pulled checkpoint with the stock Trainer, which pushes it."""
-    import torch
-    from fresh_process import auto_load, digests
     from transformers import AutoImageProcessor, Trainer, TrainingArguments
 
     model = auto_load("AutoModelForImageClassification", "alice/dual", num_labels=2)
@@ -357,14 +333,12 @@ def train(output_dir: str, token: str) -> dict:
 
 
 def pull_trained() -> dict:
-    from fresh_process import auto_load, digests
     from huggingface_hub import HfApi
-    from transformers import AutoImageProcessor
 
     return {
         "digests": digests(auto_load("AutoModelForImageClassification", "alice/trained")),
         "trunk": type(auto_load("AutoModel", "alice/trained")).__name__,
-        "processor": type(AutoImageProcessor.from_pretrained("alice/trained")).__name__,
+        "processor": type(transformers.AutoImageProcessor.from_pretrained("alice/trained")).__name__,
         "files": HfApi().list_repo_files("alice/trained"),
     }
 
@@ -378,9 +352,6 @@ def test_trainer_pushes_a_repo_that_loads(hub, pushed, tmp_path):
 
 
 def convert_from_hub(folder: str, token: str) -> dict:
-    import json
-    from pathlib import Path
-
     from huggingface_hub import HfApi
 
     from vit_embed.conversion.source import find_source

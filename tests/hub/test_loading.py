@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from fresh_process import digests, junk_in_new_memory, outputs, run_fresh
+from fresh_process import auto_load, digests, junk_in_new_memory, outputs, run_fresh
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
@@ -333,7 +333,7 @@ def test_dtype_is_the_one_asked_for(saved, tmp_path, name):
     assert digests(model) == digests(half.float())
 
 
-@pytest.mark.parametrize("how", ["argument", "config"])
+@pytest.mark.parametrize("how", ["argument", "config", "file"])
 @pytest.mark.parametrize(
     "name, image_size, to_grid",
     [
@@ -351,7 +351,8 @@ def test_another_image_size_resamples_the_positions(saved, tmp_path, name, image
     else:
         config = VitEmbedConfig.from_pretrained(folder, image_size=image_size)
         before = copy.deepcopy(config)
-        model = load_all(model_class, folder, config=config)
+        config.save_pretrained(tmp_path / "config")
+        model = load_all(model_class, folder, config=tmp_path / "config" if how == "file" else config)
         assert config.to_dict() == before.to_dict()
     assert model.config.grid_size == to_grid
     original = model_class.from_pretrained(folder)
@@ -477,13 +478,6 @@ def test_model_code_needs_only_torch_and_transformers():
 
 def load_and_save_again(folders: dict, target: str | None) -> dict:
     """Loads every folder through its Auto class, and saves it."""
-    import os
-    import sys
-
-    import torch
-    import transformers
-    from fresh_process import auto_load, digests, junk_in_new_memory, outputs
-
     models = {}
     for name, (auto_class, folder, expected) in folders.items():
         with junk_in_new_memory():
@@ -515,11 +509,6 @@ def assert_all_loaded(result: dict, saved: dict[str, Saved]) -> None:
 
 def load_from_working_folders(folders: list) -> dict:
     """Loads every folder as ".", having started in the first."""
-    import os
-    import sys
-
-    from fresh_process import auto_load, digests
-
     found = []
     for auto_class, folder, _ in folders:
         os.chdir(folder)
@@ -568,9 +557,7 @@ def test_both_transformers_versions_load_each_others_folders(saved, auto_folders
 
 
 def classes_of(folders: list) -> list:
-    from transformers import AutoModel
-
-    return [type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ for folder in folders]
+    return [type(auto_load("AutoModel", folder)).__name__ for folder in folders]
 
 
 def test_one_and_two_towers_in_folders_of_the_same_name(saved, tmp_path):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import run_fresh
 
 import vit_embed
@@ -20,7 +21,6 @@ def differences(repo: str) -> dict[str, dict[str, float]]:
     """{kind: the largest difference in logits, layers quantised}."""
     import copy
 
-    import torch
     from PIL import Image
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig

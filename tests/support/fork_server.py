@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
+import weakref
 from pathlib import Path
 
 # What most of the files import, and nothing of ours.
@@ -21,6 +22,11 @@ LIBRARIES = (
 )
 
 
+def close(process: subprocess.Popen) -> None:
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
 class ForkServer:
     """Started with these variables. `libraries` are imported before the first fork, "package:name" for one that the
     package imports when the name is used."""
@@ -28,11 +34,8 @@ class ForkServer:
     def __init__(self, python: str, variables: dict[str, str], libraries: tuple[str, ...] = LIBRARIES):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen([python, __file__, *libraries], env=variables, **pipes)
+        weakref.finalize(self, close, self.process)
         assert self.answer() == "ready"
-
-    def __del__(self):
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
 
     def answer(self) -> int | str:
         return json.loads(self.process.stdout.readline())["status"]

@@ -23,20 +23,20 @@ from fork_server import ForkServer
 DEAD_ENDPOINT = "http://127.0.0.1:9"
 
 CHILD = """
-import json as _json
-with open({sent!r}, encoding="utf-8") as _file:
-    _arguments = _json.load(_file)
+import json, os, sys
+from pathlib import Path
+import torch, transformers
+from fresh_process import auto_load, digests, junk_in_new_memory, outputs
 {source}
-_result = {name}(**_arguments)
-with open({received!r}, "w", encoding="utf-8") as _file:
-    _json.dump(_result, _file)
+_result = {name}(**json.loads(Path({sent!r}).read_text(encoding="utf-8")))
+Path({received!r}).write_text(json.dumps(_result), encoding="utf-8")
 """
 
 
 def environment_of(**changes: str) -> dict[str, str]:
     """The variables of a new process: offline, unless HF_ENDPOINT is among the changes."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "PYTHON", "PYTEST_"))}
-    support, path = os.path.dirname(__file__), os.environ.get("PYTHONPATH")
+    support, path = os.path.dirname(__file__), changes.pop("PYTHONPATH", os.environ.get("PYTHONPATH"))
     offline = {} if "HF_ENDPOINT" in changes else {"HF_ENDPOINT": DEAD_ENDPOINT, "HF_HUB_OFFLINE": "1"}
     return {
         **kept,
@@ -67,8 +67,8 @@ def run_fresh(
     """Calls `function(**arguments)` in a new process, which has imported transformers and nothing of ours.
 
     Args:
-        function: sent as source text, so it imports what it uses; it may import this module, and it does not see the
-            test file it stands in.
+        function: sent as source text. It sees `json`, `os`, `sys`, `Path`, `torch`, `transformers` and the functions of
+            this module, imports all else that it uses, and does not see the test file it stands in.
         home: HF_HOME of the process, private to it when fresh.
         cwd: working folder; `home` by default.
         python: interpreter to run.
