@@ -78,6 +78,14 @@ def test_mean_and_deviation_that_came_with_the_weights_stay(model, tmp_path, whe
     assert written["crop_size"] == {"height": 64, "width": 64} and written["size"] == {"shortest_edge": 72}
 
 
+def test_a_processor_that_names_neither_class_nor_size_gets_both(model, tmp_path):
+    change(tmp_path / "preprocessor_config.json", {"image_mean": MEAN, "mine": True})
+    model.save_pretrained(tmp_path)
+    written = image_processor(tmp_path)
+    assert written["image_mean"] == MEAN and written["mine"]
+    assert written["image_processor_type"] == "CLIPImageProcessor" and written["size"] == {"shortest_edge": 32}
+
+
 @pytest.mark.parametrize("kind", ["ViTImageProcessor", "SiglipImageProcessor", "BitImageProcessor"])
 def test_another_processor_for_the_same_kind_of_task_stays(model, tmp_path, kind):
     """A picture gives the same pixels before and after, in the source's folder and in another."""
