@@ -299,7 +299,7 @@ def refused(token: str) -> dict:
             result[name] = str(error)
     model = auto_load("AutoModel", "alice/secret", token=token)
     result["secret"] = digests(model)
-    # Saving asks the repo for the processor, again with the token.
+    result["fetched"] = os.listdir(model._processor_folder)  # with the token, too
     model.save_pretrained(os.path.join(home, "saved"))
     result["saved"] = os.listdir(os.path.join(home, "saved"))
     return result
@@ -311,6 +311,7 @@ def test_refusals_and_the_private_repo(hub, pushed, tmp_path):
     assert not result["code"], "neither in the cache nor in memory"
     assert all("alice/secret" in result[name] for name in ("anonymous", "wrong_token"))
     assert result["secret"] == pushed["model"]["digests_2"]
+    assert "preprocessor_config.json" in result["fetched"]
     assert set(result["saved"]) >= MODEL_CODE | {"preprocessor_config.json"}
 
 
