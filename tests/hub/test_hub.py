@@ -131,7 +131,7 @@ def push_over(model: str, token: str) -> dict:
 def test_what_a_repository_has_stays(hub, pushed, tmp_path):
     folder = str(pushed["classification"]["folder"])
     found = run_fresh(push_over, tmp_path, environment=hub, model=folder, token=TOKEN)
-    assert "model.safetensors" in found["files"]
+    assert "model.safetensors" in found["files"] and "sentence_bert_config.json" not in found["files"]
     for how in ("push", "save"):
         processor = json.loads(found[how].pop("preprocessor_config.json"))
         assert processor["image_processor_type"].startswith("ViTImageProcessor")
