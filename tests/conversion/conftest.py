@@ -5,10 +5,8 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import open_clip_reference
 import openai_reference
 import pytest
-import sources
 import torch
 
 from vit_embed.convert_checkpoint import convert_checkpoint
@@ -42,8 +40,11 @@ def converted(source, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Iterator[Callable[[str], sources.Source]]:
+def made(tmp_path_factory) -> Iterator[Callable]:
     """The source of a case by the case's name, made once a file; tests change copies of it."""
+    import open_clip_reference  # not installed everywhere that test_convert.py runs
+    import sources
+
     folder, existing = tmp_path_factory.mktemp("sources"), {}
 
     def make(name: str) -> sources.Source:

@@ -1,6 +1,9 @@
-"""timm's vision transformers: the same numbers here and there, its folders and its bare files, and the way back."""
+"""timm's vision transformers: what its names stand for, its folders and its bare files.
 
-import json
+What holds for every layout is in test_there_and_back.py.
+"""
+
+import functools
 import logging
 import re
 
@@ -11,8 +14,6 @@ from timm_reference import (
     CLASSIFIER,
     CLS,
     SIZES,
-    TOLD,
-    VARIANTS,
     assert_close,
     assert_equal,
     convert,
@@ -25,38 +26,15 @@ from timm_reference import (
     saved,
     timm,
 )
-from transformers import AutoModel, AutoModelForImageClassification
 
-from vit_embed import VitEmbedConfig, VitEmbedForImageClassification, VitEmbedModel, VitEmbedModelWithProjection
-from vit_embed.conversion.layouts.layout import ConversionOptions
+from vit_embed import (
+    VitEmbedForContrastive,
+    VitEmbedModel,
+    VitEmbedModelWithProjection,
+)
+from vit_embed.conversion.layouts.layout import MODEL_CLASSES, ConversionOptions
 from vit_embed.conversion.layouts.timm.names import FOREIGN_NAMES, find_architecture
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
-
-# Equal
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_equal_to_timm_and_back_bit_for_bit(variant):
-    arguments, told = VARIANTS[variant]
-    model = of_timm(**arguments)
-    config, weights = convert(model, **TOLD, **told)
-    assert config.architectures == ["VitEmbedModel" if arguments.get("num_classes") == 0 else CLASSIFIER]
-    assert_equal(model, ours(config, weights))
-
-    restored = restore(config, weights)
-    written = restored.files["config.json"]
-    back = timm.create_model(written["architecture"], **written["model_args"])
-    back.load_state_dict(restored.state_dict)
-    assert_equal(back.eval(), ours(config, weights))
-    expected = model.state_dict()
-    if variant in ("registers with positions", "registers alone"):  # these are in the registers now, and stay there
-        start = int(model.has_class_token)
-        positions = expected["pos_embed"][:, start : start + 2]
-        expected["reg_token"] = expected["reg_token"] + positions
-        positions.zero_()
-    assert set(restored.state_dict) == set(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(restored.state_dict[name], tensor), name
 
 
 @pytest.mark.parametrize("norm_layer, eps", [("rmsnorm", 1e-6), (None, 1e-5)])
@@ -137,43 +115,6 @@ def test_pooling_and_positions_of_every_name_are_timms():
 # Folders, through the whole pipeline
 
 
-@pytest.mark.parametrize(
-    "name, arguments, model_class, outputs",
-    [
-        pytest.param("vit_base_patch16_224", {}, CLASSIFIER, {"logits"}, marks=pytest.mark.heavy),
-        pytest.param("vit_base_patch16_reg4_gap_256", {}, CLASSIFIER, {"logits"}, marks=pytest.mark.heavy),
-        pytest.param(
-            "vit_base_patch16_siglip_256", {"num_classes": 0}, "VitEmbedModel", set(), marks=pytest.mark.heavy
-        ),
-        ("vit_small_patch14_reg4_dinov2", {"num_classes": 0, "img_size": (32, 64)}, "VitEmbedModel", set()),
-        pytest.param("vit_base_patch32_clip_quickgelu_224", {}, CLASSIFIER, {"logits"}, marks=pytest.mark.heavy),
-        ("test_vit3", {}, CLASSIFIER, {"logits"}),
-        ("test_vit4", {}, CLASSIFIER, {"logits"}),
-    ],
-)
-def test_a_folder_of_timm_there_and_back(name, arguments, model_class, outputs, tmp_path):
-    model = registered(name, **arguments)
-    source = saved(model, tmp_path / "source")
-    differences = convert_checkpoint(source, tmp_path / "ours")
-    assert set(differences) == {"last_hidden_state", "pooler_output"} | outputs
-    config = json.loads((tmp_path / "ours" / "config.json").read_text())
-    assert config["architectures"] == [model_class]
-    auto_class = AutoModelForImageClassification if model_class == CLASSIFIER else AutoModel
-    assert_equal(model, auto_class.from_pretrained(tmp_path / "ours", trust_remote_code=True).eval())
-
-    restored = restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "back")
-    assert restored.files["config.json"]["architecture"] == name
-    back = reloaded(tmp_path / "back")
-    assert_equal(back, auto_class.from_pretrained(tmp_path / "ours", trust_remote_code=True).eval())
-    folded = name.startswith("test_vit")  # their registers have positions
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(back.state_dict()[key], tensor) or (folded and key in ("reg_token", "pos_embed")), key
-    convert_checkpoint(tmp_path / "back", tmp_path / "again")
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        tmp_path / "ours" / "model.safetensors"
-    ).read_bytes()
-
-
 def test_the_head_of_a_clip_tower_without_a_bias_is_its_projection(tmp_path):
     model = registered("vit_base_patch32_clip_224", num_classes=7)
     model.head.bias.data.zero_()
@@ -182,7 +123,8 @@ def test_the_head_of_a_clip_tower_without_a_bias_is_its_projection(tmp_path):
     tower = VitEmbedModelWithProjection.from_pretrained(tmp_path / "ours").eval()
     assert tower.config.projection_dim == 7
     assert_equal(model, tower)
-    restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "back")
+    restored = restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "back")
+    assert restored.files["config.json"]["architecture"] == "vit_base_patch32_clip_224"
     back = reloaded(tmp_path / "back").state_dict()
     assert all(torch.equal(back[key], tensor) for key, tensor in model.state_dict().items())
 
@@ -214,26 +156,95 @@ def test_a_distilled_deit_gives_its_trunk(tmp_path):
     assert_equal(reloaded(tmp_path / "back"), trunk)
 
 
-def test_a_registered_model_of_full_size(tmp_path):
-    model = tiny.randomised(timm.create_model("vit_tiny_patch16_224"))
-    differences = convert_checkpoint(saved(model, tmp_path / "source"), tmp_path / "ours", layout="timm")
-    assert set(differences) == {"last_hidden_state", "pooler_output", "logits"}
-    assert_equal(model, VitEmbedForImageClassification.from_pretrained(tmp_path / "ours").eval())
-    config = VitEmbedConfig.from_pretrained(tmp_path / "ours")
-    assert (config.num_attention_heads, config.hidden_act, config.layer_norm_eps) == (3, "gelu", 1e-6)
-    assert config.converted_from["license"] == "apache-2.0" and config.num_labels == 1000
-
-
 def test_a_bare_file_by_the_command_line(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     model = of_timm(reg_tokens=1, no_embed_class=True)
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "vit.pth")
-    told = ["--num_attention_heads=4", "--hidden_act=gelu", "--layer_norm_eps=1e-6", "--pooling_type=cls"]
-    told += ["--image_size", "32", "32"]
-    assert main([str(tmp_path / "vit.pth"), "--output_dir", str(tmp_path / "ours"), *told]) == 0
+    given = ["--num_attention_heads=4", "--hidden_act=gelu", "--layer_norm_eps=1e-6", "--pooling_type=cls"]
+    given += ["--image_size", "32", "32"]
+    assert main([str(tmp_path / "vit.pth"), "--output_dir", str(tmp_path / "ours"), *given]) == 0
     assert "layout timm, as it has timm's keys" in caplog.text and "largest difference of logits" in caplog.text
     back = ["--reverse", "--layout=timm", "--output_file", str(tmp_path / "back.safetensors")]
     assert main([str(tmp_path / "ours"), *back]) == 0
     call = re.search(r"for a file (timm\.create_model\(.*\))$", caplog.text, re.MULTILINE)[1]
     loaded = eval(call, {"timm": timm}).eval()  # the log's own words load it
     assert all(torch.equal(loaded.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
+
+
+# Models of ours as timm's
+
+
+@pytest.mark.parametrize(
+    "model_class, fields",
+    [
+        ("VitEmbedModelWithProjection", {}),
+        ("VitEmbedModel", {"norm_type": "rms_norm", "layer_norm_eps": 1e-6}),
+        (CLASSIFIER, {"use_pre_layernorm": False, "num_register_tokens": 2, "pooling_type": "mean", "num_labels": 3}),
+        (CLASSIFIER, {"patch_bias": True, "use_pre_layernorm": False, "pad_to_patch": True, "hidden_act": "relu"}),
+        ("VitEmbedModel", {"use_cls_token": False, "pooling_type": "map", "layer_norm_eps": 1e-6}),
+        ("VitEmbedModel", {"pooling_type": "map", "num_register_tokens": 1, "intermediate_size": 43}),
+    ],
+)
+def test_a_model_of_ours_as_timms_folder(model_class, fields, tmp_path):
+    model = tiny.randomised(MODEL_CLASSES[model_class](tiny.vision_config(**fields)))
+    model.save_pretrained(tmp_path / "ours")
+    restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "timm")
+    assert_equal(reloaded(tmp_path / "timm"), model)
+    assert convert_checkpoint(tmp_path / "timm", tmp_path / "again")  # compared with timm's own
+    again = MODEL_CLASSES[model_class].from_pretrained(tmp_path / "again")
+    mine = model.state_dict()
+    assert set(again.state_dict()) - set(mine) <= {"vision_model.embeddings.patch_embedding.bias"} | {
+        "embeddings.patch_embedding.bias"
+    }
+    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in mine.items())
+    assert again.config.pad_to_patch == model.config.pad_to_patch
+
+
+def test_another_epsilon_has_a_file_and_no_folder(tmp_path):
+    model = tiny.randomised(VitEmbedModel(tiny.vision_config(layer_norm_eps=1e-12)))
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="--output_file"):
+        restore_checkpoint(tmp_path / "ours", "timm", output_dir=tmp_path / "timm")
+    restored = restore_checkpoint(tmp_path / "ours", "timm", output_file=tmp_path / "vit.pth")
+    call = restored.usage.partition(".load_state_dict")[0]
+    back = eval(call, {"timm": timm, "functools": functools})
+    back.load_state_dict(torch.load(tmp_path / "vit.pth"))
+    assert_equal(back.eval(), model)
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"norm_position": "post"}, ["norm_position='post'"]),
+        ({"stem_type": "linear", "token_merge_size": 1}, ["stem_type='linear'", "token_merge_size=1"]),
+        ({"patch_bias": True}, ["patch_bias=True"]),
+        ({"position_embedding_type": "sinusoidal"}, ["position_embedding_type='sinusoidal'"]),
+        ({"final_norm_type": "rms_norm"}, ["final_norm_type='rms_norm'"]),
+        ({"norm_type": "rms_norm", "pooling_type": "map"}, ["norm_type='rms_norm'"]),
+    ],
+)
+def test_a_model_that_timm_cannot_compute_is_refused(fields, named):
+    config = tiny.vision_config(architectures=["VitEmbedModel"], **fields)
+    with pytest.raises(ValueError, match="VisionTransformer cannot express") as caught:
+        restore(config, VitEmbedModel(config).state_dict())
+    assert all(name in str(caught.value) for name in named)
+
+
+def test_a_text_tower_has_no_place_in_timm(tmp_path):
+    VitEmbedForContrastive(tiny.dual_config()).save_pretrained(tmp_path / "dual")
+    with pytest.raises(ValueError, match="no place for a text tower.*VitEmbedModelWithProjection"):
+        restore_checkpoint(tmp_path / "dual", "timm", output_dir=tmp_path / "timm")
+    VitEmbedModelWithProjection.from_pretrained(tmp_path / "dual").save_pretrained(tmp_path / "tower")
+    restore_checkpoint(tmp_path / "tower", "timm", output_dir=tmp_path / "timm")
+    assert_equal(reloaded(tmp_path / "timm"), VitEmbedModelWithProjection.from_pretrained(tmp_path / "dual").eval())
+
+
+def test_a_position_that_was_trained_since_takes_the_form_that_has_one():
+    model = of_timm(no_embed_class=True, reg_tokens=1)
+    config, weights = convert(model, **CLS, image_size=(32, 32))
+    weights["vision_model.embeddings.position_embedding.weight"][0] += 1
+    restored = restore(config, weights)
+    back = timm.models.vision_transformer.VisionTransformer(**restored.files["config.json"]["model_args"])
+    assert not back.no_embed_class
+    back.load_state_dict(restored.state_dict)
+    assert_equal(back.eval(), ours(config, weights))

@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 import torch
-from timm_reference import CLS, TOLD, assert_close, assert_equal, convert, of_timm, ours, restore, timm
+from timm_reference import CLS, GIVEN, assert_close, assert_equal, convert, of_timm, ours, restore, timm
 from transformers import AutoImageProcessor
 
 from vit_embed import VitEmbedConfig
@@ -28,23 +28,7 @@ def test_timms_files_are_detected_with_and_without_a_config():
     assert detect({key: tensor for key, tensor in state_dict.items() if "attn.qkv" not in key}, {}) is None
 
 
-@pytest.mark.parametrize(
-    "field, flag",
-    [
-        ("num_attention_heads", "--num_attention_heads"),
-        ("hidden_act", "--hidden_act"),
-        ("layer_norm_eps", "--layer_norm_eps"),
-        ("pooling_type", "--pooling_type"),
-    ],
-)
-def test_what_a_bare_file_does_not_say_is_asked_for(field, flag):
-    told = {**TOLD, "pooling_type": "cls"}
-    told.pop(field)
-    with pytest.raises(ValueError, match=flag):
-        convert(of_timm(), **told)
-
-
-def test_a_name_says_nothing_of_another_width_and_an_unknown_name_nothing_at_all():
+def test_a_name_of_another_width_or_an_unknown_name_gives_no_heads():
     model = of_timm()
     with pytest.raises(ValueError, match="nothing is known of vit_base_patch16_224 with a width of 32"):
         convert(model, {"architecture": "vit_base_patch16_224"})
@@ -52,7 +36,7 @@ def test_a_name_says_nothing_of_another_width_and_an_unknown_name_nothing_at_all
         convert(model, {"architecture": "vit_base_patch16_new_224"}, hidden_act="gelu", pooling_type="cls")
     stated = {"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 8}}
     assert convert(model, stated)[0].num_attention_heads == 8
-    assert convert(model, stated, num_attention_heads=4)[0].num_attention_heads == 4  # told wins
+    assert convert(model, stated, num_attention_heads=4)[0].num_attention_heads == 4  # the option wins
 
 
 def test_a_grid_that_two_readings_fit_is_asked_for():
@@ -65,7 +49,7 @@ def test_a_grid_that_two_readings_fit_is_asked_for():
     with pytest.raises(ValueError, match="13 positions.*12 patches, which is no square grid; .*--image_size"):
         convert(of_timm(img_size=(24, 32)), **CLS)
     with pytest.raises(ValueError, match="14 patches, which is no square grid.*--image_size"):
-        convert(of_timm(img_size=(16, 56), class_token=False, global_pool="avg"), **TOLD)
+        convert(of_timm(img_size=(16, 56), class_token=False, global_pool="avg"), **GIVEN)
     with pytest.raises(ValueError, match="--image_size must have"):
         convert(of_timm(), **CLS, image_size=(16, 16))
     with pytest.raises(ValueError, match="--image_size"):
@@ -91,7 +75,7 @@ def test_a_square_table_is_not_taken_to_leave_out_the_prefix_tokens(no_embed_cla
 
 
 @pytest.mark.parametrize("name", [None, "deit3_small_patch16_224"])
-def test_a_config_or_a_name_says_that_a_table_leaves_out_the_prefix_tokens(name):
+def test_a_table_without_the_prefix_tokens_is_known_by_config_or_name(name):
     model = of_timm(no_embed_class=True)
     args = {"num_heads": 4} if name else {"no_embed_class": True}
     assert_equal(model, ours(*convert(model, {"architecture": name or "x", "model_args": args}, **CLS)))
@@ -100,7 +84,7 @@ def test_a_config_or_a_name_says_that_a_table_leaves_out_the_prefix_tokens(name)
         convert(model, {"architecture": name or "x", "model_args": args}, **CLS)
 
 
-def test_a_name_says_that_a_table_has_the_prefix_tokens():
+def test_a_table_with_the_prefix_tokens_is_known_by_name():
     model = of_timm(img_size=24, reg_tokens=4, class_token=False, global_pool="avg")  # 13 rows
     stated = {"architecture": "vit_so150m_patch16_reg4_gap_256", "model_args": {"num_heads": 4}}
     assert_equal(model, ours(*convert(model, stated)))
@@ -112,13 +96,13 @@ def test_a_name_says_that_a_table_has_the_prefix_tokens():
 def test_what_the_average_takes_in_is_warned_of_where_nothing_says_it(caplog):
     model = of_timm(reg_tokens=2, global_pool="avg")
     stated = {"architecture": "x", "model_args": {"pool_include_prefix": False}}
-    assert_equal(model, ours(*convert(model, stated, **TOLD)))
+    assert_equal(model, ours(*convert(model, stated, **GIVEN)))
     assert not caplog.text
-    assert_equal(model, ours(*convert(model, **TOLD)))
+    assert_equal(model, ours(*convert(model, **GIVEN)))
     assert "(pool_include_prefix); converting without them" in caplog.text
     stated["model_args"]["pool_include_prefix"] = True
     with pytest.raises(ValueError, match="pool_include_prefix=True with 3 prefix tokens"):
-        convert(model, stated, **TOLD)
+        convert(model, stated, **GIVEN)
 
 
 def test_pixels_that_make_no_patch_are_left_out_and_another_size_is_warned_of(caplog):
@@ -137,7 +121,7 @@ def test_pixels_that_make_no_patch_are_left_out_and_another_size_is_warned_of(ca
     assert convert(model, stated, **CLS)[0].image_shape == (32, 32)
     assert "17 positions, which are not those of 64 x 64 pixels" in caplog.text
     stated["model_args"] = {"img_size": 64}
-    assert convert(model, stated, **CLS, image_size=(32, 32))[0].image_shape == (32, 32)  # told wins
+    assert convert(model, stated, **CLS, image_size=(32, 32))[0].image_shape == (32, 32)  # the option wins
 
 
 @pytest.mark.parametrize(
@@ -159,7 +143,7 @@ def test_pixels_that_make_no_patch_are_left_out_and_another_size_is_warned_of(ca
 def test_what_cannot_be_expressed_is_refused_by_name(arguments, message):
     pooling = {} if arguments.get("class_token") is False else {"pooling_type": "cls"}
     with pytest.raises(ValueError, match=message):
-        convert(of_timm(**arguments), **TOLD, **pooling)
+        convert(of_timm(**arguments), **GIVEN, **pooling)
 
 
 CONVERT = LAYOUTS["timm"].convert
