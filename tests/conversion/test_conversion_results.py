@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from vit_embed import VitEmbedForContrastive, VitEmbedModel
+from vit_embed import VitEmbedForContrastive
 from vit_embed.conversion import progress
 from vit_embed.conversion.layouts import LAYOUTS, openai
 from vit_embed.conversion.layouts.layout import ConversionOptions
@@ -25,14 +25,9 @@ from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_check
 
 
 @pytest.fixture(scope="module")
-def openai_file(tmp_path_factory) -> Path:
+def openai_file(made) -> Path:
     """A small OpenAI CLIP in float32, with no number that float16 could hold."""
-    model = openai_reference.openai_clip().float()
-    for parameter in model.parameters():
-        parameter.data += 1e-5 * torch.randn_like(parameter)
-    path = tmp_path_factory.mktemp("openai") / "clip.pt"
-    torch.save(openai_reference.openai_state_dict(model), path)
-    return path
+    return made("openai: CLIP").path
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +38,6 @@ def converted(openai_file, tmp_path_factory) -> Path:
 
 
 # The way back
-
-
-@pytest.mark.parametrize("ending", [".pt", ".safetensors"])
-def test_there_and_back_is_bit_equal(openai_file, converted, tmp_path, ending):
-    target = tmp_path / f"back{ending}"
-    assert main([str(converted), "--reverse", "--layout", "openai", "--output_file", str(target)]) == 0
-    expected, got = read_checkpoint(openai_file), read_checkpoint(target)
-    assert got.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
-    assert target.stat().st_mode & 0o077 == 0o666 & ~_umask() & 0o077  # readable by whom other files are
-    convert_checkpoint(target, tmp_path / "again")
-    for name, tensor in read_checkpoint(converted / "model.safetensors").items():
-        assert torch.equal(read_checkpoint(tmp_path / "again" / "model.safetensors")[name], tensor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def test_openais_code_loads_what_comes_back(converted, tmp_path):
@@ -81,30 +56,6 @@ def test_openais_code_loads_what_comes_back(converted, tmp_path):
     with torch.no_grad():
         expected, got = exact(pixel_values, input_ids)[0], ours(pixel_values, input_ids).logits_per_image
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)  # logits of tens: 1e-5 of them
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act='gelu' .it has 'quick_gelu'."),
-        ({"num_register_tokens": 2}, "num_register_tokens=2"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
-        ({"contrastive_loss": "sigmoid"}, "contrastive_loss='sigmoid'"),
-        ({"num_attention_heads": 4}, "num_attention_heads=4"),
-        ({}, "intermediate_size=48"),
-    ],
-)
-def test_what_openais_code_cannot_compute_is_refused(tmp_path, changes, named):
-    tiny.randomised(VitEmbedForContrastive(tiny.dual_config(**changes))).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match=f"OpenAI's CLIP cannot express this model: .*{named}"):
-        restore_checkpoint(tmp_path / "ours", "openai", output_file=tmp_path / "back.pt")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
-
-
-def test_an_image_tower_alone_is_no_openai_clip(tmp_path):
-    VitEmbedModel(tiny.vision_config()).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match="has a text tower, this model has none"):
-        restore_checkpoint(tmp_path / "ours", "openai", output_file=tmp_path / "back.pt")
 
 
 @pytest.mark.parametrize(
@@ -211,18 +162,6 @@ def test_a_context_of_no_text_is_refused(openai_file, tmp_path, number, message)
         convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(trunk_only=True), tokenizer=tmp_path)
 
 
-def test_shards_out_load_and_come_back_in(openai_file, converted, tmp_path):
-    convert_checkpoint(openai_file, tmp_path / "shards", max_shard_size="500KB")
-    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
-    assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 2
-    whole = read_checkpoint(converted / "model.safetensors")
-    loaded = AutoModel.from_pretrained(tmp_path / "shards", trust_remote_code=True).state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
-    restore_checkpoint(tmp_path / "shards", "openai", output_file=tmp_path / "back.pt")
-    expected, got = read_checkpoint(openai_file), read_checkpoint(tmp_path / "back.pt")
-    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
-
-
 # The card
 
 
@@ -231,12 +170,12 @@ def test_card_and_config_say_where_the_weights_came_from(openai_file, converted)
     config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
     assert config.converted_from == {
         "layout": "openai",
-        "source": "clip.pt",  # no path of the machine that converted it
-        "sha256": {"clip.pt": digest},
+        "source": openai_file.name,  # no path of the machine that converted it
+        "sha256": {openai_file.name: digest},
         "license": None,
     }
     card = (converted / "README.md").read_text()
-    assert f"| `clip.pt` | `{digest}` |" in card and "The source states no licence." in card
+    assert f"| `{openai_file.name}` | `{digest}` |" in card and "The source states no licence." in card
     assert "| width | 128 | 64 |" in card and "| heads | 2 | 1 |" in card
     assert "| image_features |" in card and "license:" not in card.split("---")[1]
 
@@ -257,23 +196,26 @@ def test_large_files_show_bars_and_small_ones_none(openai_file, tmp_path, capfd,
     monkeypatch.setattr(progress, "MIN_BYTES", 10**6)  # of 100 MB
     convert_checkpoint(openai_file, tmp_path / "large")
     shown = capfd.readouterr().err
-    assert "converting: 100%" in shown and "hashing clip.pt: 100%" in shown
+    assert "converting: 100%" in shown and f"hashing {openai_file.name}: 100%" in shown
 
 
 # Memory
 
 
 PEAK = """
-import logging, sys
+import sys
 from vit_embed.convert_checkpoint import main
 
 def peak():
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
 
-before = peak()
-assert main(sys.argv[1:]) == 0
-print(peak() - before)
+for arguments in (["clip.pt", "--output_dir", "out"], "out --reverse --layout openai --output_file back.pt".split()):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is what there is now
+    before = peak()
+    assert main(arguments) == 0
+    print(peak() - before)
 """
 
 
@@ -281,20 +223,15 @@ print(peak() - before)
 @pytest.mark.parametrize("stored", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.heavy)])
 def test_memory_stays_below_a_fifth_more_than_the_float32_weights(tmp_path, stored):
     sizes = {"vision_width": 768, "vision_layers": 8, "transformer_width": 512, "transformer_heads": 8}
-    model = openai_reference.openai_clip(**sizes)
-    state_dict = openai_reference.openai_state_dict(model)
+    state_dict = openai_reference.openai_state_dict(openai_reference.openai_clip(**sizes))
     state_dict = {k: v.to(stored) if v.is_floating_point() else v for k, v in state_dict.items()}
     torch.save(state_dict, tmp_path / "clip.pt")
     weights = 4 * sum(tensor.numel() for tensor in state_dict.values())
     assert weights > 240e6  # so that what else a process allocates is small beside them
-    command = [sys.executable, "-c", PEAK, "clip.pt", "--output_dir", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1.2 * weights
-    command[3:] = ["out", "--reverse", "--layout", "openai", "--output_file", "back.pt"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 1.2 * weights
+    there, back = map(int, done.stdout.split())
+    assert there < 1.2 * weights and back < 1.2 * weights
 
 
 # What ours bounds, rounds or does beyond its weights
@@ -323,21 +260,6 @@ def test_half_precision_is_compared_too(openai_file, tmp_path, monkeypatch):
     monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=another))
     with pytest.raises(ValueError, match="image_features of the result differs"):
         convert_checkpoint(openai_file, tmp_path / "wrong", ConversionOptions(dtype=torch.bfloat16))
-
-
-@pytest.mark.parametrize(
-    ("layout", "changes"),
-    [
-        (layout, changes)
-        for layout in ("openai", "hf_clip", "open_clip", "timm")
-        for changes in ({"token_merge_size": 2}, {"pad_to_patch": True})
-        if (layout, *changes) != ("timm", "pad_to_patch")  # timm's dynamic_img_pad
-    ],
-)
-def test_what_no_other_package_does_at_inference_is_not_taken_back(converted, tmp_path, layout, changes):
-    VitEmbedForContrastive.from_pretrained(converted, **changes).save_pretrained(tmp_path / "ours")
-    with pytest.raises(ValueError, match=f"cannot express this model: {next(iter(changes))}="):
-        restore_checkpoint(tmp_path / "ours", layout, output_file=tmp_path / "back.pt")
 
 
 def test_code_that_cannot_take_the_weights_is_an_error(openai_file, tmp_path, monkeypatch):
@@ -375,7 +297,7 @@ def test_unknown_preprocessing_is_warned_of(openai_file, tmp_path, caplog, monke
     assert "nothing says how the source's images were prepared" in caplog.text
 
 
-# What a stranger's config may hold
+# What a config of others may hold
 
 
 @pytest.mark.parametrize("value", [None, "many", [4], {"a": 1}, 0, -3, 2.5, 10**30])

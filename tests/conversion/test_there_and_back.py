@@ -4,10 +4,12 @@ The cases are in support/sources.py, a model for every form of every layout.
 """
 
 import pytest
+import tiny
 import torch
 from sources import CASES, NAMED_CASES, run_source, with_trunk_prefix
 from transformers import AutoConfig
 
+from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification, VitEmbedModel
 from vit_embed.conversion.compare import OUTPUTS, sample_inputs
 from vit_embed.conversion.layouts import LAYOUTS, detect_layout, detections
 from vit_embed.conversion.layouts.layout import MODEL_CLASSES, ConversionOptions
@@ -247,3 +249,73 @@ NOT_OF_IT = {
 def test_weights_of_another_layout_are_refused(layout):
     with pytest.raises(ValueError, match=NOT_OF_IT[layout]):
         LAYOUTS[layout].convert({"visual.proj": torch.ones(2)}, {}, ConversionOptions())
+
+
+# What another package cannot express: our class, fields of its config, the message.
+
+UNFIT = {
+    "openai": [
+        (VitEmbedForContrastive, fields, f"OpenAI's CLIP cannot express this model: .*{message}")
+        for fields, message in (
+            ({"hidden_act": "gelu"}, "hidden_act='gelu' .it has 'quick_gelu'."),
+            ({"num_register_tokens": 2}, "num_register_tokens=2"),
+            ({"layer_norm_eps": 1e-6}, "layer_norm_eps=1e-06"),
+            ({"contrastive_loss": "sigmoid"}, "contrastive_loss='sigmoid'"),
+            ({"num_attention_heads": 4}, "num_attention_heads=4"),
+            ({}, "intermediate_size=48"),
+        )
+    ]
+    + [(VitEmbedModel, {}, "has a text tower, this model has none")],
+    "hf_clip": [
+        (VitEmbedModel, {"num_register_tokens": 2, "norm_type": "rms_norm"}, "num_register_tokens=2 .*norm_type='rms"),
+        (VitEmbedModel, {"pooling_type": "map", "patch_bias": True}, "SiglipModel cannot .*use_cls_token=True"),
+        (VitEmbedModel, {"image_size": (32, 16)}, r"image_size=\(32, 16\)"),
+        (VitEmbedModel, {"pooling_type": "mean"}, "pooling_type='mean'"),
+        (VitEmbedModel, {"final_norm_type": "none"}, "final_norm_type='none'"),
+        (VitEmbedForImageClassification, {}, "no class for a VitEmbedForImageClassification"),
+        (VitEmbedForContrastive, {"contrastive_loss": "sigmoid"}, "contrastive_loss='sigmoid'"),
+        (VitEmbedForContrastive, {"text_config": tiny.SIGLIP_TEXT}, "text_config.pooling_type='last'"),
+        (VitEmbedForContrastive, {**tiny.SIGLIP, "text_config": tiny.TEXT}, "text_config.projection_bias=False"),
+        (VitEmbedForContrastive, {**tiny.SIGLIP, "contrastive_loss": "softmax"}, "contrastive_loss='softmax'"),
+    ],
+    "open_clip": [
+        (VitEmbedForContrastive, {"num_register_tokens": 2}, "num_register_tokens=2"),
+        (
+            VitEmbedForContrastive,
+            {"patch_bias": True, "position_embedding_type": "sinusoidal"},
+            "patch_bias=True .*, position_embedding_type=",
+        ),
+        (VitEmbedForContrastive, {"hidden_act": "gelu"}, "hidden_act='gelu' with text_config.hidden_act='quick_gelu'"),
+        (VitEmbedForContrastive, {"hidden_act": "relu"}, "hidden_act='relu'"),
+        (VitEmbedForContrastive, {"final_norm_type": "none"}, "final_norm_type='none'"),
+        (VitEmbedForContrastive, tiny.SIGLIP, "in sizes that timm has names for.*: num_attention_heads=4"),
+        (VitEmbedModel, {}, "open_clip's models are dual encoders, this is a VitEmbedModel"),
+    ],
+    "timm": [
+        (VitEmbedModel, fields, f"VisionTransformer cannot express.*{message}")
+        for fields, message in (
+            ({"norm_position": "post"}, "norm_position='post'"),
+            ({"stem_type": "linear"}, "stem_type='linear'"),
+            ({"patch_bias": True}, "patch_bias=True"),
+            ({"position_embedding_type": "sinusoidal"}, "position_embedding_type='sinusoidal'"),
+            ({"final_norm_type": "rms_norm"}, "final_norm_type='rms_norm'"),
+            ({"norm_type": "rms_norm", "pooling_type": "map"}, "norm_type='rms_norm'"),
+        )
+    ]
+    + [(VitEmbedForContrastive, {}, "no place for a text tower.*VitEmbedModelWithProjection")],
+}
+for layout, name in [(layout, name) for layout in UNFIT for name in ("token_merge_size", "pad_to_patch")]:
+    if (layout, name) != ("timm", "pad_to_patch"):  # timm's dynamic_img_pad
+        changes = {name: 2 if name == "token_merge_size" else True}
+        UNFIT[layout].append((VitEmbedForContrastive, changes, f"cannot express this model: {name}="))
+
+
+@pytest.mark.parametrize(
+    ("layout", "model_class", "fields", "message"), [(layout, *row) for layout in UNFIT for row in UNFIT[layout]]
+)
+def test_what_another_package_cannot_express_is_refused(layout, model_class, fields, message, tmp_path):
+    make = tiny.dual_config if model_class is VitEmbedForContrastive else tiny.vision_config
+    model_class(make(**fields)).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=message):
+        restore_checkpoint(tmp_path / "ours", layout, output_file=tmp_path / "back.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]

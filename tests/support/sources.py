@@ -123,6 +123,8 @@ def of_transformers(make: Callable[[], nn.Module], folder: Path) -> Source:
 
 def _openai(folder: Path) -> Source:
     model = openai_reference.openai_clip().float()
+    for parameter in model.parameters():
+        parameter.data += 1e-5 * torch.randn_like(parameter)  # no number that float16 could hold
     return of_file(model, folder, openai_reference.openai_state_dict(model))
 
 
