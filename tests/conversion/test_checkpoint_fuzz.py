@@ -5,16 +5,13 @@ small test of its own in test_checkpoint_reader.py.
 """
 
 import gzip
-import io
 import json
 import math
 import os
-import pickletools
 import shutil
 import signal
 import string
 import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -232,29 +229,6 @@ def test_a_tensor_is_the_part_of_its_record_that_it_says(folder, numel, offset, 
             places = [place + step * index for place in places for index in range(count)]
         assert got["a"].flatten().tolist() == [files.FLOATS[place] for place in places]
 
-
-@given(data=st.data())
-@fuzz(300)
-def test_instructions_moved_in_a_pickle_are_refused_or_sane(folder, valid, data):
-    name = data.draw(st.sampled_from(["zip.pt", "script.pt"]))
-    with zipfile.ZipFile(io.BytesIO(valid[name])) as archive:
-        pickle_name = next(each for each in archive.namelist() if each.endswith("/data.pkl"))
-        content = archive.read(pickle_name)
-        others = {each.rpartition("/")[2]: archive.read(each) for each in archive.namelist() if "/data/" in each}
-    ends = [position for _, _, position in pickletools.genops(content)] + [len(content)]
-    parts = [content[begin:end] for begin, end in zip(ends, ends[1:])]
-    extra = [b"R", b"b", b"Q", b"(", b"t", b"u", b"\x81", b"0", b"2", b"}", b"]", b"N", b"\x94", b"\x93", b"i", b"o"]
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(parts)))
-        part = data.draw(st.one_of(st.sampled_from(parts), st.sampled_from(extra), VALUES_AS_INSTRUCTIONS))
-        parts[at : at + data.draw(st.integers(0, 2))] = [part] * data.draw(st.integers(0, 2))
-    path = files.written(folder / "moved.pt", files.archive(b"".join(parts), others))
-    got = attempt(read_checkpoint, path)
-    if got is not None:
-        sane(got, path)
-
-
-VALUES_AS_INSTRUCTIONS = st.sampled_from(NAMES).map(lambda name: files.instructions(files.Name(name)))
 
 ENTRIES = st.one_of(
     st.builds(

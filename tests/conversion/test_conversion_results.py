@@ -1,5 +1,6 @@
 """What a conversion gives besides equal numbers: longer texts, shards, the card, its memory; and the way back."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,20 +23,6 @@ from vit_embed.conversion.layouts.layout import ConversionOptions
 from vit_embed.conversion.layouts.openai import METADATA
 from vit_embed.conversion.reading import read_checkpoint
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
-
-
-@pytest.fixture(scope="module")
-def openai_file(made) -> Path:
-    """A small OpenAI CLIP in float32, with no number that float16 could hold."""
-    return made("openai: CLIP").path
-
-
-@pytest.fixture(scope="module")
-def converted(openai_file, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("converted") / "clip"
-    convert_checkpoint(openai_file, folder)
-    return folder
-
 
 # The way back
 
@@ -75,9 +62,9 @@ def test_a_way_back_that_makes_no_sense_is_refused(converted, tmp_path, monkeypa
     assert message in caplog.text and list(tmp_path.iterdir()) == []
 
 
-def test_the_way_back_takes_folders_of_ours_only(openai_file, converted, tmp_path):
+def test_the_way_back_takes_folders_of_ours_only(source, converted, tmp_path):
     with pytest.raises(ValueError, match="takes a folder that vit_embed wrote"):
-        restore_checkpoint(openai_file, "openai", output_file=tmp_path / "back.pt")
+        restore_checkpoint(source.file, "openai", output_file=tmp_path / "back.pt")
     config = json.loads((converted / "config.json").read_text())
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -87,18 +74,11 @@ def test_the_way_back_takes_folders_of_ours_only(openai_file, converted, tmp_pat
         restore_checkpoint(broken, "openai", output_file=tmp_path / "back.pt")
 
 
-def test_a_file_in_use_stays(converted, tmp_path):
-    (tmp_path / "mine.pt").write_text("keep")
-    with pytest.raises(FileExistsError, match="must be a new file"):
-        restore_checkpoint(converted, "openai", output_file=tmp_path / "mine.pt")
-    assert (tmp_path / "mine.pt").read_text() == "keep"
-
-
 # Options
 
 
-def test_the_trunk_alone_is_an_image_tower(openai_file, converted, tmp_path):
-    convert_checkpoint(openai_file, tmp_path / "trunk", ConversionOptions(trunk_only=True))
+def test_the_trunk_alone_is_an_image_tower(source, converted, tmp_path):
+    convert_checkpoint(source.file, tmp_path / "trunk", ConversionOptions(trunk_only=True))
     model = AutoModel.from_pretrained(tmp_path / "trunk", trust_remote_code=True).eval()
     assert type(model).__name__ == "VitEmbedModel" and model.config.text_config is None
     whole = VitEmbedForContrastive.from_pretrained(converted).eval()
@@ -107,21 +87,13 @@ def test_the_trunk_alone_is_an_image_tower(openai_file, converted, tmp_path):
         torch.testing.assert_close(got, whole.vision_model(tiny.pixels()).pooler_output, rtol=0, atol=0)
 
 
-def test_an_option_that_a_layout_does_not_read_is_refused(openai_file, tmp_path, caplog):
-    arguments = [str(openai_file), "--output_dir", str(tmp_path / "out")]
-    assert main([*arguments, "--norm_position", "post", "--image_size", "32", "32"]) == 1
-    assert "layout openai does not read --norm_position, --image_size; leave it out" in caplog.text
-    assert main([str(openai_file)]) == 1
-    assert "give --output_dir" in caplog.text
-
-
 def text_features(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return VitEmbedForContrastive.from_pretrained(folder).eval().get_text_features(input_ids)
 
 
-def test_a_shorter_context_keeps_the_features_of_texts_that_fit(openai_file, converted, tmp_path):
-    convert_checkpoint(openai_file, tmp_path / "short", ConversionOptions(max_position_embeddings=8))
+def test_a_shorter_context_keeps_the_features_of_texts_that_fit(source, converted, tmp_path):
+    convert_checkpoint(source.file, tmp_path / "short", ConversionOptions(max_position_embeddings=8))
     input_ids = tiny.tokens(length=8)
     input_ids[:, -1] = tiny.EOS
     got, expected = text_features(tmp_path / "short", input_ids), text_features(converted, input_ids)
@@ -130,8 +102,8 @@ def test_a_shorter_context_keeps_the_features_of_texts_that_fit(openai_file, con
         text_features(tmp_path / "short", tiny.tokens(length=9))
 
 
-def test_a_longer_context_is_resampled_as_open_clip_does(openai_file, converted, tmp_path):
-    convert_checkpoint(openai_file, tmp_path / "long", ConversionOptions(max_position_embeddings=40))
+def test_a_longer_context_is_resampled_as_open_clip_does(source, converted, tmp_path):
+    convert_checkpoint(source.file, tmp_path / "long", ConversionOptions(max_position_embeddings=40))
     config = AutoConfig.from_pretrained(tmp_path / "long", trust_remote_code=True)
     assert config.text_config.max_position_embeddings == 40
     name = "text_model.embeddings.position_embedding.weight"
@@ -152,30 +124,30 @@ def test_a_longer_context_is_resampled_as_open_clip_does(openai_file, converted,
 @pytest.mark.parametrize(
     ("number", "message"), [(1, "from 2, start"), (0, "from 2"), (10**11, "to 131072; got 100000000000")]
 )
-def test_a_context_of_no_text_is_refused(openai_file, tmp_path, number, message):
+def test_a_context_of_no_text_is_refused(source, tmp_path, number, message):
     with pytest.raises(ValueError, match=message):
-        convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(max_position_embeddings=number))
+        convert_checkpoint(source.file, tmp_path / "out", ConversionOptions(max_position_embeddings=number))
     options = ConversionOptions(max_position_embeddings=20, trunk_only=True)
     with pytest.raises(ValueError, match="is for a text tower, and this model has none"):
-        convert_checkpoint(openai_file, tmp_path / "out", options)
+        convert_checkpoint(source.file, tmp_path / "out", options)
     with pytest.raises(ValueError, match="--tokenizer .* is for a text tower"):
-        convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(trunk_only=True), tokenizer=tmp_path)
+        convert_checkpoint(source.file, tmp_path / "out", ConversionOptions(trunk_only=True), tokenizer=tmp_path)
 
 
 # The card
 
 
-def test_card_and_config_say_where_the_weights_came_from(openai_file, converted):
-    digest = hashlib.sha256(openai_file.read_bytes()).hexdigest()
+def test_card_and_config_say_where_the_weights_came_from(source, converted):
+    digest = hashlib.sha256(source.archive.read_bytes()).hexdigest()
     config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
     assert config.converted_from == {
         "layout": "openai",
-        "source": openai_file.name,  # no path of the machine that converted it
-        "sha256": {openai_file.name: digest},
+        "source": source.archive.name,  # no path of the machine that converted it
+        "sha256": {source.archive.name: digest},
         "license": None,
     }
     card = (converted / "README.md").read_text()
-    assert f"| `{openai_file.name}` | `{digest}` |" in card and "The source states no licence." in card
+    assert f"| `{source.archive.name}` | `{digest}` |" in card and "The source states no licence." in card
     assert "| width | 128 | 64 |" in card and "| heads | 2 | 1 |" in card
     assert "| image_features |" in card and "license:" not in card.split("---")[1]
 
@@ -190,13 +162,13 @@ def test_the_origin_survives_training_and_saving(converted, tmp_path):
 # Progress
 
 
-def test_large_files_show_bars_and_small_ones_none(openai_file, tmp_path, capfd, monkeypatch):
-    convert_checkpoint(openai_file, tmp_path / "small")
+def test_large_files_show_bars_and_small_ones_none(source, tmp_path, capfd, monkeypatch):
+    convert_checkpoint(source.file, tmp_path / "small")
     assert "converting" not in capfd.readouterr().err
     monkeypatch.setattr(progress, "MIN_BYTES", 10**6)  # of 100 MB
-    convert_checkpoint(openai_file, tmp_path / "large")
+    convert_checkpoint(source.file, tmp_path / "large")
     shown = capfd.readouterr().err
-    assert "converting: 100%" in shown and f"hashing {openai_file.name}: 100%" in shown
+    assert "converting: 100%" in shown and f"hashing {source.file.name}: 100%" in shown
 
 
 # Memory
@@ -251,24 +223,23 @@ def test_a_logit_scale_above_the_bound_is_named_and_features_are_compared(tmp_pa
     assert "above ln 100" not in caplog.text
 
 
-def test_half_precision_is_compared_too(openai_file, tmp_path, monkeypatch):
-    convert_checkpoint(openai_file, tmp_path / "out", ConversionOptions(dtype=torch.bfloat16))
+@pytest.mark.parametrize(
+    ("dtype", "sign", "message"),
+    [
+        (torch.bfloat16, 1, None),
+        (torch.bfloat16, -1, "image_features of the result differs"),
+        (torch.float32, None, "the source's own code does not run these weights .*: size mismatch"),
+    ],
+)
+def test_what_the_sources_code_gives_is_compared(source, tmp_path, monkeypatch, dtype, sign, message):
+    def reference(*arguments):
+        if sign is None:
+            raise RuntimeError("size mismatch")
+        return {name: sign * value for name, value in openai.reference(*arguments).items()}
 
-    def another(*arguments):
-        return {name: -value for name, value in openai.reference(*arguments).items()}
-
-    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=another))
-    with pytest.raises(ValueError, match="image_features of the result differs"):
-        convert_checkpoint(openai_file, tmp_path / "wrong", ConversionOptions(dtype=torch.bfloat16))
-
-
-def test_code_that_cannot_take_the_weights_is_an_error(openai_file, tmp_path, monkeypatch):
-    def broken(*arguments):
-        raise RuntimeError("size mismatch")
-
-    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=broken))
-    with pytest.raises(ValueError, match="the source's own code does not run these weights .*: size mismatch"):
-        convert_checkpoint(openai_file, tmp_path / "out")
+    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=reference))
+    with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+        convert_checkpoint(source.file, tmp_path / "out", ConversionOptions(dtype=dtype))
 
 
 # Image processors
@@ -289,11 +260,11 @@ def test_an_image_processor_of_an_old_release_is_read(tmp_path):
     assert type(AutoImageProcessor.from_pretrained(tmp_path / "out")).__name__.startswith("CLIPImageProcessor")
 
 
-def test_unknown_preprocessing_is_warned_of(openai_file, tmp_path, caplog, monkeypatch):
-    convert_checkpoint(openai_file, tmp_path / "clips")
+def test_unknown_preprocessing_is_warned_of(source, tmp_path, caplog, monkeypatch):
+    convert_checkpoint(source.file, tmp_path / "clips")
     assert "how the source's images were prepared" not in caplog.text
     monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], sees_as_clip=False))
-    convert_checkpoint(openai_file, tmp_path / "unknown")
+    convert_checkpoint(source.file, tmp_path / "unknown")
     assert "nothing says how the source's images were prepared" in caplog.text
 
 

@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor
 
 import vit_embed
 from vit_embed import VitEmbedConfig, VitEmbedModel
-from vit_embed.conversion.layouts import LAYOUTS, detect_layout
+from vit_embed.conversion.layouts import detect_layout
 from vit_embed.conversion.layouts.layout import ConversionOptions
 from vit_embed.convert_checkpoint import convert_checkpoint
 
@@ -133,10 +133,6 @@ def test_detected_with_and_without_a_config_and_under_every_prefix(prefix, sourc
     assert from_deepseek(weights, source_config)[0].num_hidden_layers == 3
 
 
-def test_hf_clip_is_another_layout():
-    assert LAYOUTS["deepseek_ocr"].detect(tiny.clip_model().state_dict(), {}) is None
-
-
 # Heads, and what is refused
 
 
@@ -170,7 +166,3 @@ def test_options_that_its_code_fixes_are_refused(made, tmp_path):
 def test_a_part_that_is_not_known_is_listed(key):
     with pytest.raises(ValueError, match=f"without a place in the model: {key}"):
         from_deepseek({**whole_model(deepseek_clip()), key: torch.ones(2)})
-
-
-def test_there_is_no_way_back():
-    assert LAYOUTS["deepseek_ocr"].restore is None

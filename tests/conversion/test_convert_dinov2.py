@@ -5,7 +5,7 @@ import logging
 import pytest
 import tiny
 import torch
-from conversions import assert_same_states, built, converter, saved
+from conversions import assert_same_states, built, by_meta, converter, saved
 from sources import BARE_OPTIONS, DINOV2_MODELS, dinov2
 
 from vit_embed import VitEmbedModel
@@ -54,26 +54,18 @@ def test_metas_names_give_what_transformers_names_do(name, made):
     assert all(torch.equal(weights[key], expected_weights[key]) for key in weights)
 
 
-def published(width: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A file of Meta's of one layer."""
-    block = {
-        "attn.qkv": (3 * width, width),
-        "attn.proj": (width, width),
-        "mlp.fc1": (8, width),
-        "mlp.fc2": (width, 8),
-        "norm1": (width,),
-        "norm2": (width,),
-    }
-    shapes = {f"blocks.0.{name}.weight": shape for name, shape in block.items()}
-    shapes |= {f"blocks.0.{name}.bias": shape[:1] for name, shape in block.items()}
-    shapes |= {"cls_token": (1, 1, width), "mask_token": (1, width), "pos_embed": (1, 5, width)}
-    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14)}
-    shapes |= dict.fromkeys(("patch_embed.proj.bias", "norm.weight", "norm.bias"), (width,))
-    shapes |= dict.fromkeys(("blocks.0.ls1.gamma", "blocks.0.ls2.gamma"), (width,))
-    return {**{name: torch.zeros(shape) for name, shape in shapes.items()}, **more}
+@pytest.fixture
+def published(tmp_path):
+    """Makes a file of Meta's of one layer."""
+
+    def make(width: int) -> dict[str, torch.Tensor]:
+        sizes = {"hidden_size": width, "num_hidden_layers": 1, "image_size": 28}
+        return by_meta(saved(dinov2(**sizes), tmp_path / str(width))[0])
+
+    return make
 
 
-def test_metas_published_widths_need_no_options_and_others_do(caplog):
+def test_metas_published_widths_need_no_options_and_others_do(published, caplog):
     for width, heads in ((384, 6), (768, 12), (1024, 16)):
         config = CONVERT(published(width), {}, ConversionOptions())[0]
         assert [getattr(config, name) for name in FIELDS] == [heads, "gelu", 1e-6]
@@ -86,7 +78,7 @@ def test_metas_published_widths_need_no_options_and_others_do(caplog):
     assert "--layer_norm_eps 1e-05 overrides the source's epsilon of the norms, 1e-06" in caplog.text
 
 
-def test_metas_heads_are_cut_off():
+def test_metas_heads_are_cut_off(published):
     classifier = {f"backbone.{key}": tensor for key, tensor in published(384).items()}
     classifier |= {"linear_head.weight": torch.ones(10, 768), "linear_head.bias": torch.ones(10)}
     assert detect_layout(classifier, {})[0] == "dinov2"
@@ -101,9 +93,9 @@ def test_timms_models_of_dinov2_are_timms(made):
     assert detect_layout(timms, {"architecture": "vit_small_patch14_reg4_dinov2"})[0] == "timm"
 
 
-def test_swiglu_is_refused(tmp_path):
+def test_swiglu_is_refused(published, tmp_path):
     state_dict, config = saved(dinov2(use_swiglu_ffn=True), tmp_path)
-    of_meta = published(384, **{"blocks.0.mlp.w12.weight": torch.ones(16, 384)})
+    of_meta = published(384) | {"blocks.0.mlp.w12.weight": torch.ones(16, 384)}
     in_memory = {key.replace("weights_in", "gate_proj"): tensor for key, tensor in state_dict.items()}
     for weights, beside in ((state_dict, config), (in_memory, config), (of_meta, {})):
         assert detect_layout(weights, beside)[0] == "dinov2"
@@ -112,7 +104,7 @@ def test_swiglu_is_refused(tmp_path):
                 CONVERT(weights, beside, options)
 
 
-def test_metas_files_have_imagenets_evaluation():
+def test_metas_files_have_imagenets_evaluation(published):
     config = CONVERT(published(384), {}, ConversionOptions())[0]
     # github.com/facebookresearch/dinov2, dinov2/data/transforms.py: 256, bicubic, the middle 224, ImageNet's statistics
     stated = {

@@ -116,11 +116,6 @@ def test_a_config_may_leave_out_defaults_and_name_towers_twice(made):
     assert got.text_config.eos_token_id == 1  # 49,407 of SiglipTextConfig is beyond the vocabulary
 
 
-def test_a_classifier_keeps_its_classes(made):
-    config, _ = convert(*made("hf_clip: SiglipForImageClassification")[2:])
-    assert config.id2label == {0: "a", 1: "b", 2: "c"}
-
-
 # Refused
 
 

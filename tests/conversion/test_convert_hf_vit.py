@@ -158,6 +158,11 @@ def test_a_classifier_keeps_its_classes(tmp_path):
     assert [config.id2label[i] for i in range(5)] == list("abcde") and config.problem_type == names["problem_type"]
 
 
+def test_a_classifier_of_siglip_keeps_its_classes(made):
+    config, _ = converter("hf_clip")(*made("hf_clip: SiglipForImageClassification")[2:], ConversionOptions())
+    assert config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
 # What has no place here
 
 

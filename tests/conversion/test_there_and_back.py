@@ -242,6 +242,7 @@ def test_the_reason_of_a_detection_is_given(made, name):
 NOT_OF_IT = {
     "hf_vit": "not a ViT of transformers; its own keys are visual.proj",
     "dinov2": "its own keys are visual.proj",
+    "openai": r"not a CLIP in OpenAI's layout.*visual\.conv1\.weight.*\(7 in all\)",
 }
 
 
