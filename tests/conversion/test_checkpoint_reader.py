@@ -42,16 +42,10 @@ def refused(path: Path, message: str) -> None:
 DATA = bytes(24)
 SAFETENSORS = {
     "two tensors over the same bytes": (files.safetensors({"a": ENTRY, "b": ENTRY}, DATA), "invalid offset"),
-    "a hole": (files.safetensors({"a": files.entry("F32", [1], 20, 24)}, DATA), "invalid offset"),
-    "bytes of nobody": (files.safetensors({"a": files.entry("F32", [1], 0, 4)}, DATA), "file not fully covered"),
     "past the end": (files.safetensors({"a": ENTRY}, DATA[:-1]), "file not fully covered"),
     "a header of 2**63 bytes": (files.safetensors({"a": ENTRY}, DATA, 2**63), "header too large"),
-    "a header past the end": (files.safetensors({"a": ENTRY}, b"", 10**6), "cannot be read"),
     "no JSON": (files.safetensors(b"{no JSON}"), "invalid JSON"),
-    "nested JSON": (files.safetensors(b'{"a":' * 10**5), "recursion limit"),
-    "a list": (files.safetensors(b"{}[]"), "invalid JSON"),
     "a size that overflows": (files.safetensors({"a": files.entry("F32", [2**40, 2**40], 0, 0)}), "overflow"),
-    "a negative size": (files.safetensors({"a": files.entry("F32", [-1], 0, 0)}), "invalid value"),
     "an endless side of nothing": (files.safetensors({"a": files.entry("F32", [0, 2**62], 0, 0)}), "it is corrupt"),
     "100 dimensions": (files.safetensors({"a": files.entry("F32", [1] * 100, 0, 4)}, DATA[:4]), "100 dimensions"),
     "numbers of half a byte": (files.safetensors({"a": files.entry("F4", [8], 0, 4)}, DATA[:4]), "float4"),

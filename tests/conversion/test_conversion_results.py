@@ -14,7 +14,7 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor
 
 from vit_embed import VitEmbedForContrastive
 from vit_embed.conversion import progress
@@ -75,16 +75,6 @@ def test_the_way_back_takes_folders_of_ours_only(source, converted, tmp_path):
 
 
 # Options
-
-
-def test_the_trunk_alone_is_an_image_tower(source, converted, tmp_path):
-    convert_checkpoint(source.file, tmp_path / "trunk", ConversionOptions(trunk_only=True))
-    model = AutoModel.from_pretrained(tmp_path / "trunk", trust_remote_code=True).eval()
-    assert type(model).__name__ == "VitEmbedModel" and model.config.text_config is None
-    whole = VitEmbedForContrastive.from_pretrained(converted).eval()
-    with torch.no_grad():
-        got = model(tiny.pixels()).pooler_output
-        torch.testing.assert_close(got, whole.vision_model(tiny.pixels()).pooler_output, rtol=0, atol=0)
 
 
 def text_features(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:

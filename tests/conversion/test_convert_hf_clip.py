@@ -50,15 +50,6 @@ def test_siglips_scale_has_no_bound(tmp_path):
     assert ours.logit_scale.exp().item() == pytest.approx(117) and ours.logit_scale.grad is not None
 
 
-@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel", "SiglipForImageClassification"])
-def test_the_trunk_alone(name, made, tmp_path):
-    options = ConversionOptions(trunk_only=True)
-    differences = convert_checkpoint(made(f"hf_clip: {name}").path, tmp_path / "folder", options)
-    assert set(differences) == {"last_hidden_state", "pooler_output"} and max(differences.values()) < 1e-5
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert config["architectures"] == ["VitEmbedModel"] and config.get("text_config") is None
-
-
 def test_a_remainder_of_pixels_is_left_out(tmp_path):
     # As in google/siglip-so400m-patch14-384, whose convolution reads 378 of 384 pixels.
     vision = {**SIGLIP_VISION, "image_size": 35}
@@ -131,17 +122,6 @@ def test_text_towers_are_refused_by_name(tmp_path):
         model.save_pretrained(tmp_path / f"{number}")
         with pytest.raises(ValueError, match="model_type '(clip|siglip)_text_model' .* text tower alone"):
             convert_checkpoint(tmp_path / f"{number}", tmp_path / "out")
-
-
-def test_another_activation_may_be_given(made, tmp_path, caplog):
-    source = made("hf_clip: CLIPModel").path
-    differences = convert_checkpoint(source, tmp_path / "folder", ConversionOptions(hidden_act="relu"))
-    assert max(differences.values()) < 1e-5
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert config["hidden_act"] == config["text_config"]["hidden_act"] == "relu"
-    assert "--hidden_act relu overrides the source's activation, gelu" in caplog.text
-    with pytest.raises(ValueError, match="does not read --num_attention_heads"):
-        convert_checkpoint(source, tmp_path / "other", ConversionOptions(num_attention_heads=2))
 
 
 def test_siglip_without_its_processor_gets_siglips_settings(made, tmp_path):

@@ -134,15 +134,6 @@ def test_a_file_with_new_names_runs_where_they_are_known(made, tmp_path, caplog)
         assert f"ViTModel of transformers {transformers.__version__} does not know" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassification"])
-def test_trunk_only_is_the_trunk_saved_alone(name, made, tmp_path):
-    model, _, state_dict, source_config = made(f"hf_vit: {name}")
-    config, weights = CONVERT(state_dict, source_config, TRUNK_ONLY)
-    assert config.architectures == ["VitEmbedModel"]
-    alone = CONVERT(*saved(model.base_model, tmp_path), ConversionOptions())[1]
-    assert set(weights) == set(alone) and all(torch.equal(weights[key], alone[key]) for key in alone)
-
-
 def test_a_distillation_token_has_its_position_in_half_precision_too(tmp_path):
     state_dict, config = saved(HF_VIT_MODELS["DeiTModel"]().half(), tmp_path)
     got = CONVERT(state_dict, config, ConversionOptions())[1]["embeddings.register_tokens"]
@@ -235,11 +226,6 @@ def test_a_rectangle_needs_its_size(tmp_path):
     given = CONVERT(state_dict, {}, ConversionOptions(**BARE_OPTIONS, image_size=(32, 48)))[0]
     stated = CONVERT(state_dict, config, ConversionOptions())[0]
     assert given.image_size == stated.image_size == (32, 48) and given.patch_size == stated.patch_size == (8, 16)
-
-
-def test_an_option_overrides_the_config_with_a_warning(vit, caplog):
-    config = CONVERT(*vit, ConversionOptions(num_attention_heads=8))[0]
-    assert config.num_attention_heads == 8 and "--num_attention_heads 8 overrides the source's" in caplog.text
 
 
 def test_other_model_types_and_a_lone_token_are_not_detected(vit, made):

@@ -6,7 +6,7 @@ The cases are in support/sources.py, a model for every form of every layout.
 import pytest
 import tiny
 import torch
-from sources import CASES, NAMED_CASES, run_source, with_trunk_prefix
+from sources import CASES, NAMED_CASES, TRUNK, run_source, with_trunk_prefix
 from transformers import AutoConfig
 
 from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification, VitEmbedModel
@@ -101,6 +101,57 @@ def test_every_key_is_needed_and_no_other_is_taken(case, made):
             assert key == "mask_token" or is_refused(wrong), f"{key} of another rank"
     with pytest.raises(ValueError, match=r"without a place in the model: .*extra\.weight"):
         convert(case, {**source.state_dict, "extra.weight": torch.ones(1)}, source.config)
+
+
+TRUNKS = [
+    *("openai: CLIP", "open_clip: clipa", "open_clip: siglip", "timm: class token", "torch_encoder: MiniViT"),
+    *("hf_clip: CLIPModel", "hf_clip: SiglipModel", "hf_clip: SiglipForImageClassification"),
+    *("hf_vit: ViTForImageClassification", "hf_vit: DeiTForImageClassification"),
+]
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_the_trunk_alone(name, made, tmp_path):
+    case, source = NAMED_CASES[name], made(name)
+    options = ConversionOptions(**case.options, trunk_only=True)
+    differences = convert_checkpoint(source.path, tmp_path / "trunk", options)
+    if case.layout != "openai":  # whose code runs whole models
+        assert set(differences) == TRUNK and max(differences.values()) < 1e-4
+    trunk = VitEmbedModel.from_pretrained(tmp_path / "trunk")
+    assert trunk.config.architectures == ["VitEmbedModel"] and trunk.config.text_config is None
+    whole = convert(case, source.state_dict, source.config).weights
+    for key, tensor in trunk.state_dict().items():
+        assert name.endswith("SiglipForImageClassification") or torch.equal(whole[f"vision_model.{key}"], tensor), key
+
+
+# Options that override what the source has: its case, the options, the warning.
+OVERRIDDEN = [
+    ("openai: CLIP", {"num_attention_heads": 4, "text_num_attention_heads": 8}, None),
+    (
+        "open_clip: clip",
+        {"hidden_act": "quick_gelu"},
+        "--hidden_act quick_gelu overrides the source's activation, gelu",
+    ),
+    ("open_clip: clip", {"num_attention_heads": 2, "text_num_attention_heads": 6}, None),
+    ("hf_clip: CLIPModel", {"hidden_act": "relu"}, "--hidden_act relu overrides the source's activation, gelu"),
+    ("hf_vit: ViTModel", {"num_attention_heads": 8}, "--num_attention_heads 8 overrides the source's"),
+    ("deepseek_ocr: whole model", {"num_attention_heads": 8}, "--num_attention_heads 8 overrides the source's"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "warning"), OVERRIDDEN)
+def test_an_option_overrides_the_source(name, options, warning, made, tmp_path, caplog):
+    case, source = NAMED_CASES[name], made(name)
+    config = convert(case, source.state_dict, source.config, **options).config
+    for option, value in options.items():
+        tower = config.text_config if option.startswith("text_") else config
+        assert getattr(tower, option.removeprefix("text_")) == value
+    if "hidden_act" in options:  # of both towers
+        assert config.text_config.hidden_act == options["hidden_act"]
+    assert warning is None or warning in caplog.text
+    if case.layout in ("hf_clip", "open_clip"):  # their own code, run with the option
+        options = ConversionOptions(**options)
+        assert max(convert_checkpoint(source.path, tmp_path / "ours", options).values()) < 1e-4
 
 
 # Configs and tensors that contradict the others, by the case that they are tried on.
@@ -242,7 +293,7 @@ def test_the_reason_of_a_detection_is_given(made, name):
 NOT_OF_IT = {
     "hf_vit": "not a ViT of transformers; its own keys are visual.proj",
     "dinov2": "its own keys are visual.proj",
-    "openai": r"not a CLIP in OpenAI's layout.*visual\.conv1\.weight.*\(7 in all\)",
+    "openai": r"not a CLIP in OpenAI's layout.*visual\.conv1\.weight.*\(6 in all\)",
 }
 
 
