@@ -1,4 +1,4 @@
-"""Readers of strangers' files under random damage and random lies: they return what is there, or refuse.
+"""Readers of unknown files under random damage and random lies: they return what is there, or refuse.
 
 The examples are the same on every run. VIT_EMBED_FUZZ=50 takes 50 times as many and new ones; what it finds becomes a
 small test of its own in test_checkpoint_reader.py.

@@ -127,7 +127,7 @@ def test_a_context_of_no_text_is_refused(source, tmp_path, number, message):
 # The card
 
 
-def test_card_and_config_say_where_the_weights_came_from(source, converted):
+def test_card_and_config_name_the_origin_of_the_weights(source, converted):
     digest = hashlib.sha256(source.archive.read_bytes()).hexdigest()
     config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
     assert config.converted_from == {

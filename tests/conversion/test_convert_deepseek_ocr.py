@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from conversions import built, converter
-from deepseek_reference import HEADS, deepseek_clip, whole_config, whole_model
+from deepseek_reference import HEADS, DeepSeekClip, deepseek_clip, whole_config, whole_model
 from PIL import Image
 from transformers import AutoImageProcessor
 
@@ -56,23 +56,12 @@ def test_features_of_another_encoder_in_place_of_pixels(side):
     assert_every_state_equal(converted(source.state_dict()), expected, patch_embeds=patch_embeds)
 
 
-def test_rectangles_which_the_source_does_not_take():
-    source, patch_embeds = deepseek_clip(), torch.randn(2, 32, 4, 7)
-    with pytest.raises(RuntimeError):
-        source(torch.empty(2, 3, 0, 0), patch_embeds)
-    model = converted(source.state_dict())
-    assert model(patch_embeds=patch_embeds).last_hidden_state.shape == (2, 1 + 4 * 7, 32)
-    assert model(tiny.pixels(height=24, width=56)).last_hidden_state.shape == (3, 1 + 3 * 7, 32)
-
-
-def test_one_layer_of_the_published_width():
-    source = deepseek_clip(width=1024, layers=1, heads=16, hidden=4096, patch=14, image=224)
-    with torch.no_grad():
-        for parameter in source.transformer.parameters():
-            if parameter.dim() == 2:  # activations of the size that a trained model has
-                parameter.mul_(0.2)
-    state_dict, pixel_values = source.state_dict(), tiny.pixels(1, 224, 224)
-    config, weights = from_deepseek(state_dict, {}, ConversionOptions())
+def test_the_published_width_gives_the_config_of_the_system():
+    with torch.device("meta"):
+        source = DeepSeekClip(width=1024, layers=1, heads=16, hidden=4096, patch=14, image=224)
+    # Zeros take no memory until they are written.
+    state_dict = {key: torch.zeros(tensor.shape) for key, tensor in source.state_dict().items()}
+    config, _ = from_deepseek(state_dict, {}, ConversionOptions())
     stated = json.loads((CONFIGS / "deepseek-ocr-clip-l.json").read_text())
     assert stated.pop("num_hidden_layers") == 24 and config.num_hidden_layers == 1
     assert {name: getattr(config, name) for name in stated} == stated
@@ -81,7 +70,6 @@ def test_one_layer_of_the_published_width():
     got = config.to_dict()
     assert got.pop("converted_from") == {"layout": "deepseek_ocr"}
     assert got == {name: value for name, value in expected.to_dict().items() if name != "converted_from"}
-    assert_every_state_equal(built(config, weights), source(pixel_values), pixel_values=pixel_values)
 
 
 @pytest.mark.skipif(

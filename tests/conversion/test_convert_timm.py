@@ -316,7 +316,7 @@ def test_a_table_with_the_prefix_tokens_is_known_by_name():
         convert(model, {"architecture": "vit_base_patch16_224", "model_args": {"num_heads": 4}})
 
 
-def test_what_the_average_takes_in_is_warned_of_where_nothing_says_it(caplog):
+def test_what_the_average_takes_in_is_warned_of_where_nothing_states_it(caplog):
     model = of_timm(reg_tokens=2, global_pool="avg")
     stated = {"architecture": "x", "model_args": {"pool_include_prefix": False}}
     assert_equal(model, ours(*convert(model, stated, **GIVEN)))

@@ -114,8 +114,8 @@ def detr() -> dict:
 
 
 def test_eps_is_torchs_default_but_for_an_rms_norm(caplog):
-    told = replace(POST, layer_norm_eps=1e-5)
-    assert from_torch(small(MiniViT).state_dict(), told)[0].layer_norm_eps == 1e-5
+    given = replace(POST, layer_norm_eps=1e-5)
+    assert from_torch(small(MiniViT).state_dict(), given)[0].layer_norm_eps == 1e-5
     assert not caplog.text
     assert from_torch(small(MiniViT).state_dict(), replace(POST, layer_norm_eps=None))[0].layer_norm_eps == 1e-5
     assert "using 1e-05, torch's default; --layer_norm_eps" in caplog.text and "--layer_norm_eps" in caplog.text
