@@ -277,11 +277,7 @@ def shards(folder) -> Path:
 
 @given(
     weight_map=st.one_of(
-        st.dictionaries(
-            st.sampled_from("abcd"),
-            st.one_of(st.sampled_from(SHARDS), st.text(), JSON_ATOMS),
-            max_size=4,
-        ),
+        st.dictionaries(st.sampled_from("abcd"), st.one_of(st.sampled_from(SHARDS), st.text(), JSON_ATOMS), max_size=4),
         st.just({"a": "a.safetensors", "b": "b.safetensors"}),
         JSON_ATOMS,
     ),

@@ -59,10 +59,7 @@ def load_with_auto_classes(folder, pixel_values, texts):
         model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
         with torch.no_grad():
             result[auto_class.__name__] = model(pixel_values, tokenized.input_ids).logits_per_image.tolist()
-    for auto_class, shape in (
-        (AutoModelForImageClassification, (2, 5)),
-        (AutoModelForDepthEstimation, (2, 32, 32)),
-    ):
+    for auto_class, shape in ((AutoModelForImageClassification, (2, 5)), (AutoModelForDepthEstimation, (2, 32, 32))):
         model, info = auto_class.from_pretrained(folder, trust_remote_code=True, num_labels=5, output_loading_info=True)
         missing = {name.split(".")[0] for name in info["missing_keys"]}
         with torch.no_grad():

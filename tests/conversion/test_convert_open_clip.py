@@ -53,10 +53,7 @@ GIVEN = {
 # Of open_clip's two classes, as the layout has them.
 VISION_DEFAULTS, TEXT_DEFAULTS = (
     {name: value for part in parts for name, value in getattr(model_cfg, part).items()}
-    for parts in (
-        ("VISION_DEFAULTS", "VISION_NEEDED", "VISION_SHOWN"),
-        ("TEXT_DEFAULTS", "TEXT_NEEDED", "TEXT_SHOWN"),
-    )
+    for parts in (("VISION_DEFAULTS", "VISION_NEEDED", "VISION_SHOWN"), ("TEXT_DEFAULTS", "TEXT_NEEDED", "TEXT_SHOWN"))
 )
 
 
@@ -202,10 +199,7 @@ def test_pixels_are_those_of_open_clips_transform(preprocess_cfg, crops, resampl
     resized = photo.resize((48, 32) if crops else (32, 32), resample)
     if crops:
         resized = resized.crop((8, 0, 40, 32))
-    mean, std = (
-        preprocess_cfg.get("mean", CLIP_IMAGE_MEAN),
-        preprocess_cfg.get("std", CLIP_IMAGE_STD),
-    )
+    mean, std = (preprocess_cfg.get("mean", CLIP_IMAGE_MEAN), preprocess_cfg.get("std", CLIP_IMAGE_STD))
     expected = (np.asarray(resized, dtype=np.float32) / 255 - np.array(mean)) / np.array(std)
     got = AutoImageProcessor.from_pretrained(tmp_path / "folder")(photo, return_tensors="pt").pixel_values[0]
     np.testing.assert_allclose(got.permute(1, 2, 0).numpy(), expected, atol=0.02)

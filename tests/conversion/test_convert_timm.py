@@ -31,12 +31,7 @@ from timm_reference import (
 )
 from transformers import AutoImageProcessor
 
-from vit_embed import (
-    VitEmbedConfig,
-    VitEmbedForContrastive,
-    VitEmbedModel,
-    VitEmbedModelWithProjection,
-)
+from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel, VitEmbedModelWithProjection
 from vit_embed.conversion.layouts import LAYOUTS, detect_layout
 from vit_embed.conversion.layouts.layout import MODEL_CLASSES, ConversionOptions, SampleInputs
 from vit_embed.conversion.layouts.timm.config import READ_ARGUMENTS, SHOWN_ARGUMENTS

@@ -68,11 +68,7 @@ def save_torchscript(model: torch.nn.Module, path) -> None:
             traceable.register_buffer(name, tensor)
     pixel_values = torch.randn(2, 3, model.visual.input_resolution, model.visual.input_resolution)
     input_ids = torch.randint(1, 90, (2, model.context_length))
-    inputs = {
-        "forward": (pixel_values, input_ids),
-        "encode_image": (pixel_values,),
-        "encode_text": (input_ids,),
-    }
+    inputs = {"forward": (pixel_values, input_ids), "encode_image": (pixel_values,), "encode_text": (input_ids,)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of shape checks in torch's own attention
         torch.jit.trace_module(traceable.eval(), inputs, check_trace=False).save(str(path))
