@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from sources import CASES, NAMED_CASES, TRUNK, run_source, with_trunk_prefix
-from transformers import AutoConfig
+from transformers import AutoModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification, VitEmbedModel
 from vit_embed.conversion.compare import OUTPUTS, sample_inputs
@@ -56,8 +56,10 @@ def test_there_and_back(case, made, tmp_path):
     assert case.layout in detections(source.state_dict, {})
     differences = convert_checkpoint(source.path, tmp_path / "ours", ConversionOptions(**case.options))
     assert set(differences or ()) == case.compared and all(each < 1e-4 for each in (differences or {}).values())
-    config = AutoConfig.from_pretrained(tmp_path / "ours", trust_remote_code=True)
-    assert config.architectures == [case.model_class] and config.converted_from["layout"] == case.layout
+    auto = AutoModel.from_pretrained(tmp_path / "ours", trust_remote_code=True)
+    is_trunk = case.model_class in ("VitEmbedForImageClassification", "VitEmbedForDepthEstimation")
+    assert type(auto).__name__ == ("VitEmbedModel" if is_trunk else case.model_class)
+    assert auto.config.architectures == [case.model_class] and auto.config.converted_from["layout"] == case.layout
     model = MODEL_CLASSES[case.model_class].from_pretrained(tmp_path / "ours").eval()
     inputs = sample_inputs(model.config)
     expected = run_source(case, source.model, inputs)
