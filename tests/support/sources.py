@@ -55,7 +55,7 @@ class Case:
     free: keys without which it is another model and no error, by how they end.
     one_way: keys that come back with other numbers, of which the model computes the same.
     part: how the keys of the model begin, where a file holds more than it.
-    is_keyed: whether every single key of it is tried by `make test`, and not by `make test-all` alone.
+    is_keyed: whether every single key of it is tried by `make test`.
     """
 
     layout: str
