@@ -35,10 +35,7 @@ def test_defaults_are_openai_clip_vit_b_16():
         ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer"),
         ({"hidden_act": "swish"}, "hidden_act must be one of quick_gelu, gelu.*got 'swish'"),
         ({"stem_type": "convolution"}, "stem_type must be one of conv, linear, .*; got 'convolution'"),
-        (
-            {"position_embedding_type": "rope"},
-            "position_embedding_type must be one of learned, sinusoidal, polynomial",
-        ),
+        ({"position_embedding_type": "rope"}, "position_embedding_type must be one of learned, sinusoidal, polynomial"),
         ({"norm_type": "batch_norm"}, "norm_type must be one of layer_norm, rms_norm"),
         ({"final_norm_type": "no"}, "final_norm_type must be one of"),
         ({"norm_position": "sandwich"}, "norm_position must be one of pre, post"),
@@ -46,14 +43,12 @@ def test_defaults_are_openai_clip_vit_b_16():
         ({"contrastive_loss": "triplet"}, "contrastive_loss must be one of softmax, sigmoid"),
         ({"depth_head_type": "unet"}, "depth_head_type must be one of deconv, dpt"),
         ({"depth_loss": "huber"}, "depth_loss must be one of silog, l1, l2"),
-        ({"hard_negative_beta": -0.5}, "hard_negative_beta must be a number >= 0, got -0.5"),
         ({"hard_negative_beta": float("nan")}, "hard_negative_beta must be a number >= 0, got nan"),
         (
             {"hard_negative_beta": 0.25, "contrastive_loss": "sigmoid"},
             "hard_negative_beta=0.25 has a meaning with contrastive_loss='softmax' only, got .*'sigmoid'",
         ),
         ({"contrastive_chunk_size": 0}, "contrastive_chunk_size must be an integer >= 1, got 0"),
-        ({"contrastive_chunk_size": 32.0}, "contrastive_chunk_size must be an integer >= 1, got 32.0"),
         ({"depth_gradient_weight": "0.5"}, "depth_gradient_weight must be a number >= 0, got '0.5'"),
         ({"depth_gradient_weight": float("inf")}, "depth_gradient_weight must be a number >= 0, got inf"),
         (
@@ -67,7 +62,6 @@ def test_defaults_are_openai_clip_vit_b_16():
         ),
         ({"deconv_kernel_size": 3}, "deconv_kernel_size must be an even integer >= 2, got 3"),
         ({"deconv_kernel_size": 0}, "deconv_kernel_size must be an even integer >= 2, got 0"),
-        ({"deconv_kernel_size": 4.0}, "deconv_kernel_size must be an even integer >= 2, got 4.0"),
         (
             {"deconv_kernel_size": 4, "depth_head_type": "dpt"},
             "deconv_kernel_size=4 has a meaning with depth_head_type='deconv' only, got depth_head_type='dpt'",
@@ -77,10 +71,7 @@ def test_defaults_are_openai_clip_vit_b_16():
             "norm_before_pooling=True has a meaning with pooling_type='mean' only, got pooling_type='cls'",
         ),
         ({"norm_before_pooling": "yes", "pooling_type": "mean"}, "norm_before_pooling must be one of True, False"),
-        (
-            {"use_visual_projection": False},
-            "use_visual_projection=False.*projection_dim=20 and hidden_size=32",
-        ),
+        ({"use_visual_projection": False}, "use_visual_projection=False.*projection_dim=20 and hidden_size=32"),
         ({"use_visual_projection": None}, "use_visual_projection must be one of True, False; got None"),
         ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be a number in \[0, 1\), got 1.0"),
         ({"drop_path_rate": -0.1}, "drop_path_rate"),
@@ -132,7 +123,7 @@ def test_values_without_a_meaning_are_refused(overrides, message):
         ({"pooling_type": "last", "pad_token_id": 100}, "pooling_type='last'.*got pad_token_id=100"),
         (
             {"use_causal_mask": False, "pad_token_id": None},
-            "use_causal_mask=False reads the padding.*got pad_token_id=None",
+            "use_causal_mask=False reads the padding.*pad_token_id=None",
         ),
     ],
 )
@@ -142,17 +133,18 @@ def test_text_values_without_a_meaning_are_refused(overrides, message):
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"), [("patchsize", "patch_size"), ("hidden_dropout_probs", "hidden_dropout_prob")]
+    ("name", "message"),
+    [
+        ("patchsize", "no field 'patchsize'; did you mean 'patch_size'"),
+        ("hidden_dropout_probs", "no field 'hidden_dropout_probs'; did you mean 'hidden_dropout_prob'"),
+        # Another library's name.
+        ("num_layers", "no field 'num_layers'; here it is 'num_hidden_layers'"),
+        ("embed_dim", "no field 'embed_dim'; here it is 'hidden_size'"),
+    ],
 )
-def test_a_misspelled_field_is_refused(typo, meant):
-    with pytest.raises(TypeError, match=f"no field '{typo}'; did you mean '{meant}'"):
-        VitEmbedConfig(**{typo: 1})
-
-
-@pytest.mark.parametrize(("foreign", "ours"), [("num_layers", "num_hidden_layers"), ("embed_dim", "hidden_size")])
-def test_another_librarys_name_for_a_field_is_refused(foreign, ours):
-    with pytest.raises(TypeError, match=f"no field '{foreign}'; here it is '{ours}'"):
-        VitEmbedConfig(**{foreign: 3})
+def test_a_misspelled_field_is_refused(name, message):
+    with pytest.raises(TypeError, match=message):
+        VitEmbedConfig(**{name: 3})
 
 
 @pytest.mark.parametrize(
@@ -172,13 +164,6 @@ def test_another_librarys_name_for_a_field_is_refused(foreign, ours):
 def test_values_of_the_wrong_type_are_refused(overrides):
     with pytest.raises(TypeError, match=next(iter(overrides))):
         vision_config(**overrides)
-
-
-def test_the_text_tower_can_be_added_later():
-    config = vision_config()
-    config.text_config = VitEmbedTextConfig(**TEXT)
-    model = VitEmbedForContrastive._from_config(config, attn_implementation="eager")
-    assert model.text_model.config._attn_implementation == "eager"
 
 
 def test_keys_of_another_release_pass():
@@ -204,11 +189,16 @@ def test_fields_of_a_tower_are_given_as_clips_config_takes_them(tmp_path):
     dual_config().save_pretrained(tmp_path)
     changed = VitEmbedConfig.from_pretrained(tmp_path, vision_config={"attention_dropout": 0.1})
     assert changed.attention_dropout == 0.1 and changed.hidden_size == dual_config().hidden_size
+
+
+def test_the_text_tower_can_be_added_later():
     config = vision_config()
     config.text_config = dict(TEXT)
     assert isinstance(config.text_config, VitEmbedTextConfig)
     config.update({"text_config": {**TEXT, "num_hidden_layers": 1}})
     assert config.text_config.num_hidden_layers == 1
+    model = VitEmbedForContrastive._from_config(config, attn_implementation="eager")
+    assert model.text_model.config._attn_implementation == "eager"
 
 
 def test_a_misspelled_option_of_from_pretrained_is_named(tmp_path):
@@ -394,18 +384,24 @@ def test_square_sizes_are_one_number(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["vision_config"]["image_size"] == 32
 
 
-def test_a_config_outside_clip_says_nothing_to_clip():
-    assert dual_config(image_size=(32, 64)).to_clip_vision_config() is None
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image_size": (32, 64)},
+        {"num_register_tokens": 2},
+        {"final_norm_type": "none"},
+        {"use_visual_projection": False, "projection_dim": VISION["hidden_size"]},
+        {"pooling_type": "mean", "norm_before_pooling": True},
+        {"text_config": {**TEXT, "pooling_type": "last"}},
+        {"text_config": {**TEXT, "use_causal_mask": False}},
+        {"text_config": {**TEXT, "projection_bias": True}},
+    ],
+)
+def test_a_config_outside_clip_is_none_of_clips(fields):
+    config = dual_config(**fields)
+    assert config.to_clip_vision_config() is None and "vision_config" not in config.to_dict()
+    assert (config.vision_only().to_clip_vision_config() is None) == ("text_config" not in fields)
     assert dual_config().to_clip_vision_config()["hidden_size"] == VISION["hidden_size"]
-    assert dual_config(num_register_tokens=2).to_clip_vision_config() is None
-    assert dual_config(final_norm_type="none").to_clip_vision_config() is None
-    unprojected = dual_config(use_visual_projection=False, projection_dim=VISION["hidden_size"])
-    assert unprojected.to_clip_vision_config() is None
-    assert dual_config(pooling_type="mean", norm_before_pooling=True).to_clip_vision_config() is None
-    for fields in ({"pooling_type": "last"}, {"use_causal_mask": False}, {"projection_bias": True}):
-        config = dual_config(text_config={**TEXT, **fields})
-        assert config.to_clip_vision_config() is None and "vision_config" not in config.to_dict()
-        assert config.vision_only().to_clip_vision_config() is not None
 
 
 def test_the_origin_of_a_checkpoint_is_copied_and_kept():
