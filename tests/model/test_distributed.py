@@ -5,7 +5,7 @@ import pytest
 import stem_family
 import tiny
 import torch
-from catalogue import CLASSES, flat
+from catalogue import CLASSES, WITH_LOSS, flat
 from tiny import CLOSE, assert_same_gradients
 
 
@@ -66,7 +66,11 @@ def test_ignored_labels_of_two_processes_count_as_in_one(distributed_results, tm
 
 def test_every_stem_and_head_trains_in_two_processes(distributed_results):
     agree = distributed_results["family"]
-    assert len(agree) >= len(stem_family.FAMILY) and all(agree.values()), agree
+    assert all(agree.values()), agree
+    pairs = [pair.rsplit(", ", 1) for pair in agree]
+    assert {stem for stem, _ in pairs} == set(stem_family.FAMILY)
+    heads = {stem_family.HEADS[head].model_class for _, head in pairs}
+    assert heads == {CLASSES[name].model_class for name in WITH_LOSS}
 
 
 def test_trainer_in_two_processes_reports_the_mean_of_their_own_losses(distributed_results):
