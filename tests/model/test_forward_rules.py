@@ -10,12 +10,11 @@ import tiny
 import torch
 import torch.distributed as dist
 from accelerate import cpu_offload
-from catalogue import CLASSES, GRAPHS, SHALLOW, WITH_LOSS, flat
+from catalogue import CLASSES, GRAPHS, SHALLOW, STEMS, WITH_LOSS, flat
 from datasets import Dataset
 from tiny import dual_config, pixels, randomised, tokens, vision_config
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import vit_embed
@@ -24,9 +23,9 @@ from vit_embed import stem_layers_vit_embed
 DUAL = ["contrastive", "contrastive, siglip"]
 
 
-def outputs(case, model, **inputs) -> list[torch.Tensor]:
+def outputs(case, model) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    return flat(model(**(inputs or case.inputs())), case.outputs)
+    return flat(model(**case.inputs()), case.outputs)
 
 
 def assert_equal(found, expected, **tolerance) -> None:
@@ -46,30 +45,28 @@ def counted(module: nn.Module, run) -> int:
 # --- 1: submodules are called ---
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("model", "text")])
-@torch.no_grad()
-def test_a_hook_on_a_tower_fires_once_a_pass_and_may_change_what_it_gives(name):
-    case = CLASSES[name]
-    model = case.model()
-    for tower in ("vision_model", "text_model"):
-        if not hasattr(model, tower):
-            continue
-        assert counted(getattr(model, tower), lambda: outputs(case, model)) == 1
-        expected = outputs(case, model)
-        handle = getattr(model, tower).register_forward_hook(
-            lambda module, inputs, output: type(output)(**{key: _negative(value) for key, value in output.items()})
-        )
-        changed = outputs(case, model)
-        handle.remove()
-        assert any((one - other).abs().max() > 1e-3 for one, other in zip(changed, expected))
-
-
-def _negative(value):
+def negative(value):
     if isinstance(value, torch.Tensor):
         return -value
     if isinstance(value, tuple):
         return tuple(each._replace(states=-each.states) if hasattr(each, "states") else each for each in value)
     return value
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in ("model", "text")])
+@torch.no_grad()
+def test_a_hook_on_a_tower_fires_once_a_pass_and_may_change_what_it_gives(name):
+    case = CLASSES[name]
+    model = case.model()
+    expected = outputs(case, model)
+    for tower in (module for path, module in model.named_children() if path in ("vision_model", "text_model")):
+        assert counted(tower, lambda: outputs(case, model)) == 1
+        handle = tower.register_forward_hook(
+            lambda module, inputs, output: type(output)(**{key: negative(value) for key, value in output.items()})
+        )
+        changed = outputs(case, model)
+        handle.remove()
+        assert any((one - other).abs().max() > 1e-3 for one, other in zip(changed, expected))
 
 
 @torch.no_grad()
@@ -110,16 +107,16 @@ def replica_of(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", GRAPHS)
 def test_a_replica_of_data_parallel(name):
-    case = GRAPHS[name]
+    case, close = GRAPHS[name], {"rtol": 1e-5, "atol": 1e-6}
     model = case.model()
     replica = replica_of(model)
     assert not list(replica.parameters())
     with torch.no_grad():
-        assert_equal(outputs(case, replica), outputs(case, model), rtol=1e-5, atol=1e-6)
-    if name in CLASSES:
+        assert_equal(outputs(case, replica), outputs(case, model), **(close if name in STEMS else {}))
+    if name not in STEMS:
         inputs = case.training_inputs()
         found = tiny.gradients_of(model, lambda: tiny.score(replica_of(model)(**inputs)))
-        assert_equal(list(found.values()), list(tiny.gradients(model, inputs).values()), rtol=1e-5, atol=1e-6)
+        assert_equal(list(found.values()), list(tiny.gradients(model, inputs).values()), **close)
 
 
 def test_a_replica_takes_the_count_of_items_as_trainer_gives_it():
@@ -167,34 +164,26 @@ def test_evaluation_and_passes_without_gradients_are_local(among_others, name):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_no_pass_writes_to_a_parameter(name):
-    case = CLASSES[name]
-    model = case.model().train()
-    before = {path: (p._version, p.detach().clone()) for path, p in model.named_parameters()}
-    tiny.score(model(**case.training_inputs())).backward()
-    for path, parameter in model.named_parameters():
-        version, value = before[path]
-        assert parameter._version == version and torch.equal(parameter, value), path
-
-
-@pytest.mark.parametrize("name", WITH_LOSS)
-def test_two_passes_and_one_backward(name):
+def test_two_passes_share_a_backward_and_none_writes_to_a_parameter(name):
     case = CLASSES[name]
     model = case.model().train()
     inputs = case.training_inputs()
-    other = {**inputs, "pixel_values": pixels(seed=8)}
-    parts = [tiny.gradients_of(model, lambda each=each: model(**each).loss) for each in (inputs, other)]
+    other = {**inputs, "pixel_values": pixels(seed=8)} if "pixel_values" in inputs else {"input_ids": tokens(seed=8)}
+    before = {path: (p._version, p.detach().clone()) for path, p in model.named_parameters()}
+    parts = [tiny.gradients(model, each) for each in (inputs, other)]
 
     def both():
-        first = model(**inputs).loss
+        first = tiny.score(model(**inputs))
         with torch.no_grad():
             model(**other)
-        return first + model(**other).loss
+        return first + tiny.score(model(**other))
 
-    found = tiny.gradients_of(model, both)
-    for path, gradient in found.items():
+    for path, gradient in tiny.gradients_of(model, both).items():
         expected = parts[0][path] + parts[1][path]
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5 * max(1, expected.abs().max().item()))
+    for path, parameter in model.named_parameters():
+        version, value = before[path]
+        assert parameter._version == version and torch.equal(parameter, value), path
 
 
 # --- 6: losses take num_items_in_batch ---
@@ -433,11 +422,11 @@ def test_a_text_is_trimmed_where_looking_is_free(accelerator):
 
 def most_alive(layers, run) -> int:
     """Most outputs of the layers whose memory is held at once while run() goes through them."""
-    held, most = [], [0]
+    held, alive = [], []
 
     def count(module, inputs, output):
         held.append(StorageWeakRef(output[0].untyped_storage()))
-        most[0] = max(most[0], sum(not each.expired() for each in held))
+        alive.append(sum(not each.expired() for each in held))
 
     handles = [layer.register_forward_hook(count) for layer in layers]
     with torch.no_grad():
@@ -445,7 +434,7 @@ def most_alive(layers, run) -> int:
     for handle in handles:
         handle.remove()
     assert len(held) == len(layers)
-    return most[0]
+    return max(alive)
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -478,24 +467,14 @@ def test_a_spectral_basis_is_made_once_a_dtype_and_device(stem, monkeypatch):
     assert not [key for key in model.state_dict() if "basis" in key]
 
 
-class CountOperations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += 1
-        return operation(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def test_a_spectral_stem_computes_little_more_than_a_linear_one():
     def operations(stem: str) -> int:
         model = randomised(vit_embed.VitEmbedModel(vision_config(stem_type=stem)))
         model(pixels())
-        with CountOperations() as seen:
+        with torch.autograd.profiler.profile() as seen:
             model(pixels(seed=4))
-        return seen.count
+        return sum(event.cpu_parent is None for event in seen.function_events)
 
     for stem in ("dct", "wavelet"):
         assert operations(stem) - operations("linear") <= 8
