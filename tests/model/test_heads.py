@@ -24,6 +24,10 @@ def depth_model(**overrides) -> VitEmbedForDepthEstimation:
     return randomised(VitEmbedForDepthEstimation(vision_config(**overrides)))
 
 
+def at_pixels(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(depth[:, None], size=size, mode="bilinear")[:, 0]
+
+
 def test_taps_are_evenly_spaced_and_end_at_the_last_layer():
     assert depth_model(num_hidden_layers=12, depth_head_type="dpt").taps == [3, 6, 9, 12]
     assert depth_model(depth_head_type="dpt").taps == [1, 2, 3, 4]
@@ -59,7 +63,7 @@ def test_deconv_head_is_the_sequence_it_says():
     hidden = trunk(pixels(2, 32, 64)).last_hidden_state[:, 1:]
     raw = network(trunk.post_layernorm(hidden).transpose(1, 2).unflatten(2, (4, 8)))[:, 0]
     assert raw.shape == (2, 16, 32)
-    expected = F.interpolate(10 * raw.sigmoid()[:, None], size=(32, 64), mode="bilinear")[:, 0]
+    expected = at_pixels(10 * raw.sigmoid(), (32, 64))
     torch.testing.assert_close(model(pixels(2, 32, 64)).predicted_depth, expected, **CLOSE)
 
 
@@ -101,8 +105,7 @@ def test_dpt_reads_its_taps_shallow_to_deep():
     trunk = model.vision_model
     states = trunk(pixels(), output_hidden_states=True).hidden_states
     maps = tuple(trunk.post_layernorm(states[i][:, 1:]).transpose(1, 2).unflatten(2, (4, 4)) for i in (1, 2, 3, 4))
-    raw = model.depth_head(maps)
-    expected = F.interpolate(to_depth(raw, None)[:, None], size=(32, 32), mode="bilinear")[:, 0]
+    expected = at_pixels(to_depth(model.depth_head(maps), None), (32, 32))
     torch.testing.assert_close(model(pixels()).predicted_depth, expected, **CLOSE)
 
 
@@ -120,8 +123,7 @@ def test_identity_gives_the_heads_own_numbers():
     raw = []
     model.depth_head.register_forward_hook(lambda module, inputs, output: raw.append(output))
     depth = model(pixels(2, 32, 64)).predicted_depth
-    expected = F.interpolate(raw[0][:, None], size=(32, 64), mode="bilinear")[:, 0]
-    torch.testing.assert_close(depth, expected, **CLOSE)
+    torch.testing.assert_close(depth, at_pixels(raw[0], (32, 64)), **CLOSE)
     assert depth.min() < 0 < depth.max()
     assert model.to(torch.bfloat16)(pixels()).predicted_depth.dtype == torch.float32
 
