@@ -3,7 +3,7 @@
 import peft
 import pytest
 import torch
-from catalogue import CLASSES, GRAPHS, IMAGE_CLASSES, STEMS, flat, mostly_heavy
+from catalogue import CLASSES, GRAPHS, STEMS, flat, mostly_heavy
 from tiny import pixels, score, vision_config
 from torch import nn
 
@@ -84,18 +84,12 @@ def test_all_linear_layers_of_every_class_option_and_stem(name, tmp_path):
 
 
 @pytest.mark.parametrize("method", AT_THE_STEM)
-@pytest.mark.parametrize("layer", ["patch_embedding", "position_embedding"])
-@pytest.mark.parametrize("name", mostly_heavy(IMAGE_CLASSES, "masked"))
+@pytest.mark.parametrize("layer", ["input", "position"])
+@pytest.mark.parametrize("name", mostly_heavy(CLASSES, "masked", "text"))
 def test_the_layers_of_the_embeddings(name, layer, method, tmp_path):
-    assert_adapts(CLASSES[name], AT_THE_STEM[method]([layer]), tmp_path)
-
-
-@pytest.mark.parametrize("method", AT_THE_STEM)
-@pytest.mark.parametrize("layer", ["token_embedding", "position_embedding"])
-def test_the_layers_of_the_text_embeddings(layer, method, tmp_path):
-    target = layer if method == "modules to save" else rf".*embeddings\.{layer}"
-    names = [target] if method == "modules to save" else target
-    assert_adapts(CLASSES["text"], AT_THE_STEM[method](names), tmp_path)
+    inputs = "token_embedding" if name.startswith("text") else "patch_embedding"
+    names = [inputs if layer == "input" else "position_embedding"]
+    assert_adapts(CLASSES[name], AT_THE_STEM[method](names), tmp_path)
 
 
 @pytest.mark.parametrize("stem", ["linear", "dct", "wavelet"])

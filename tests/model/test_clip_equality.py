@@ -142,6 +142,8 @@ def test_text_does_not_depend_on_padding(model):
             padded[row, int((ids[row] == EOS).int().argmax()) + 1 :] = padding
         torch.testing.assert_close(model.get_text_features(padded), features, **CLOSE)
         torch.testing.assert_close(model.text_model(padded).pooler_output, model.text_model(ids).pooler_output, **CLOSE)
+    right = (ids == EOS).int().cumsum(1) <= 1  # up to the end of each
+    torch.testing.assert_close(model.get_text_features(ids, attention_mask=right), features, **CLOSE)
     alone = torch.cat([model.get_text_features(row[None, : int((row == EOS).int().argmax()) + 1]) for row in ids])
     torch.testing.assert_close(alone, features, **CLOSE)
 

@@ -1,4 +1,4 @@
-"""The config: its defaults, what it refuses and how it says so, what it reads of CLIP's, what it writes."""
+"""The config: its defaults, what it refuses and by which message, what it reads of CLIP's, what it writes."""
 
 import inspect
 import json
@@ -216,7 +216,7 @@ def test_no_option_of_transformers_is_taken_for_misspelled():
 
 
 def test_a_config_can_be_made_of_its_dict():
-    """CLIP's vision_config, which is written for stock CLIPModel, says nothing that the fields do not."""
+    """CLIP's vision_config, which is written for stock CLIPModel, holds nothing that the fields do not."""
     written = dual_config().to_dict()
     assert "vision_config" in written
     assert VitEmbedConfig(**written).to_dict() == written
@@ -353,7 +353,7 @@ def test_a_clip_config_is_read_as_it_is(tmp_path):
 
 
 def test_old_clip_configs_hold_each_tower_twice():
-    """openai/clip-vit-large-patch14 says its sizes in `vision_config_dict`; `vision_config` has other defaults."""
+    """openai/clip-vit-large-patch14 has its sizes in `vision_config_dict`; `vision_config` has other defaults."""
     config = VitEmbedConfig.from_dict(
         {
             "model_type": "clip",
@@ -410,7 +410,7 @@ def test_the_origin_of_a_checkpoint_is_copied_and_kept():
     ("stock", "ours"),
     [("CLIPVisionModelWithProjection", ["VitEmbedModelWithProjection"]), ("CLIPVisionModel", None), (None, None)],
 )
-def test_a_clip_vision_config_says_whether_it_projects(stock, ours):
+def test_the_architecture_of_a_clip_vision_config_decides_whether_it_projects(stock, ours):
     named = {} if stock is None else {"architectures": [stock]}
     config = VitEmbedConfig.from_dict({"model_type": "clip_vision_model", "projection_dim": 20, **named})
     assert config.architectures == ours and config.projection_dim == 20 and config.patch_size == 32

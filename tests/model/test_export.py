@@ -114,7 +114,7 @@ def test_onnx_of_the_exported_program(name, tmp_path):
     assert_serves_unseen_sizes(run_onnx(tmp_path / "model.onnx"), part, ONNX_TOLERANCE)
 
 
-# torch's older exporter has no such operator, and says so.
+# torch's older exporter has no such operator: an error of its own.
 NOT_IN_ONNX_OF_A_TRACE = {"antialias": "_upsample_bicubic2d_aa"}
 
 

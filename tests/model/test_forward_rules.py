@@ -189,7 +189,7 @@ def test_two_passes_share_a_backward_and_none_writes_to_a_parameter(name):
 # --- 6: losses take num_items_in_batch ---
 
 SPARSE_CLASSES = torch.tensor([0, -100, -100, -100, 1, 2, 0, 1])
-SPARSE_TARGETS = torch.tensor([[1.0, 0, -100], [0, -100, -100], [1, 1, 1], [0, 0, 1]] * 2)
+SPARSE_TARGETS = torch.tensor([[1, 0, -100], [0, -100, -100], [1, 1, 1], [0, 0, 1]] * 2)
 
 
 def sparse_depths(missing: float) -> torch.Tensor:
@@ -364,13 +364,15 @@ def accelerator(monkeypatch):
 
 WRONG_VALUES = {
     "id": ("contrastive", {"input_ids": torch.full((3, 16), 150)}, "input_ids must be in"),
+    "negative id": ("contrastive", {"input_ids": torch.full((3, 16), -1)}, r"\[0, vocab_size=100\), got -1"),
     "end": ("contrastive", {"input_ids": torch.full((3, 16), 5)}, "needs its end-of-text token"),
     "left": (
         "contrastive",
         {"attention_mask": torch.cat([torch.zeros(3, 2), torch.ones(3, 14)], dim=1).long()},
-        "pad on the right",
+        "pad on the right.*padding_side='right'",
     ),
     "class": ("classification", {"labels": torch.tensor([0, 1, 9])}, "labels must be in"),
+    "negative class": ("classification", {"labels": torch.tensor([0, 1, -1])}, r"\[0, num_labels=5\), got -1"),
 }
 
 

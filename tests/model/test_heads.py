@@ -3,7 +3,6 @@
 import pytest
 import torch
 from tiny import CLOSE, pixels, randomised, vision_config
-from torch import nn
 from torch.nn import functional as F
 from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTPreActResidualLayer
@@ -56,14 +55,13 @@ def test_depth_heads_start_flat_on_features_as_large_as_a_trained_trunks(head_ty
 
 
 @torch.no_grad()
-def test_deconv_head_is_the_sequence_it_says():
-    model = depth_model(max_depth=10.0)
-    head, trunk = model.depth_head, model.vision_model
-    network = nn.Sequential(head.deconv1, nn.ReLU(), head.deconv2, nn.ReLU(), head.projection)
-    hidden = trunk(pixels(2, 32, 64)).last_hidden_state[:, 1:]
-    raw = network(trunk.post_layernorm(hidden).transpose(1, 2).unflatten(2, (4, 8)))[:, 0]
-    assert raw.shape == (2, 16, 32)
-    expected = at_pixels(10 * raw.sigmoid(), (32, 64))
+@pytest.mark.parametrize("head_type", DEPTH_HEADS)
+def test_a_head_reads_normalised_maps_shallow_to_deep_and_gives_depth_at_the_images_size(head_type):
+    model = depth_model(depth_head_type=head_type, max_depth=10.0)
+    trunk = model.vision_model
+    states = trunk(pixels(2, 32, 64), output_hidden_states=True).hidden_states
+    maps = [trunk.post_layernorm(states[i][:, 1:]).transpose(1, 2).unflatten(2, (4, 8)) for i in model.taps]
+    expected = at_pixels(10 * model.depth_head(tuple(maps)).sigmoid(), (32, 64))
     torch.testing.assert_close(model(pixels(2, 32, 64)).predicted_depth, expected, **CLOSE)
 
 
@@ -97,16 +95,6 @@ def test_dpt_head_fuses_from_deep_to_shallow():
         path = fusion.projection(up(fusion.unit(path + fusion.level_unit(levels[i])), size))
     expected = head.head3(F.relu(head.head2(up(head.head1(path), (48, 80)))))[:, 0]
     torch.testing.assert_close(head(tuple(maps)), expected, **CLOSE)
-
-
-@torch.no_grad()
-def test_dpt_reads_its_taps_shallow_to_deep():
-    model = depth_model(depth_head_type="dpt")
-    trunk = model.vision_model
-    states = trunk(pixels(), output_hidden_states=True).hidden_states
-    maps = tuple(trunk.post_layernorm(states[i][:, 1:]).transpose(1, 2).unflatten(2, (4, 4)) for i in (1, 2, 3, 4))
-    expected = at_pixels(to_depth(model.depth_head(maps), None), (32, 32))
-    torch.testing.assert_close(model(pixels()).predicted_depth, expected, **CLOSE)
 
 
 def test_depth_ranges():
