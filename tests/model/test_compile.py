@@ -27,7 +27,7 @@ def assert_same_outputs(case: Case, model, compiled) -> None:
 # Compiling takes seconds: `make test` takes the cases whose code differs most, `make test-all` every case.
 @pytest.mark.parametrize(
     "name",
-    mostly_heavy(GRAPHS, "contrastive, siglip", "depth, dpt", "backbone", "polynomial", "merging", "stem adaptive"),
+    mostly_heavy(GRAPHS, "contrastive, siglip", "depth, dpt", "polynomial", "merging", "stem adaptive"),
 )
 def test_a_class_is_one_graph(name):
     case = GRAPHS[name]

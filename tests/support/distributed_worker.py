@@ -14,7 +14,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from catalogue import CLASSES, dual, flat, vision
+from catalogue import CLASSES, SHALLOW, dual, flat, vision
 from datasets import Dataset
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -180,7 +180,8 @@ def train_family(rank: int) -> dict[str, bool]:
     agree = {}
     for stem, head in stem_family.PAIRS:
         torch.manual_seed(rank)
-        module = stem_family.build(stem, head, pooling_type="map")
+        layers = {} if head in ("depth-dpt", "backbone") else SHALLOW
+        module = stem_family.build(stem, head, pooling_type="map", **layers)
         inputs = stem_family.inputs_of(head, module.config)
         if module(**inputs).get("loss") is None:
             continue
