@@ -43,6 +43,7 @@ def test_defaults_are_openai_clip_vit_b_16():
         ({"contrastive_loss": "triplet"}, "contrastive_loss must be one of softmax, sigmoid"),
         ({"depth_head_type": "unet"}, "depth_head_type must be one of deconv, dpt"),
         ({"depth_loss": "huber"}, "depth_loss must be one of silog, l1, l2"),
+        ({"hard_negative_beta": -0.5}, "hard_negative_beta must be a number >= 0, got -0.5"),
         ({"hard_negative_beta": float("nan")}, "hard_negative_beta must be a number >= 0, got nan"),
         (
             {"hard_negative_beta": 0.25, "contrastive_loss": "sigmoid"},
@@ -61,6 +62,7 @@ def test_defaults_are_openai_clip_vit_b_16():
             "max_depth=10.0 bounds a positive depth, but depth_activation='identity'",
         ),
         ({"deconv_kernel_size": 3}, "deconv_kernel_size must be an even integer >= 2, got 3"),
+        ({"deconv_kernel_size": 4.0}, "deconv_kernel_size must be an even integer >= 2, got 4.0"),
         ({"deconv_kernel_size": 0}, "deconv_kernel_size must be an even integer >= 2, got 0"),
         (
             {"deconv_kernel_size": 4, "depth_head_type": "dpt"},
