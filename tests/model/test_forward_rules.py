@@ -262,6 +262,19 @@ def test_a_step_in_batches_is_the_step_in_one(step, tmp_path):
     assert loss_of_parts == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("step", [step for step, (*_, columns) in STEPS.items() if "labels" in columns])
+def test_the_losses_of_batches_add_up_to_the_loss_of_one(step):
+    name, fields, columns = STEPS[step]
+    model = randomised(CLASSES[name].model_class(vision_config(**SHALLOW, **fields)))
+    images, labels = pixels(8), columns["labels"]
+    count = (labels != -100).sum()
+    parts = [
+        model(images[rows], labels=labels[rows], num_items_in_batch=count).loss
+        for rows in (slice(0, 3), slice(3, 4), slice(4, 8))
+    ]
+    torch.testing.assert_close(sum(parts), model(images, labels=labels).loss, rtol=1e-5, atol=1e-6)
+
+
 def test_a_stems_loss_counts_by_the_share_of_its_batch():
     model = stem_family.build("adaptive", "classification").train()
     images, labels = pixels(), torch.tensor([0, 4, 2])
