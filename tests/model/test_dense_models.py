@@ -173,12 +173,6 @@ def test_tokens_are_the_maps_row_by_row():
         torch.testing.assert_close(sequence, maps.trunk.post_layernorm(states[stage]), rtol=0, atol=1e-6)
 
 
-def test_tokens_of_a_stems_map_are_refused():
-    fields = {"stem_type": "hierarchical", "out_features": ["pyramid1", "stage2"], "reshape_hidden_states": False}
-    with pytest.raises(ValueError, match="reshape_hidden_states=False gives tokens, but out_features=.*pyramid1"):
-        vit_embed.VitEmbedBackbone(tiny.vision_config(**fields))
-
-
 def test_stages_are_set_on_backbone_and_config():
     """As transformers' own backbones: names and places follow each other, and None is the last stage."""
     model = vit_embed.VitEmbedBackbone(tiny.vision_config()).eval()
