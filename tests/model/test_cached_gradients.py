@@ -8,8 +8,7 @@ import pytest
 import stem_family
 import tiny
 import torch
-from test_training import assert_same_gradients, captioned_photos, make_trainer
-from tiny_tokenizer import write_tokenizer
+from test_training import assert_same_gradients
 
 from vit_embed import VitEmbedForContrastive
 from vit_embed.contrastive_vit_embed import CONTRASTIVE_LOSSES, PairRows, contrastive_logits
@@ -168,13 +167,15 @@ def test_texts_are_cut_to_the_longest_of_their_chunk():
     assert lengths[:3] == [5, 12, 3] and sorted(lengths[3:]) == [3, 5, 12]
 
 
-@pytest.mark.parametrize("frozen", ["vision_model", "text_model"])
-def test_a_frozen_tower_is_not_embedded_again(frozen):
+@pytest.mark.parametrize(
+    ("tower", "projection"), [("vision_model", "visual_projection"), ("text_model", "text_projection")]
+)
+def test_a_frozen_tower_is_not_embedded_again(tower, projection):
     models = [make_model(CHUNK), make_model(None)]
     for model in models:
-        for name in (frozen, f"{'visual' if frozen == 'vision_model' else 'text'}_projection"):
+        for name in (tower, projection):
             model.get_submodule(name).requires_grad_(False)
-    seen = batches_seen(models[0].get_submodule(frozen))
+    seen = batches_seen(models[0].get_submodule(tower))
     assert_same_step(*(step(model, inputs()) for model in models))
     assert len(seen) == len(CHUNKS)
 
@@ -268,31 +269,3 @@ def test_what_a_chunk_lets_go_of_cannot_be_asked_for_in_training(asked):
 def test_a_mask_of_another_batch_is_an_error():
     with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
         make_model(CHUNK)(**inputs(attention_mask=torch.ones(BATCH - 1, 16, dtype=torch.long)))
-
-
-def test_trainer_learns_in_chunks_as_in_one(tmp_path):
-    write_tokenizer(tmp_path)
-    tiny.randomised(VitEmbedForContrastive(tiny.dual_config())).save_pretrained(tmp_path)
-    dataset = captioned_photos(tmp_path)
-    dataset = dataset.add_column("group_ids", [number % 6 for number in range(len(dataset))])
-
-    def train(name: str, **fields) -> tuple:
-        model = VitEmbedForContrastive.from_pretrained(tmp_path, **fields)
-        seen = batches_seen(model.vision_model)
-        settings = {"optim": "sgd", "learning_rate": 0.02, "max_steps": 4, "save_strategy": "no", "seed": 3}
-        trainer = make_trainer(model, dataset, tmp_path / name, per_device_train_batch_size=8, **settings)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        passes = len(seen)
-        output = trainer.predict(dataset)
-        assert [len(rows) for rows in output.predictions] == [len(dataset)] * 2, "embeddings, no logits of a batch"
-        model.save_pretrained(tmp_path / name)
-        return passes, losses, output.metrics["test_loss"], model.state_dict()
-
-    whole, cached = train("whole"), train("cached", contrastive_chunk_size=2)
-    # Batches of 8 and 2, twice: 1 + 1 passes an epoch, or twice 4 and one of a batch within a chunk.
-    assert (whole[0], cached[0]) == (4, 2 * (2 * 4 + 1))
-    assert cached[1] == pytest.approx(whole[1], rel=1e-4) and cached[2] == pytest.approx(whole[2], rel=1e-4)
-    assert whole[1][2] < whole[1][0]
-    torch.testing.assert_close(cached[3], whole[3], rtol=0, atol=1e-6)  # a few float32 roundings of weights about 1
-    assert VitEmbedForContrastive.from_pretrained(tmp_path / "cached").config.contrastive_chunk_size == 2

@@ -96,13 +96,6 @@ def test_token_order_and_count(position_embedding_type, use_cls_token, registers
         assert torch.equal(tokens[1, prefix - registers : prefix], embeddings.register_tokens)
 
 
-@torch.no_grad()
-def test_patch_embeds_replace_the_stem():
-    model = randomised(VitEmbedModel(vision_config()))
-    grid = model.embeddings.patch_embedding(pixels(2, 32, 64))  # (B, D, gh, gw)
-    torch.testing.assert_close(model(patch_embeds=grid).pooler_output, model(pixels(2, 32, 64)).pooler_output)
-
-
 def test_inputs_are_cast_at_the_stem():
     model = VitEmbedModel(vision_config()).to(torch.bfloat16)
     assert model(pixels()).pooler_output.dtype == torch.bfloat16

@@ -79,7 +79,7 @@ def deformed(move: tuple[float, float], scale: tuple[float, float], images: torc
 SATURATED = 20.0  # tanh(20) is 1 in float32
 
 
-@pytest.mark.parametrize(("down", "right"), [(1, 0), (0, 1), (-1, 0), (1, -1)])
+@pytest.mark.parametrize(("down", "right"), [(1, 0), (1, -1)])
 def test_a_box_moved_by_a_patch_reads_the_neighbour(down, right):
     images = pixels(2, 32, 64)
     found = deformed((down * SATURATED, right * SATURATED), (0.0, 0.0), images)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from catalogue import mostly_heavy
 from tiny import CLOSE, EOS, SIGLIP, SIGLIP_TEXT, TEXT, VISION, dual_config, pixels, randomised, tokens, use_attention
-from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextModel
+from transformers import SiglipConfig, SiglipModel, SiglipTextConfig
 
 from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig, VitEmbedTextModel, encoder_vit_embed
 from vit_embed.options_vit_embed import TEXT_POOLING_TYPES
@@ -57,38 +57,9 @@ def mask(length: int) -> torch.Tensor:
     return (torch.arange(length) < torch.tensor(LENGTHS)[:, None]).long()
 
 
-def siglip_like() -> VitEmbedForContrastive:
-    text = {**SIGLIP_TEXT, "pad_token_id": PAD}
-    return VitEmbedForContrastive(dual_config(**{**SIGLIP, "text_config": text})).eval()
-
-
-@torch.no_grad()
-@IMPLEMENTATIONS
-@pytest.mark.parametrize("length", [16, 12], ids=["full length", "shorter"])
-def test_the_tower_equals_siglips(implementation, length):
-    stock = randomised(SiglipTextModel(SiglipTextConfig(**STOCK_TEXT, projection_size=32)))
-    model = siglip_like()
-    # transformers 4.57 keeps the tower under "text_model.", 5.x at the top.
-    weights = {name.removeprefix("text_model."): tensor for name, tensor in stock.state_dict().items()}
-    model.text_projection.load_state_dict({name: weights.pop(f"head.{name}") for name in ("weight", "bias")})
-    model.text_model.load_state_dict(weights)
-    stock.set_attn_implementation("eager")
-    use_attention(model, implementation)
-    theirs = stock(padded(16), output_hidden_states=True, output_attentions=True)
-    attentions = model.text_model(padded(length), output_attentions=True).attentions
-    for own, their in zip(attentions, theirs.attentions, strict=True):
-        torch.testing.assert_close(own, their, **CLOSE)
-    ours = model.text_model(padded(length), output_hidden_states=True)
-    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, **CLOSE)
-    assert ours.last_hidden_state.shape == (3, 16, 24) and len(ours.hidden_states) == 4
-    for own, their in zip(ours.hidden_states, theirs.hidden_states, strict=True):
-        torch.testing.assert_close(own, their, **CLOSE)
-    torch.testing.assert_close(model.text_projection(ours.pooler_output), theirs.pooler_output, **CLOSE)
-    torch.testing.assert_close(model.get_text_features(padded(length)), theirs.pooler_output, **CLOSE)
-
-
-@torch.no_grad()
-def test_the_dual_encoder_equals_siglip():
+@pytest.fixture(scope="module")
+def pair() -> tuple[SiglipModel, VitEmbedForContrastive]:
+    """SigLIP of transformers and ours, with its weights."""
     vision = {**VISION, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
     text = {**STOCK_TEXT, "projection_size": 32}
     stock = randomised(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
@@ -107,13 +78,28 @@ def test_the_dual_encoder_equals_siglip():
         weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
     for name in ("logit_scale", "logit_bias"):
         weights[name] = weights[name].squeeze()
-    model = siglip_like()
+    model = VitEmbedForContrastive(dual_config(**{**SIGLIP, "text_config": {**SIGLIP_TEXT, "pad_token_id": PAD}}))
     model.load_state_dict(weights)
-    theirs = stock(input_ids=padded(16), pixel_values=pixels())
-    ours = model(pixels(), padded(12))
+    stock.set_attn_implementation("eager")
+    return stock, model.eval()
+
+
+@torch.no_grad()
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("length", [16, 12], ids=["full length", "shorter"])
+def test_the_dual_encoder_equals_siglip(pair, implementation, length):
+    stock, model = pair
+    use_attention(model, implementation)
+    theirs, ours = stock(input_ids=padded(16), pixel_values=pixels()), model(pixels(), padded(length))
     for name in ("image_embeds", "text_embeds", "logits_per_image"):
         torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
-    assert isinstance(model.visual_projection, torch.nn.Identity)
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    theirs, ours = stock.text_model(padded(16), **wanted), model.text_model(padded(length), **wanted)
+    for name in ("hidden_states", "attentions"):
+        for own, their in zip(ours[name], theirs[name], strict=True):
+            torch.testing.assert_close(own, their, **CLOSE)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, **CLOSE)
+    torch.testing.assert_close(model.get_text_features(padded(length)), theirs.pooler_output, **CLOSE)
     assert torch.equal(model.get_image_features(pixels()), model.vision_model(pixels()).pooler_output)
 
 
@@ -128,8 +114,6 @@ def test_the_result_does_not_depend_on_padding(name):
             found = model.get_text_features(ids, attention_mask=hidden)
             torch.testing.assert_close(found, expected, **CLOSE)
             torch.testing.assert_close(model.text_model(ids, hidden).pooler_output, pooled, **CLOSE)
-            embeds = model(None, ids, hidden).text_embeds
-            torch.testing.assert_close(embeds, torch.nn.functional.normalize(expected, dim=-1), **CLOSE)
     alone = torch.cat([model.get_text_features(row[None]) for row in texts()])
     torch.testing.assert_close(alone, expected, **CLOSE)
     # What no mask hides is read, so the above says something.
@@ -174,9 +158,10 @@ def test_a_bidirectional_token_sees_those_behind_it(name, causal, implementation
 
 @torch.no_grad()
 @pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention on a CPU is compiled by g++, which is not here")
-def test_flex_attention_equals_eager():
+@pytest.mark.parametrize("name", mostly_heavy(["last", "causal last"], "causal last"))
+def test_flex_attention_equals_eager(name):
     """float32 through a compiled kernel that sums in blocks: 1e-4."""
-    config = VitEmbedTextConfig(**{**TEXT, **READS_PADDING["last"], "num_hidden_layers": 1})
+    config = VitEmbedTextConfig(**{**TEXT, **READS_PADDING[name], "num_hidden_layers": 1})
     tower = randomised(VitEmbedTextModel(config))
     use_attention(tower, "eager")
     expected = tower(padded(12)).pooler_output
@@ -233,12 +218,6 @@ def test_only_a_tower_that_reads_the_end_token_asks_for_one():
                 tower(endless)
         else:
             assert tower(endless).pooler_output.isfinite().all()
-
-
-def test_the_projection_of_texts_has_a_bias_where_asked():
-    plain, biased = VitEmbedForContrastive(dual_config()), VitEmbedForContrastive(dual_config(**SIGLIP))
-    assert plain.text_projection.bias is None
-    assert biased.text_projection.bias.shape == (32,) and (biased.text_projection.bias == 0).all()
 
 
 def test_which_towers_read_padding():

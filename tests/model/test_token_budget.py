@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vit_embed import VitEmbedForContrastive, VitEmbedModel
+from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel
 from vit_embed.stems_vit_embed import AdaptiveStem
-from vit_embed.tokens_vit_embed import TokenLayout, match_tokens, mean_of_patches, merge_tokens, token_of_each_patch
+from vit_embed.tokens_vit_embed import TokenLayout, match_tokens, merge_tokens, token_of_each_patch
 
 EVERY_HEAD = pytest.mark.parametrize("head", READINGS)
 
@@ -52,21 +52,6 @@ def test_merging_equals_the_paper_token_by_token(count, merge_size, with_sizes):
             assert (layout.token_of_patch[row, group] == place).all()
         torch.testing.assert_close(merged[row], means)
         assert torch.equal(layout.sizes[row], new_sizes)
-
-
-def test_merges_compose():
-    """Tokens that say which patches they are made of, merged again and again."""
-    count = 20
-    states, layout = torch.eye(count).expand(3, -1, -1), TokenLayout((4, 5))
-    for merge_size in (4, 8, 3, 2, 1):
-        states, layout = merge_tokens(states, layout, match_tokens(torch.randn(3, states.shape[1], 7), merge_size))
-        count_now = states.shape[1]
-        is_member = nn.functional.one_hot(layout.token_of_patch, count_now).transpose(1, 2).float()  # (B, n, N)
-        assert torch.equal(layout.sizes, is_member.sum(-1)) and (layout.sizes.sum(dim=1) == count).all()
-        torch.testing.assert_close(states, is_member / layout.sizes[..., None])
-        torch.testing.assert_close(token_of_each_patch(states, layout).sum(-1), torch.ones(3, count))
-        torch.testing.assert_close(mean_of_patches(states, layout), torch.full((3, count), 1 / count))
-    assert count_now == 2
 
 
 @torch.no_grad()
@@ -190,6 +175,8 @@ def test_what_may_merge_is_held_against_the_size_asked_for(tmp_path):
     VitEmbedModel(vision_config()).save_pretrained(tmp_path)
     larger = VitEmbedModel.from_pretrained(tmp_path, image_size=64, token_merge_size=16).eval()
     assert larger(pixels(1, 64, 64)).last_hidden_state.shape[1] == 1 + 64 - 16 - 16 - 16 - 8  # half of 16 in the last
+    config = VitEmbedConfig.from_pretrained(tmp_path, image_size=64, token_merge_size=16)
+    assert VitEmbedModel.from_pretrained(tmp_path, config=config).config.token_merge_size == 16
     with pytest.raises(ValueError, match="token_merge_size must be at most half of the 64 patch tokens, got 33"):
         VitEmbedModel.from_pretrained(tmp_path, image_size=64, token_merge_size=33)
 
@@ -389,12 +376,6 @@ def test_budget_loss_by_hand(head):
     in_evaluation = model.eval()(**inputs).loss
     stem.budget_weight = 0.0
     assert torch.equal(model(**inputs).loss, in_evaluation)
-
-
-def test_the_trunk_alone_gives_what_the_stem_adds_to_a_loss():
-    model = build("cls", **ADAPTIVE).train()
-    assert model(pixels(1, 64, 64)).stem_loss.requires_grad
-    assert model.eval()(pixels(1, 64, 64)).stem_loss is None and build("cls").train()(pixels()).stem_loss is None
 
 
 @pytest.mark.parametrize("budget", [0.3, 0.95])
