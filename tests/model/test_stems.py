@@ -46,12 +46,6 @@ EVERY_STEM = pytest.mark.parametrize("stem", FAMILY)
 FIXED_STEMS = [stem for stem in STEM_TYPES if stem not in TOKEN_CHOOSING_STEMS]
 
 
-def seeded_gradients(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-    """Gradients of one step whose random choices are always the same."""
-    torch.manual_seed(3)
-    return gradients(model, inputs)
-
-
 def implementations(model: nn.Module) -> set[str]:
     """The attention of our own layers, not of a backbone within a stem."""
     layers = [module for module in model.modules() if isinstance(module, VitEmbedLayer)]
@@ -173,11 +167,16 @@ def test_checkpointing_and_sdpa_change_nothing_in_training(stem):
     model = build(stem, "classification").train()
     inputs = inputs_of("classification", model.config)
     model.set_attn_implementation("eager")
-    plain = seeded_gradients(model, inputs)
+
+    def step() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)  # the same random choices
+        return gradients(model, inputs)
+
+    plain = step()
     model.set_attn_implementation("sdpa")
-    assert_same_gradients(seeded_gradients(model, inputs), plain)
+    assert_same_gradients(step(), plain)
     model.gradient_checkpointing_enable()
-    assert_same_gradients(seeded_gradients(model, inputs), plain)
+    assert_same_gradients(step(), plain)
 
 
 @EVERY_STEM
