@@ -236,16 +236,7 @@ def lowest(frequencies: list[list[Fraction]], count: int) -> list[tuple[int, int
 
 @pytest.mark.parametrize(
     ("patch_size", "count"),
-    [
-        (8, None),
-        (8, 1),
-        (8, 11),
-        ((4, 8), 5),
-        ((16, 2), 11),
-        ((16, 2), None),
-        (14, 19),
-        ((6, 10), 36),
-    ],
+    [(8, None), (8, 1), (8, 11), ((4, 8), 5), ((16, 2), 11), ((16, 2), None), (14, 19), ((6, 10), 36)],
 )
 @torch.no_grad()
 def test_dct_is_scipys_and_keeps_the_lowest_frequencies(patch_size, count):

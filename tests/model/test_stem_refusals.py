@@ -255,13 +255,7 @@ MAPS = stem("hierarchical", out_features=["pyramid1", "stage2"])
         (VitEmbedForDepthEstimation, PYRAMID, "forward", PADDED, ["use_feature_pyramid=True", "pixel_mask"]),
         (VitEmbedBackbone, MAPS, "forward", PATCHES, ["out_features=['pyramid1', 'stage2']", "patch_embeds"]),
         (VitEmbedBackbone, MAPS, "forward", PADDED, ["out_features=['pyramid1', 'stage2']", "pixel_mask"]),
-        (
-            VitEmbedModel,
-            {},
-            "forward",
-            {**PATCHES, "pixel_mask": MASK},
-            ["pixel_mask", "patch_embeds have no pixels"],
-        ),
+        (VitEmbedModel, {}, "forward", {**PATCHES, "pixel_mask": MASK}, ["pixel_mask", "patch_embeds have no pixels"]),
         (VitEmbedModel, {"token_merge_size": 2}, "forward", PADDED, ["token_merge_size=2", "pixel_mask"]),
         *(
             (model_class, FAMILY[name], call, IMAGES, [f"stem_type='{name}'", "use another stem_type"])

@@ -32,11 +32,7 @@ RESNET = ResNetConfig(
 CONVNEXT = ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, out_features=["stage2"])
 # Strides 2, 4 and 8.
 CONVNEXT_MAPS = ConvNextConfig(
-    patch_size=2,
-    hidden_sizes=[8, 12, 16],
-    depths=[1, 1, 1],
-    num_stages=3,
-    out_features=["stage1", "stage2", "stage3"],
+    patch_size=2, hidden_sizes=[8, 12, 16], depths=[1, 1, 1], num_stages=3, out_features=["stage1", "stage2", "stage3"]
 )
 
 # stem: the fields that it cannot do without.
