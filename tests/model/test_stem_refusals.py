@@ -132,14 +132,11 @@ def stem(name: str, **fields) -> dict:
             for name in TOKEN_CHOOSING_STEMS
         ),
         *(
-            ({"patch_drop_rate": rate}, [f"patch_drop_rate must be a number in [0, 1), got {rate!r}"])
-            for rate in (1.0, -0.1, math.nan, "a half")
+            ({name: share}, [f"{name} must be a number in [0, 1), got {share!r}"])
+            for name in ("patch_drop_rate", "mask_ratio")
+            for share in (1.0, -0.1, math.nan, "a half")
         ),
         # masked image modelling
-        *(
-            ({"mask_ratio": ratio}, [f"mask_ratio must be a number in [0, 1), got {ratio!r}"])
-            for ratio in (1.0, -0.1, "most")
-        ),
         ({"norm_pix_loss": "yes"}, ["norm_pix_loss must be one of True, False"]),
         ({"decoder_num_hidden_layers": 0}, ["decoder_num_hidden_layers must be an integer >= 1"]),
         (
