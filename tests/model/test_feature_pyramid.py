@@ -21,9 +21,7 @@ def trunk_maps(model: torch.nn.Module, stages: tuple[int, ...]) -> tuple[torch.T
 @torch.no_grad()
 def test_pyramid_is_an_output_of_the_trunk():
     """Of a hierarchical stem always; of a hybrid one, the maps of its backbone, where asked for."""
-    assert VitEmbedConfig(stem_type="hierarchical").pyramid_widths == (96, 192, 384, 768), (
-        "ViT-B/16, as SOURCES.md says"
-    )
+    assert VitEmbedConfig(stem_type="hierarchical").pyramid_widths == (96, 192, 384, 768)  # ViT-B/16
     model = build("hierarchical")
     found = model(IMAGES).feature_pyramid
     assert [tuple(maps.shape) for maps in found] == [(2, 8, 16, 32), (2, 16, 8, 16), (2, 32, 4, 8)]
