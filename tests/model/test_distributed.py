@@ -80,7 +80,7 @@ def test_ignored_labels_of_two_processes_count_as_in_one(distributed_results, tm
 
 def test_every_stem_and_head_trains_in_two_processes(distributed_results):
     agree = distributed_results["family"]
-    assert len(agree) > 30 and all(agree.values()), agree
+    assert len(agree) > 20 and all(agree.values()), agree
 
 
 def test_trainer_in_two_processes_reports_the_mean_of_their_own_losses(distributed_results):
