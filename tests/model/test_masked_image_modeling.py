@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments, ViTMAEConfig, ViTMAEForPreT
 
 from vit_embed import VitEmbedForMaskedImageModeling, VitEmbedModel
 from vit_embed.options_vit_embed import STEM_TYPES, TOKEN_CHOOSING_STEMS
+from vit_embed.stem_layers_vit_embed import patchify
 
 EVERY_STEM = pytest.mark.parametrize("stem", [stem for stem in STEM_TYPES if stem not in TOKEN_CHOOSING_STEMS])
 # Tokens that each of three images keeps in `uneven_mask`: few, some, all of its 16.
@@ -143,6 +144,13 @@ def test_a_perfect_prediction_reconstructs_the_image(norm_pix_loss, shape):
     assert output.reconstruction.shape == image.shape and output.mask.shape == (2, rows, columns)
     torch.testing.assert_close(output.reconstruction, image, **CLOSE)
     assert output.loss < 1e-10
+
+
+@torch.no_grad()
+def test_hidden_patches_differ_by_their_place():
+    model, mask = model_of(norm_pix_loss=False), even_mask()
+    predicted = patchify(model(pixels(), mask).reconstruction, (8, 8))
+    assert predicted[0, mask[0]].std(dim=0).max() > 1e-2
 
 
 @torch.no_grad()
