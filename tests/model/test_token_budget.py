@@ -349,7 +349,6 @@ def test_budget_loss_by_hand(head):
     inputs = {"pixel_values": pixels(3, 64, 64), **labels[head]}
     model, outputs = build(head, adaptive_budget=0.3, adaptive_budget_weight=7.0, **ADAPTIVE).train(), []
     stem = model.trunk.embeddings.patch_embedding
-    nn.init.zeros_(stem.gate[-1].bias)  # some cells each way
     stem.register_forward_hook(lambda _, __, output: outputs.append(output))
     total = model(**inputs).loss
     share = 1 - 0.75 * coarse_cells(stem, inputs["pixel_values"]).mean()
@@ -436,6 +435,8 @@ def test_images_of_several_sizes_equal_themselves_alone(head, stem):
     images, mask, alone = padded(SIZES, filling=1e3)
     together = read(head, model, pixel_values=images, pixel_mask=mask)
     assert_alone(head, model, together, alone)
+    if stem == "adaptive":  # else it is another property
+        assert {1, 4} <= set(model.trunk.embeddings(images, pixel_mask=mask).layout.sizes.flatten().tolist())
     unreadable = padded(SIZES, filling=float("nan"))[0]
     again = read(head, model, pixel_values=unreadable, pixel_mask=mask.long())
     assert all(torch.equal(one, other) for one, other in zip(together, again))
@@ -487,6 +488,14 @@ def test_depth_of_several_sizes_learns_from_the_images_alone():
     torch.testing.assert_close(output.loss, expected, **CLOSE)
     with pytest.raises(ValueError, match=r"labels of a batch with pixel_mask must have its .* \(48, 64\)"):
         model(images, pixel_mask=mask, labels=labels[:, :32])
+
+
+def test_budget_loss_of_several_sizes_is_the_mean_over_them():
+    model = build("cls", stem_type="adaptive").train()
+    images, mask, alone = padded(SIZES)
+    expected = sum(model(image).stem_loss for image in alone) / 3
+    assert expected > 1e-3
+    torch.testing.assert_close(model(images, pixel_mask=mask).stem_loss, expected, **CLOSE)
 
 
 def edited(index: tuple, value: bool) -> torch.Tensor:

@@ -117,17 +117,21 @@ def stem_config(name: str, head: str = "trunk", **overrides) -> VitEmbedConfig:
     return config(**{**FAMILY[name], **HEADS[head].fields, **overrides})
 
 
-def build(name: str, head: str = "trunk", **overrides) -> torch.nn.Module:
-    """A model in eval mode, every weight random. A norm's running statistics are of some images, not 0 and 1, and a
-    gate decides by what it sees, not by its bias."""
-    model = randomised(HEADS[head].model_class(stem_config(name, head, **overrides)))
-    stem = model.trunk.embeddings.patch_embedding
+def gated_by_content(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, whose adaptive stem decides by what it sees, not by a bias: some cells each way."""
     with torch.no_grad():
-        for module in getattr(stem, "gate", ()):
+        for module in getattr(model.trunk.embeddings.patch_embedding, "gate", ()):
             if isinstance(module, torch.nn.LayerNorm):
                 module.weight.fill_(1.0)
             if hasattr(module, "bias"):
                 module.bias.zero_()
+    return model
+
+
+def build(name: str, head: str = "trunk", **overrides) -> torch.nn.Module:
+    """A model in eval mode, every weight random. A norm's running statistics are of some images, not 0 and 1."""
+    model = gated_by_content(randomised(HEADS[head].model_class(stem_config(name, head, **overrides))))
+    with torch.no_grad():
         model.trunk.embeddings.train()(2 * pixels(4, seed=9) + 1)
     return model.eval()
 
@@ -171,7 +175,7 @@ READINGS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_reading(name: str, **fields) -> torch.nn.Module:
     """A model in eval mode with the same random weights for equal shapes, whatever the fields."""
     head, needed = READINGS[name]
-    return randomised(HEADS[head].model_class(stem_config("conv", head, **{**needed, **fields})))
+    return gated_by_content(randomised(HEADS[head].model_class(stem_config("conv", head, **{**needed, **fields}))))
 
 
 @torch.no_grad()
