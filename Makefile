@@ -34,7 +34,9 @@ QUANTISERS := $(VENV)/quantisers
 .PHONY: demo test test-fast test-all test-4.57 test-matrix style format bench clean
 
 demo: $(DEMO_READY)
-	$(BIN)/python examples/search_pictures.py
+	$(BIN)/python embed_images.py examples/pictures --output demo_output/pictures.parquet
+	$(BIN)/python search.py demo_output/pictures.parquet --query "red fruit" --sheet demo_output/search.png
+	@echo "In the browser: $(BIN)/pip install gradio && $(BIN)/python app.py demo_output/pictures.parquet"
 
 test: $(READY) $(COMMON_SUITE)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not heavy" tests
