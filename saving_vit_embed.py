@@ -352,7 +352,9 @@ def fetch_companions(repo_id: str, folder: str, options: dict[str, Any]) -> set[
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return set()
     shutil.rmtree(os.path.join(folder, ".cache"), ignore_errors=True)
-    return set(os.listdir(folder))
+    found = set(os.listdir(folder))
+    # The two go together: beside somebody's modules our settings would be read as theirs.
+    return found | {SENTENCE_FILE} if MODULES_FILE in found else found
 
 
 def push(model: Any, folder: str | os.PathLike, names: list[str], repo_id: str, options: dict[str, Any]) -> CommitInfo:

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.npm_packages import Package, fetch, render_svg
-from recipes.pictures import read_rgba
+from vit_embed.retrieval.pictures import read_rgba
 
 logger = logging.getLogger(__name__)
 

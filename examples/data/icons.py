@@ -15,7 +15,7 @@ from PIL import Image
 from data.icon_names import clean, named_icons, split_style, words_of
 from data.near_duplicates import ink
 from data.npm_packages import fetch, render_svg
-from recipes.pictures import read_rgba
+from vit_embed.retrieval.pictures import read_rgba
 
 logger = logging.getLogger(__name__)
 

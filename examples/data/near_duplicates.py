@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from recipes.pictures import put_on, read_rgba
+from vit_embed.retrieval.pictures import put_on, read_rgba
 
 NEAR_DUPLICATE_COSINE = 0.95
 THUMBNAIL = 16  # pixels on a side

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from recipes.arguments import DataArguments
-from recipes.pictures import UNREADABLE, read_rgb
+from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
 
 logger = logging.getLogger(__name__)
 

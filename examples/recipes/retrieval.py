@@ -11,7 +11,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipes.drawing import draw_label, draw_picture, frame, new_sheet, save_figure, spread_over
-from recipes.pictures import as_rgb
+from vit_embed.retrieval.pictures import as_rgb
 
 RECALL_AT = (1, 5, 10)
 SHEET_QUERIES, SHEET_COLUMNS = 8, 8

@@ -12,7 +12,7 @@ from PIL import Image
 
 from recipes.drawing import draw_label, draw_picture, new_sheet, save_figure
 from recipes.embedding import embed_pictures
-from recipes.pictures import PICTURE_SUFFIXES, UNREADABLE, NoteCounts, as_rgb, read_rgb
+from vit_embed.retrieval.pictures import PICTURE_SUFFIXES, UNREADABLE, NoteCounts, as_rgb, read_rgb
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import run_fresh
 
 import vit_embed
@@ -18,19 +19,13 @@ pytestmark = [
 ]
 
 
-def accuracies(repo: str, ecosystem: str) -> dict[str, float]:
+def accuracies(repo: str) -> dict[str, float]:
     """Of the pictures' names among each other, by a task of mteb and by the model's own features."""
-    import sys
-    from pathlib import Path
-
-    import torch
-    from PIL import Image as Picture
-
-    sys.path.insert(0, ecosystem)
     import mteb
     from datasets import Dataset, DatasetDict, Image
     from mteb.abstasks import AbsTaskZeroShotClassification
     from mteb.abstasks.task_metadata import TaskMetadata
+    from PIL import Image as Picture
     from sentence_transformers import SentenceTransformer
     from transformers import AutoModel, AutoProcessor
 
@@ -78,22 +73,18 @@ def accuracies(repo: str, ecosystem: str) -> dict[str, float]:
 
 
 def test_mteb_finds_the_accuracy_of_the_features(tmp_path):
-    found = run_fresh(accuracies, tmp_path, repo=str(REPO), ecosystem=str(ECOSYSTEM))
+    found = run_fresh(accuracies, tmp_path, repo=str(REPO), environment={"PYTHONPATH": str(ECOSYSTEM)})
     assert found["mteb"] == pytest.approx(found["own"], abs=1e-6)
     assert found["own"] > 0.7  # of 60 names, so chance is 0.02
 
 
-def train_sharded(rank: int, rates: dict[str, float], ecosystem: str) -> dict:
+def train_sharded(rank: int, rates: dict[str, float]) -> dict:
     """{model: what one of two processes sees under ZeRO 3, or its error}; rates: of SGD, by model."""
     import copy
-    import sys
 
-    import tiny
-    import torch
-    from catalogue import CLASSES
-
-    sys.path.insert(0, ecosystem)
     import deepspeed
+    import tiny
+    from catalogue import CLASSES
 
     # Its way through shared memory, which it would compile first: a compiler and two minutes. gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -157,9 +148,8 @@ def sharded(tmp_path_factory) -> list[dict]:
     rates = {"classification": 0.01, "depth": 10.0, "contrastive": 0.01, "stock CLIP": 0.01}
 
     def work(rank: int) -> dict:
-        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        home, arguments = folder / str(rank), {"rates": rates, "ecosystem": str(ECOSYSTEM)}
-        return run_fresh(train_sharded, home, environment=variables, rank=rank, **arguments)
+        variables = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ECOSYSTEM)}
+        return run_fresh(train_sharded, folder / str(rank), environment=variables, rank=rank, rates=rates)
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(work, range(2)))

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from fresh_process import run_fresh
+from fresh_process import auto_load, outputs, run_fresh
 from PIL import Image
 from training_runs import run_here
 
@@ -77,12 +78,6 @@ def write_data(folder: Path) -> None:
 
 def read(results: dict, picture: str) -> dict:
     """{recipe: [class, numbers]} of what each folder's own code says of a picture."""
-    import sys
-
-    import torch
-    import transformers
-    from fresh_process import auto_load, outputs
-
     found = {"version": transformers.__version__, "package_imported": "vit_embed" in sys.modules}
     for recipe, (folder, reader) in results.items():
         if reader.startswith("Auto"):

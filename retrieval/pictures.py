@@ -1,7 +1,7 @@
 """Pictures as they come in files and data sets -> RGB or RGBA of 8 bits, upright.
 
-The only place of the examples that opens or converts a picture. What had to be changed comes back as notes, which the
-callers count and log (`NoteCounts`, `recipes.data.check_rows`).
+The only place that opens or converts a picture. What had to be changed comes back as notes, which the callers count and
+log (`NoteCounts`, `recipes.data.check_rows`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ SCALED = "16 bits of grey, scaled to 8"
 ON_WHITE = "transparency, put on white"
 ON_BLACK = "a white drawing on transparency, put on black"
 Source = str | Path | BinaryIO | Image.Image
+# Below this many pixels a picture is read whole: decoding it smaller would save little and show.
+LEAST_REDUCED = 1_000_000
 # Two greys nearer than this (of 255) look alike: what is drawn in one cannot be seen on the other.
 VISIBLE_CONTRAST = 16
 
@@ -33,16 +35,7 @@ def read_rgba(picture: Source) -> tuple[Image.Image, list[str]]:
     Raises:
         one of UNREADABLE: no picture, a damaged one, or floating point values, whose range is unknown.
     """
-    picture = picture if isinstance(picture, Image.Image) else Image.open(picture)
-    notes = []
-    upright = ImageOps.exif_transpose(picture)
-    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        notes.append(TURNED)
-    if upright.mode.startswith("I"):  # Pillow would cut values above 255
-        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
-        notes.append(SCALED)
-    elif upright.mode == "F":
-        raise ValueError("expected a picture of 8 or 16 bits, got floating point values of unknown range")
+    upright, notes = _upright(picture if isinstance(picture, Image.Image) else Image.open(picture))
     return upright.convert("RGBA"), notes
 
 
@@ -55,7 +48,10 @@ def read_rgb(picture: Source) -> tuple[Image.Image, list[str]]:
     Raises:
         as read_rgba.
     """
-    rgba, notes = read_rgba(picture)
+    upright, notes = _upright(picture if isinstance(picture, Image.Image) else Image.open(picture))
+    if not upright.has_transparency_data:
+        return upright.convert("RGB"), notes
+    rgba = upright.convert("RGBA")
     alpha = rgba.getchannel("A")
     if alpha.getextrema()[0] == 255:
         return rgba.convert("RGB"), notes
@@ -64,6 +60,42 @@ def read_rgb(picture: Source) -> tuple[Image.Image, list[str]]:
     if is_blank and alpha.getextrema()[1] >= VISIBLE_CONTRAST:
         return put_on(rgba, "black"), [*notes, ON_BLACK]
     return rgb, [*notes, ON_WHITE]
+
+
+def read_reduced(file: BinaryIO, side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture's file -> RGB as of `read_rgb`, and its (width, height), upright, in the file.
+
+    Args:
+        side: a picture of LEAST_REDUCED pixels or more is made smaller on the way, by a whole factor, and no side below
+            this; of a JPEG the decoder makes it smaller, which is most of the time that it takes. None keeps the size.
+
+    Raises:
+        as read_rgba.
+    """
+    picture = Image.open(file)
+    width, height = picture.size
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
+        width, height = height, width
+    if side is None or width * height < LEAST_REDUCED:
+        return read_rgb(picture)[0], (width, height)
+    picture.draft(None, (side, side))
+    rgb = read_rgb(picture)[0]
+    factor = min(rgb.size) // side
+    return rgb.reduce(factor) if factor > 1 else rgb, (width, height)
+
+
+def _upright(picture: Image.Image) -> tuple[Image.Image, list[str]]:
+    """A picture turned by its EXIF tag, in 8 bits; and notes on changes."""
+    notes = []
+    upright = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        notes.append(TURNED)
+    if upright.mode.startswith("I"):  # Pillow would cut values above 255
+        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+        notes.append(SCALED)
+    elif upright.mode == "F":
+        raise ValueError("expected a picture of 8 or 16 bits, got floating point values of unknown range")
+    return upright, notes
 
 
 def as_rgb(picture: Source) -> Image.Image:
