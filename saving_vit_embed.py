@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -383,6 +384,10 @@ def other_parts(*names: str) -> list[str]:
     return [r"embeddings\.position_ids$", *(rf"^{name}(\.|$)" for name in names)]
 
 
+# Every model that a constructor has made, towers included: several may hold one config object.
+MADE: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 class CheckpointMixin:
     """Of a model class: how its checkpoint is loaded and saved."""
 
@@ -574,4 +579,22 @@ class ImageCheckpointMixin(CheckpointMixin):
                     "folder, or keep vision_model.embeddings on a device"
                 )
             embeddings.resize_positions(changed.grid_size)
+        self._part_config()
         self.config.image_size = changed.image_size
+
+    def _part_config(self) -> None:
+        """Leaves a copy of the config to the models that hold the same object and are neither parts of this one nor
+        have it as a part.
+
+        They take the copy, as what this model is a part of (a dense model of transformers, say) holds the object, too.
+        """
+        config = self.config
+        models = [model for model in list(MADE) if model.config is config]
+        together = {module for model in models if self in model.modules() for module in model.modules()}
+        copied = copy.copy(config)  # not deep: its text_config is that of the text tower
+        for model in models:
+            if model in together:
+                continue
+            for module in model.modules():
+                if getattr(module, "config", None) is config:
+                    module.config = copied
