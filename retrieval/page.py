@@ -276,8 +276,8 @@ def _on(triggers: list[Any], function: Callable[..., tuple], inputs: list[Any], 
     gr.on(triggers, answered(function, empty), inputs, outputs, show_progress="minimal", **ONE_AT_A_TIME)
 
 
-def launch(page: gr.Blocks, host: str, port: int, *, wait: bool = True) -> None:
-    """Serves the page until it is stopped, or with `wait=False` beside what the process does next.
+def launch(page: gr.Blocks, host: str, port: int) -> None:
+    """Serves the page beside what the process does next; `page.block_thread()` waits for Ctrl-C.
 
     Raises:
         OSError: the port is taken, or this machine has no such address.
@@ -292,7 +292,7 @@ def launch(page: gr.Blocks, host: str, port: int, *, wait: bool = True) -> None:
         server_port=port,
         share=False,
         quiet=True,
-        prevent_thread_lock=not wait,
+        prevent_thread_lock=True,
         max_file_size=MAX_UPLOAD,
         app_kwargs={"middleware": [Middleware(Guard)]},
         ssr_mode=False,

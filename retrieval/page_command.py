@@ -43,8 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
             from vit_embed.retrieval.views import load_views
 
             page = build_page(load_views(options.model, options.vectors))
-            print(f"the page is http://{options.host}:{options.port}/, Ctrl-C stops it", flush=True)
             launch(page, options.host, options.port)
+            print(f"the page is http://{options.host}:{options.port}/, Ctrl-C stops it", flush=True)
+            page.block_thread()
         except (ValueError, OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_ERROR

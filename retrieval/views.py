@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from vit_embed import VitEmbedForDepthEstimation
+from vit_embed.options_vit_embed import GRIDLESS_STEMS
 from vit_embed.retrieval.colours import in_colour, overlay, with_scale
 from vit_embed.retrieval.embedder import (
     Failure,
@@ -76,12 +76,11 @@ class Views:
         self.model, self.processor, self.vectors = model, processor, vectors
         self.pictures = PictureEmbedder(model, processor)
         self.texts = TextEmbedder(model, tokenizer) if tokenizer is not None else None
-        blank = torch.zeros(1, model.config.num_channels, *model.config.image_shape, dtype=model.dtype)
-        blank = blank.to(model.device)
         self.has_search = vectors is not None
         self.has_classes = self.texts is not None and hasattr(model, "logit_scale")
-        self.has_attention = _gives(lambda: model.trunk.get_class_attentions(blank))
-        self.has_similarity = self.has_classes and _gives(lambda: model.get_patch_features(blank))
+        has_grid = model.config.stem_type not in GRIDLESS_STEMS
+        self.has_attention = has_grid and model.config.use_cls_token
+        self.has_similarity = has_grid and self.has_classes
         self.has_depth = isinstance(model, VitEmbedForDepthEstimation)
         if not (self.has_search or self.has_classes or self.has_attention or self.has_depth):
             raise ValueError(f"{type(model).__name__} alone has nothing to show; give a store to search in")
@@ -308,16 +307,6 @@ def _check_store(model: torch.nn.Module, vectors: Vectors) -> None:
             f"{vectors.path} was made with other weights than this model's ({vectors.about['model']}); name that model "
             "with --model, or embed the pictures anew"
         )
-
-
-def _gives(call: Callable[[], Any]) -> bool:
-    """Whether the model can do it: its refusals are ValueErrors."""
-    try:
-        with torch.inference_mode():
-            call()
-    except ValueError:
-        return False
-    return True
 
 
 def _is_below(path: str, vectors: Vectors) -> bool:
