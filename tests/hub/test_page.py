@@ -33,7 +33,7 @@ FLAGS = (
     "--hide-scrollbars",
     "--window-size=1280,900",
 )
-SECONDS = 60
+SECONDS = 30
 
 
 def free_port() -> int:
@@ -42,9 +42,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launched(views, folder: Path, monkeypatch) -> tuple:
+def launched(views) -> tuple:
     """The page and its address, served by a thread of this process."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(folder))
     from vit_embed.retrieval.page import build_page, launch
 
     page, port = build_page(views), free_port()
@@ -52,10 +51,13 @@ def launched(views, folder: Path, monkeypatch) -> tuple:
     return page, f"http://127.0.0.1:{port}/"
 
 
-@pytest.fixture(scope="module")
-def monkeypatched():
+@pytest.fixture(scope="module", autouse=True)
+def copies(tmp_path_factory):
+    """Where Gradio keeps uploads and results: one folder for a process."""
     with pytest.MonkeyPatch.context() as patch:
-        yield patch
+        folder = tmp_path_factory.mktemp("copies")
+        patch.setenv("GRADIO_TEMP_DIR", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +79,18 @@ def bad(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def address(store, tmp_path_factory, monkeypatched):
-    page, address = launched(load_views(None, store), tmp_path_factory.mktemp("served"), monkeypatched)
+def address(store):
+    page, address = launched(load_views(None, store))
     yield address
     page.close()
 
 
 @pytest.fixture(scope="module")
-def depth_address(tmp_path_factory, monkeypatched):
+def depth_address(tmp_path_factory):
     """Of a depth model without a store."""
     folder = tmp_path_factory.mktemp("depth")
     tiny.randomised(VitEmbedForDepthEstimation(tiny.vision_config(max_depth=10.0))).save_pretrained(folder)
-    page, address = launched(load_views(str(folder), None), tmp_path_factory.mktemp("served"), monkeypatched)
+    page, address = launched(load_views(str(folder), None))
     yield address
     page.close()
 
@@ -198,9 +200,9 @@ def test_text_from_strangers_stays_text():
 
 
 @pytest.fixture
-def restored(monkeypatch):
+def restored(monkeypatch, copies):
     """`main` gives Gradio a folder of its own, by a variable of the process."""
-    monkeypatch.setenv("GRADIO_TEMP_DIR", os.environ.get("GRADIO_TEMP_DIR", ""))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(copies))
 
 
 def test_a_missing_gradio_is_named(monkeypatch, capsys, restored):
@@ -279,7 +281,7 @@ class Browser:
 
     def type(self, box: str, text: str) -> None:
         area = self.one(f"#{box} textarea, #{box} input")
-        area.clear()
+        area.send_keys("\ue009a\ue000\ue003")  # Ctrl-A, Backspace
         area.send_keys(text)
 
     def upload(self, box: str, file: Path) -> None:
@@ -421,14 +423,14 @@ def test_bad_uploads_and_texts_get_a_line(address, browser, bad):
     page.type("words", "cat " * 40)
     page.click("search")
     page.said("found", "is too long")
-    page.type("words", "")
+    page.type("words", "a cat")
     for name, words in BAD.items():
         page.upload("search-picture", bad / name)
         page.click("search")
         page.said("found", words)
         if name == "short.png":
             page.screenshot("refused")
-        page.type("words", "")
+        page.until(lambda: not page.all("#tiles img"))
     page.tab("Maps")
     page.upload("map-picture", bad / "short.jpg")
     page.click("draw")
@@ -437,7 +439,7 @@ def test_bad_uploads_and_texts_get_a_line(address, browser, bad):
     page.tab("Search")
     page.upload("search-picture", PICTURES / "rocket.png")
     page.click("search")
-    page.said("found", "12 of 31 pictures")  # after all that
+    page.said("found", "12 of 31 pictures")  # the queue goes on
 
 
 @in_chromium
