@@ -48,10 +48,11 @@ CSS = """
 #top p { color: var(--body-text-color-subdued); margin: .1rem 0 0; }
 .note { padding: .55rem .8rem; border-radius: 8px; background: var(--background-fill-secondary); }
 .note.refused { background: #fef3c7; color: #78350f; border-left: 4px solid #f59e0b; }
-.grid-wrap { max-height: none !important; overflow: visible !important; }
+.grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; overflow: visible !important; }
 .thumbnail-lg { display: flex !important; flex-direction: column; height: auto !important;
   aspect-ratio: auto !important; }
 .thumbnail-lg img { height: auto !important; aspect-ratio: 1; padding: 6px; }
+#near img, #looks img, #depth img { aspect-ratio: auto; }
 .thumbnail-lg .caption-label { position: static !important; width: 100%; max-width: none !important;
   border: 0 !important; font-size: .85rem; text-align: center; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }

@@ -21,6 +21,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", help="folder or Hub id; default: the model that NAME.parquet was made with")
     parser.add_argument(
+        "--source", help="the pictures, where they have been moved since; else they are found by themselves"
+    )
+    parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1, this machine alone; 0.0.0.0: all)"
     )
     parser.add_argument("--port", type=int, default=7860, help="default 7860")
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             from vit_embed.retrieval.page import build_page, launch
             from vit_embed.retrieval.views import load_views
 
-            page = build_page(load_views(options.model, options.vectors))
+            page = build_page(load_views(options.model, options.vectors, options.source))
             launch(page, options.host, options.port)
             print(f"the page is http://{options.host}:{options.port}/, Ctrl-C stops it", flush=True)
             page.block_thread()

@@ -240,8 +240,9 @@ class Views:
         drawn = with_scale(
             in_colour(depth, low, high, base.size), low, high, "viridis", lambda value: f"{value:.2f}{unit}"
         )
-        scale = "metres" if unit else "no unit: the model knows what is nearer, not how near"
-        note = f"From {low:.2f}{unit} to {high:.2f}{unit}, the median {middle:.2f}{unit} ({scale})."
+        note = f"From {low:.2f}{unit} to {high:.2f}{unit}, the median {middle:.2f}{unit}."
+        if not unit:
+            note += " The numbers have no unit: they say what is nearer, not how near."
         return base, drawn, note
 
     # ----------------------------------------------------------------------------------------------------- pictures
@@ -275,13 +276,17 @@ class Views:
         }
 
 
-def load_views(model: str | None, store: str | os.PathLike | None) -> Views:
+def load_views(model: str | None, store: str | os.PathLike | None, source: str | None = None) -> Views:
     """The views of a folder or Hub id, or of the model that a store was made with.
+
+    source: where the store's pictures lie now; None is where they lay when they were embedded.
 
     Raises:
         ValueError: as of load_vectors, load_model and Views.
     """
     vectors = load_vectors(store) if store is not None else None
+    if vectors is not None and source is not None:
+        vectors = vectors._replace(about={**vectors.about, "source": source})
     name = model or (vectors.about["model"] if vectors is not None else None)
     if name is None:
         raise ValueError("expected a store (photos.parquet), or --model, or both; got neither")

@@ -408,7 +408,7 @@ def test_a_model_of_depth_has_other_tabs(depth_address, browser):
     page.tab("Depth")
     page.upload("depth-picture", PICTURES / "cat.png")
     page.click("measure")
-    page.said("measured", "(metres)")
+    page.said("measured", " m, the median ")
     page.until(lambda: page.loaded("depth") == 2)
     assert page.captions("depth") == ["what the model sees", "depth"]
     page.screenshot("depth")
