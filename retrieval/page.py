@@ -48,7 +48,8 @@ CSS = """
 #top p { color: var(--body-text-color-subdued); margin: .1rem 0 0; }
 .note { padding: .55rem .8rem; border-radius: 8px; background: var(--background-fill-secondary); }
 .note.refused { background: #fef3c7; color: #78350f; border-left: 4px solid #f59e0b; }
-.grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; overflow: visible !important; }
+.grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important;
+  overflow: visible !important; }
 .thumbnail-lg { display: flex !important; flex-direction: column; height: auto !important;
   aspect-ratio: auto !important; }
 .thumbnail-lg img { height: auto !important; aspect-ratio: 1; padding: 6px; }

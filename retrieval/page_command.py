@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import tempfile
 
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             page = build_page(load_views(options.model, options.vectors, options.source))
             launch(page, options.host, options.port)
             print(f"the page is http://{options.host}:{options.port}/, Ctrl-C stops it", flush=True)
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # the folder goes then, too
             page.block_thread()
         except (ValueError, OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)

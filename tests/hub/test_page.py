@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -444,6 +445,24 @@ def test_bad_uploads_and_texts_get_a_line(address, browser, bad):
 
 @in_chromium
 @pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("notes.txt", 100, "Only image/* allowed"),
+        ("large.png", 41 * 2**20, "exceed the maximum allowed size of 40.0 Mb"),
+    ],
+)
+def test_what_is_not_taken_is_said_at_once(address, browser, tmp_path, name, size, words):
+    (tmp_path / name).write_bytes(b"x" * size)
+    page = browser(address)
+    page.one("#search-picture input[type=file]").send_keys(str(tmp_path / name))
+    page.until(lambda: words in page.one(".toast-body").text)
+    page.type("words", "a rocket\n")
+    page.until(lambda: page.captions("tiles")[0] == "0.54 rocket.png")
+
+
+@in_chromium
+@pytest.mark.heavy
 def test_two_visitors_get_their_own_answers(address, browser):
     pages = {"a red heart": browser(address), "a rocket": browser(address)}
     failures = []
@@ -468,7 +487,8 @@ def test_two_visitors_get_their_own_answers(address, browser):
 
 @in_chromium
 @pytest.mark.heavy
-def test_the_command_serves_the_page(store, browser):
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_the_page(store, browser, ending):
     """As a user starts it, in a process of its own; its copies are gone with it."""
     port = free_port()
     command = [sys.executable, "-m", "vit_embed.app", str(store), "--port", str(port)]
@@ -490,6 +510,6 @@ def test_the_command_serves_the_page(store, browser):
             served = Path(page.one("#tiles img").get_attribute("src").partition("file=")[2])
             assert served.is_file()
         finally:
-            app.send_signal(2)  # Ctrl-C
+            app.send_signal(ending)
         assert app.wait(SECONDS) == 0
     assert not served.parents[1].exists()
