@@ -47,6 +47,9 @@ IN_WORDS = {
     "MemoryError": "it needs more memory than there is",
 }
 MAX_LISTED = 40  # texts of one question
+# Longer side of an upload by the shorter one. Processors enlarge the shorter side before they crop: a line of
+# 1 x 20,000 pixels would take gigabytes.
+MAX_ASPECT = 32
 
 Tile = tuple[Image.Image, str]
 
@@ -147,6 +150,7 @@ class Views:
 
     def picture_vector(self, picture: str) -> torch.Tensor:
         """An uploaded file -> (D,) of unit length."""
+        self._read(picture)  # says what is wrong with it
         rows = self.pictures([Item("picture", "", picture)])
         if rows.failures:
             raise ValueError(_refusal(picture, rows.failures[0].reason))
@@ -251,9 +255,12 @@ class Views:
         """An uploaded file in RGB, no larger than is of use."""
         try:
             with open_content(picture) as file:
-                return read_reduced(file, max(2 * SHOWN, self.pictures.side * int(detail)))[0]
+                image, size = read_reduced(file, max(2 * SHOWN, self.pictures.side * int(detail)))
         except (*UNREADABLE, MemoryError) as error:
             raise ValueError(_refusal(picture, f"{type(error).__name__}: {error}")) from None
+        if max(size) > MAX_ASPECT * min(size):
+            raise ValueError("This picture cannot be read: it is too long and thin. Try another one.")
+        return image
 
     def _pixels(self, image: Image.Image, detail: int = 1) -> torch.Tensor:
         """(1, 3, H, W) as the model takes it, each side `detail` times its own."""

@@ -15,6 +15,7 @@ BAD = {
     "empty.png": "the file is empty",
     "short.png": "damaged, or cut short",
     "short.jpg": "damaged, or cut short",
+    "line.png": "too long and thin",
     "bomb.png": "more pixels than can be read here",
 }
 
@@ -28,6 +29,7 @@ def write_bad(folder: Path) -> Path:
         file = io.BytesIO()
         noise.save(file, form)
         (folder / name).write_bytes(file.getvalue()[: len(file.getvalue()) // 3])
+    Image.new("L", (20_000, 1)).save(folder / "line.png")
     Image.new("1", (14_000, 14_000)).save(folder / "bomb.png")
     return folder
 
