@@ -168,15 +168,29 @@ class PictureEmbedder:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest() if self.hashed else None
                 file.seek(0)
                 picture, size = read_reduced(file, self.side if self.reduced else None)
-            return Read(item, self._processed(picture), *size, sha256)
+            return Read(item, self._processed(picture, size), *size, sha256)
         except (*UNREADABLE, MemoryError) as error:
             return Failure(item, _reason(error))
 
-    def _processed(self, picture: Image.Image) -> np.ndarray:
-        if not self.is_plain:
-            return np.asarray(self.processor(picture, return_tensors="np").pixel_values[0])
-        pixels = self.processor(picture, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
-        return np.asarray(pixels, dtype=np.uint8)
+    def _processed(self, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
+        """What the processor makes of a picture that was `size`, (width, height), in its file.
+
+        Its shortest edge fixes the other one, rounded down: of a reduced picture that can be a pixel more or less, which
+        moves the crop. So the size that the whole picture would get is asked for.
+        """
+        options = {"return_tensors": "np"}
+        if self.is_plain:
+            options.update(do_rescale=False, do_normalize=False)
+        edge = dict(self.processor.size).get("shortest_edge")
+        if edge and edge * edge * max(size) > Image.MAX_IMAGE_PIXELS * min(size):
+            raise ValueError(
+                f"{size[0]} x {size[1]} pixels would become gigabytes where the shorter side is made {edge}"
+            )
+        if edge and picture.size != size:
+            width, height = (edge * side // min(size) for side in size)
+            options["size"] = {"height": height, "width": width}
+        pixels = self.processor(picture, **options).pixel_values[0]
+        return np.asarray(pixels, dtype=np.uint8 if self.is_plain else None)
 
     @torch.inference_mode()
     def embed(self, read: Sequence[Read | Failure]) -> Rows:

@@ -80,8 +80,9 @@ def read_reduced(file: BinaryIO, side: int | None) -> tuple[Image.Image, tuple[i
         return read_rgb(picture)[0], (width, height)
     picture.draft(None, (side, side))
     rgb = read_rgb(picture)[0]
-    factor = min(rgb.size) // (2 * side)  # of a mean over whole blocks more is seen than of the decoder's own
-    return rgb.reduce(factor) if factor > 1 else rgb, (width, height)
+    factor = min(rgb.size) // (2 * side)  # a mean over blocks shows more than the decoder's own way
+    smaller = (rgb.width // factor, rgb.height // factor) if factor > 1 else rgb.size
+    return rgb.resize(smaller, Image.Resampling.BOX), (width, height)
 
 
 def _upright(picture: Image.Image) -> tuple[Image.Image, list[str]]:

@@ -12,7 +12,14 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from vit_embed.retrieval.embedder import Failure, PictureEmbedder, TextEmbedder, load_image_processor, load_model
+from vit_embed.retrieval.embedder import (
+    Failure,
+    PictureEmbedder,
+    TextEmbedder,
+    fingerprint,
+    load_image_processor,
+    load_model,
+)
 from vit_embed.retrieval.search import (
     EXACT_LIMIT,
     Answer,
@@ -94,6 +101,10 @@ def answer(vectors: Vectors, options: argparse.Namespace) -> int:
     if len(vectors.paths) > EXACT_LIMIT and index_of(vectors) is None:
         logger.info("%d vectors are read one by one; --build_index makes an index", len(vectors.paths))
     model = load_model(options.model or vectors.about["model"], vectors.about["dtype"])
+    if fingerprint(model) != vectors.about["weights"]:
+        raise ValueError(
+            f"{vectors.path} was embedded by other weights than {model.name_or_path} has; --model names the right ones"
+        )
     query = combine(
         [*embed_texts(model, options, options.query), *embed_pictures(model, options, options.query_image)],
         [*embed_texts(model, options, options.minus), *embed_pictures(model, options, options.minus_image)],

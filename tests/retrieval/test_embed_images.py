@@ -164,12 +164,23 @@ def test_a_large_picture_is_decoded_smaller_but_never_below_twice_the_side(form,
     file = io.BytesIO(encoded(large, form, exif=exif, compress_level=1))
     small, original = read_reduced(file, 448)
     assert original == size[::-1]
-    assert 448 <= min(small.size) < 2 * 448 and (small.width < small.height) == (size[0] > size[1])
+    assert 448 <= min(small.size) < 4 * 448 and (small.width < small.height) == (size[0] > size[1])
     whole, _ = read_reduced(io.BytesIO(file.getvalue()), None)
     assert whole.size == original
     # What the processor then makes of both differs by rounding and by the kind of mean.
     views = [np.asarray(each.resize((224, 224), Image.Resampling.BICUBIC), float) for each in (small, whole)]
     assert np.abs(views[0] - views[1]).mean() < 1.0
+
+
+@pytest.mark.parametrize("size", [(4243, 2828), (2828, 4243), (3464, 3464)])
+def test_a_reduced_picture_is_cropped_where_the_whole_one_is(size):
+    """531 x 354 for 4243 x 2828 is not the same shape: its longer side would come out a pixel longer."""
+    large = picture(0, 60, 40).resize(size, Image.Resampling.BILINEAR)
+    item = Item("a.jpg", "", encoded(large, "JPEG", quality=95))
+    reduced, whole = (load_embedder(str(REPO), "float32", reduced=reduced) for reduced in (True, False))
+    assert reduced.embed([reduced.read(item)]).embeddings[0] @ whole([item]).embeddings[0] > 0.999
+    pixels = [each.read(item).pixels.astype(int) for each in (reduced, whole)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 2.0
 
 
 def test_a_picture_below_a_megapixel_is_read_whole():
@@ -315,6 +326,7 @@ def spoil(folder: Path) -> dict[str, str]:
     (folder / "bomb.png").write_bytes(bomb)
     Path(os.fsdecode(bytes(folder) + b"/name\xff.png")).write_bytes(encoded(picture(1)))
     Image.fromarray(np.ones((4, 4), np.float32)).save(folder / "float.tif")
+    Image.new("RGB", (1, 60_000)).save(folder / "thread.png")
     return {
         "truncated.jpg": "truncated",
         "truncated.png": "",
@@ -325,6 +337,7 @@ def spoil(folder: Path) -> dict[str, str]:
         "bomb.png": "decompression bomb",
         "name\\udcff.png": "not UTF-8",
         "float.tif": "floating point",
+        "thread.png": "1 x 60000 pixels would become gigabytes",
     }
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from PIL import Image
 
+from vit_embed import VitEmbedForContrastive
 from vit_embed.retrieval import search
 from vit_embed.retrieval.embed_command import main as embed
 from vit_embed.retrieval.search_command import EXIT_ERROR, EXIT_NOTHING, main
@@ -178,6 +180,7 @@ def test_an_index_finds_nearly_what_exact_search_does_and_is_left_when_rows_come
         (["{folder}/foreign.parquet", "--query", "a cat"], "was not written by vit_embed.embed_images"),
         (["{folder}/empty.parquet", "--query", "a cat"], "none of its pictures could be read"),
         (["{store}", "--query", "a cat", "--model", "{folder}"], "expected --model to be a folder or Hub id"),
+        (["{store}", "--query", "a cat", "--model", "{folder}/other"], "was embedded by other weights than"),
     ],
 )
 def test_a_bad_search_is_an_error(store, arguments, message, tmp_path, capsys):
@@ -185,6 +188,7 @@ def test_a_bad_search_is_an_error(store, arguments, message, tmp_path, capsys):
         (tmp_path / f"{name}.parquet").mkdir()
         schema = pa.schema([("path", pa.string()), ("embedding", pa.list_(pa.float32(), 4))], metadata=metadata)
         pq.write_table(schema.empty_table(), tmp_path / f"{name}.parquet" / "part-00000.parquet")
+    VitEmbedForContrastive(tiny.dual_config()).save_pretrained(tmp_path / "other")
     assert main([each.format(store=store, folder=tmp_path) for each in arguments]) == EXIT_ERROR
     assert message in capsys.readouterr().err
 
