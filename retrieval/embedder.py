@@ -39,12 +39,13 @@ class Failure(NamedTuple):
 class Read(NamedTuple):
     """An item as the model takes it.
 
-    pixels: (3, H, W) uint8 as the processor cropped them, or float32 where it does not rescale and normalise.
+    pixels: (3, H, W) uint8 as the processor cropped them, or float32 where it does not rescale and normalise; None once
+        they are embedded.
     width, height: of the picture, upright, before anything is done to it. sha256: of its file, where asked for.
     """
 
     item: Item
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     width: int
     height: int
     sha256: str | None = None
@@ -165,11 +166,15 @@ class PictureEmbedder:
             item.key.encode()
         except UnicodeEncodeError:
             return Failure(item, "the name is not UTF-8; rename the file")
+        side = self.side if self.reduced else None
         try:
+            if isinstance(item.content, Image.Image):
+                picture, size = read_reduced(item.content, side)
+                return Read(item, self._processed(picture), *size)
             with open_content(item.content) as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest() if self.hashed else None
                 file.seek(0)
-                picture, size = read_reduced(file, self.side if self.reduced else None)
+                picture, size = read_reduced(file, side)
             return Read(item, self._processed(picture), *size, sha256)
         except (*UNREADABLE, MemoryError) as error:
             return Failure(item, f"{type(error).__name__}: {error}")
@@ -199,6 +204,8 @@ class PictureEmbedder:
                     patches[place] = grid
         width = 0 if good else self.model.config.projection_dim
         stacked = np.stack(embeddings) if good else np.zeros((0, width), np.float32)
+        # A shard of rows waits to be written, or travels: its pixels and files would be gigabytes.
+        good = [each._replace(pixels=None, item=each.item._replace(content=b"")) for each in good]
         return Rows(good, failures, stacked, patches if self.patches else None)
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:
