@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import os
 import sys
@@ -163,7 +164,8 @@ def dtype_there(options: argparse.Namespace) -> str:
 
 def absolute(source: str) -> str:
     """A path that is right from other folders, too."""
-    return os.path.abspath(source) if os.path.exists(source.split("*")[0] or ".") else source
+    is_here = "://" not in source and (os.path.exists(source) or glob.has_magic(source))
+    return os.path.abspath(source) if is_here else source
 
 
 def _has_gpu() -> bool:

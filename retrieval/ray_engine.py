@@ -1,9 +1,12 @@
 """A source, a model and a store -> a run on every machine of a Ray cluster.
 
 Reading, retries, backpressure and placement are Ray Data's. Ours is one callable, `EmbedItems`, that it maps over
-batches: the embedder of the local engine, a copy on each GPU, or on each CPU core where there is no GPU. The process that
-starts the run keeps the store: it alone writes shards, from the stream of rows that comes back (a kilobyte a picture), so
-a shard is whole or absent as ever, and the other machines need no common disk.
+batches: the embedder of the local engine, a copy on each GPU, or on each CPU core where there is no GPU. The process
+that starts the run keeps the store: it alone writes shards, from the stream of rows that comes back (a kilobyte a
+picture), so a shard is whole or absent as ever, and the other machines need no common disk.
+
+A row of Ray's is several batches of ours (`_pickled`, `_packed`): Ray joins and splits blocks of rows by their bytes,
+and would give half a million paths to one copy of the model.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from tqdm import tqdm
 from vit_embed.retrieval.callables import EmbedPictures
 from vit_embed.retrieval.embed_command import absolute, dtype_there, facts, named, report
 from vit_embed.retrieval.run import SAID
-from vit_embed.retrieval.sources import Source, find_source, text_source
+from vit_embed.retrieval.sources import Item, Source, find_source, text_source
 from vit_embed.retrieval.store import ERRORS, VECTOR_DTYPES, Counts, Known, Store, error_table, rows_table
 
 try:
@@ -32,71 +35,79 @@ try:
     from ray.data import ActorPoolStrategy
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 except ImportError as error:
     raise ImportError(
         f'--engine ray needs Ray Data: pip install "vit_embed[ray]" on every machine ({error})'
     ) from error
 
 # Batches of the model that travel together, fewer where their files come along and are larger than this.
-BATCHES_A_BLOCK, BYTES_A_BLOCK = 8, 32 * 2**20
+BATCHES_A_ROW, BYTES_A_ROW = 8, 32 * 2**20
 
 
 class EmbedItems:
-    """What Ray maps over batches of items: (N,) pickled `Item`s -> a row each, with a reason where it has no embedding.
+    """What Ray maps over its rows: the items of one -> a table of what became of them, with a reason or an embedding.
 
     Args:
-        about, vector_dtype: of the store. options: of EmbedPictures.
+        about: of the store. pictures: arguments of EmbedPictures.
     """
 
-    def __init__(self, about: dict[str, Any], vector_dtype: str, options: dict[str, Any]):
-        self.about, self.element = about, VECTOR_DTYPES[vector_dtype]
-        self.pictures = EmbedPictures(**options)
+    def __init__(self, about: dict[str, Any], pictures: dict[str, Any]):
+        self.about, self.element = about, VECTOR_DTYPES[about["vector_dtype"]]
+        self.pictures = EmbedPictures(**pictures)
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = self.pictures.embed_items(pickle.loads(item) for item in batch["item"].to_pylist())
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        return {"table": [_packed(self.embed(pickle.loads(items))) for items in batch["items"]]}
+
+    def embed(self, items: list[Item]) -> pa.Table:
+        rows = self.pictures.embed_items(items)
         failures = [failure for each in rows for failure in each.failures]
         good = rows_table(rows, self.about, self.element)
         return pa.concat_tables([good, error_table(failures)], promote_options="default")
+
+
+def _packed(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 class ItemSource(Datasource):
     """The items of a source that a store has not, as Ray reads them: listed by one task, as a stream.
 
     Args:
-        opened: gives the source. known: reference of the store's Known. rows: most items of a block.
+        opened: gives the source. known: reference of the store's Known. most: items of a row of Ray's.
     """
 
-    def __init__(self, opened: Callable[[], Source], known: Any, rows: int):
-        self.opened, self.known, self.rows = opened, known, rows
+    def __init__(self, opened: Callable[[], Source], known: Any, most: int):
+        self.opened, self.known, self.most = opened, known, most
 
     def estimate_inmemory_data_size(self) -> int | None:
         return None  # only listing tells
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(functools.partial(_blocks, self.opened, self.known, self.rows), unknown)]
+        return [ReadTask(functools.partial(_pickled, self.opened, self.known, self.most), unknown)]
 
 
-def _blocks(opened: Callable[[], Source], known: Any, rows: int) -> Iterator[pa.Table]:
-    """Items, pickled, as their paths may be no UTF-8."""
+def _pickled(opened: Callable[[], Source], known: Any, most: int) -> Iterator[pa.Table]:
+    """Blocks of one row; pickled, as paths may be no UTF-8."""
     known = ray.get(known)
-    block: list[bytes] = []
+    items: list[Item] = []
     size = 0
     for item in opened().items():
-        if known.has(item):
-            continue
-        block.append(pickle.dumps(item))
-        size += len(block[-1])
-        if len(block) == rows or size > BYTES_A_BLOCK:
-            yield pa.table({"item": pa.array(block, pa.large_binary())})
-            block, size = [], 0
-    if block:
-        yield pa.table({"item": pa.array(block, pa.large_binary())})
+        if not known.has(item):
+            items.append(item)
+            size += len(item.content) if isinstance(item.content, bytes) else 0
+        if len(items) == most or size > BYTES_A_ROW:
+            yield pa.table({"items": [pickle.dumps(items)]})
+            items, size = [], 0
+    if items:
+        yield pa.table({"items": [pickle.dumps(items)]})
 
 
 def run_by_ray(options: argparse.Namespace, extra: dict[str, Any]) -> int:
-    """The command on the cluster that RAY_ADDRESS names or `ray start` has made here; where there is none, on this machine.
+    """The command on the cluster that RAY_ADDRESS names or `ray start` has made here, else on this machine alone.
 
     Args:
         extra: options of the embedder.
@@ -147,9 +158,7 @@ def _embed_into(
             store.drop_replaced()
         if all(known.has(item) for item in opened().items()):
             return Counts()
-        rows = _rows(
-            opened, known, store, pictures, copy, min(BATCHES_A_BLOCK * options.batch_size, options.shard_size)
-        )
+        rows = _rows(opened, known, store, pictures, copy, min(BATCHES_A_ROW * options.batch_size, options.shard_size))
         with tqdm(unit="image", smoothing=0.05, dynamic_ncols=True) as bar:
             for table in rows:
                 failures = table.filter(pc.is_valid(table["reason"])).select(ERRORS.names).to_pylist()
@@ -175,26 +184,29 @@ def _rows(
     store: Store,
     pictures: dict[str, Any],
     copy: dict[str, int],
-    rows: int,
+    most: int,
 ) -> Iterator[pa.Table]:
     """What Ray Data makes of the source, in the order in which it is done."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    items = ray.data.read_datasource(
-        ItemSource(opened, ray.put(known), rows),
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts pictures
+    context.target_max_block_size = 1  # bytes: each row of Ray's is a block
+    here = ray.get_runtime_context().get_node_id()
+    done = ray.data.read_datasource(
+        ItemSource(opened, ray.put(known), most),
         override_num_blocks=1,
-        # Listing waits most of the time. Its blocks stay on this machine, without which there is no run.
-        ray_remote_args={"num_cpus": 0, "scheduling_strategy": here},
-    )
-    done = items.map_batches(
+        # Listing waits most of the time. What it has listed stays on this machine, without which there is no run.
+        num_cpus=0,
+        label_selector={"ray.io/node-id": here},
+    ).map_batches(
         EmbedItems,
-        fn_constructor_args=(store.about, store.about["vector_dtype"], pictures),
-        batch_size=None,  # a block
-        batch_format="pyarrow",
+        fn_constructor_args=(store.about, pictures),
+        batch_size=1,
         # One copy is enough to go on, where machines are lost.
         compute=ActorPoolStrategy(min_size=1, initial_size=_copies(copy), max_size=_copies(copy)),
         **copy,
     )
-    yield from done.iter_batches(batch_size=None, batch_format="pyarrow")
+    for row in done.iter_rows():
+        yield pa.ipc.open_stream(row["table"]).read_all()
 
 
 def _write(store: Store, tables: list[pa.Table]) -> None:
@@ -250,7 +262,6 @@ def _cluster() -> Iterator[None]:
 @contextlib.contextmanager
 def _plain_errors() -> Iterator[None]:
     """What was raised on a worker is raised here as it is, without Ray's wrapping."""
-    ray.data.DataContext.get_current().enable_progress_bars = False  # ours counts pictures
     try:
         yield
     except ray.exceptions.RayError as error:
