@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     if options.engine == "ray":
         from vit_embed.retrieval.ray_engine import run_by_ray
 
-        return run_by_ray(options, extra)
+        return run_by_ray(options, source, extra)
     # `accelerate launch` and torchrun give each process its share.
     rank, of = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = options.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if _has_gpu() else None)

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import pickle
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -106,15 +107,16 @@ def _pickled(opened: Callable[[], Source], known: Any, most: int) -> Iterator[pa
         yield pa.table({"items": [pickle.dumps(items)]})
 
 
-def run_by_ray(options: argparse.Namespace, extra: dict[str, Any]) -> int:
+def run_by_ray(options: argparse.Namespace, source: Source, extra: dict[str, Any]) -> int:
     """The command on the cluster that RAY_ADDRESS names or `ray start` has made here, else on this machine alone.
 
     Args:
-        extra: options of the embedder.
+        source: of the options. extra: options of the embedder.
 
     Raises:
         ValueError, OSError: as of the local engine; or the cluster could not go on. What was written stays.
     """
+    # Opened once more where it is listed: a source cannot be sent.
     if options.texts is not None:
         opened: Callable[[], Source] = functools.partial(text_source, absolute(options.texts))
     else:
@@ -134,7 +136,7 @@ def run_by_ray(options: argparse.Namespace, extra: dict[str, Any]) -> int:
         store = Store(options.output, {**named(options), **found}, options.vector_dtype)
         before, start = store.counts(), time.perf_counter()
         pictures["dtype"] = found["dtype"]
-        added = _embed_into(store, opened, pictures, copy, options)
+        added = _embed_into(store, source, opened, pictures, copy, options)
     return report(store, before, added, time.perf_counter() - start)
 
 
@@ -144,6 +146,7 @@ def _facts(pictures: dict[str, Any]) -> dict[str, Any]:
 
 def _embed_into(
     store: Store,
+    source: Source,
     opened: Callable[[], Source],
     pictures: dict[str, Any],
     copy: dict[str, int],
@@ -156,7 +159,7 @@ def _embed_into(
         known = store.known(options.retry_errors)
         if known.has_replaced():
             store.drop_replaced()
-        if all(known.has(item) for item in opened().items()):
+        if all(known.has(item) for item in source.items()):
             return Counts()
         rows = _rows(opened, known, store, pictures, copy, min(BATCHES_A_ROW * options.batch_size, options.shard_size))
         with tqdm(unit="image", smoothing=0.05, dynamic_ncols=True) as bar:
@@ -187,26 +190,37 @@ def _rows(
     most: int,
 ) -> Iterator[pa.Table]:
     """What Ray Data makes of the source, in the order in which it is done."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # ours counts pictures
-    context.target_max_block_size = 1  # bytes: each row of Ray's is a block
     here = ray.get_runtime_context().get_node_id()
-    done = ray.data.read_datasource(
-        ItemSource(opened, ray.put(known), most),
-        override_num_blocks=1,
-        # Listing waits most of the time. What it has listed stays on this machine, without which there is no run.
-        num_cpus=0,
-        label_selector={"ray.io/node-id": here},
-    ).map_batches(
-        EmbedItems,
-        fn_constructor_args=(store.about, pictures),
-        batch_size=1,
-        # One copy is enough to go on, where machines are lost.
-        compute=ActorPoolStrategy(min_size=1, initial_size=_copies(copy), max_size=_copies(copy)),
-        **copy,
-    )
+    with _context():
+        done = ray.data.read_datasource(
+            ItemSource(opened, ray.put(known), most),
+            override_num_blocks=1,
+            # Listing waits most of the time. What it has listed stays on this machine, without which there is no run.
+            num_cpus=0,
+            label_selector={"ray.io/node-id": here},
+        ).map_batches(
+            EmbedItems,
+            fn_constructor_args=(store.about, pictures),
+            batch_size=1,
+            # One copy is enough to go on, where machines are lost.
+            compute=ActorPoolStrategy(min_size=1, initial_size=_copies(copy), max_size=_copies(copy)),
+            **copy,
+        )
     for row in done.iter_rows():
         yield pa.ipc.open_stream(row["table"]).read_all()
+
+
+@contextlib.contextmanager
+def _context() -> Iterator[None]:
+    """How the data sets that are made here are run."""
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars, context.target_max_block_size
+    # Our bar counts pictures; and of one byte each row of Ray's is a block.
+    context.enable_progress_bars, context.target_max_block_size = False, 1
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.target_max_block_size = before
 
 
 def _write(store: Store, tables: list[pa.Table]) -> None:
@@ -268,8 +282,8 @@ def _plain_errors() -> Iterator[None]:
         cause: BaseException | None = error
         while isinstance(cause, ray.exceptions.RayError):
             cause = getattr(cause, "cause", None) or cause.__cause__
-        if isinstance(cause, ModuleNotFoundError):
-            raise ImportError(f"{cause}; every machine of the Ray cluster needs what this one has installed") from error
+        if missing := re.search(r"No module named '[\w.]+'", str(error)):
+            raise ImportError(f"{missing[0]}: install what this machine has on every one of the Ray cluster") from error
         if isinstance(cause, ValueError | OSError | ImportError):
             raise cause from error
         raise OSError(f"Ray could not go on: {error}; run the same command again, it does what is missing") from error

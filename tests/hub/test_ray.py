@@ -20,6 +20,7 @@ import pyarrow.parquet
 import pytest
 from stores import REPO, assert_same, rows_of, some_pictures
 
+from vit_embed.retrieval.callables import EmbedPictures
 from vit_embed.retrieval.embed_command import main
 from vit_embed.retrieval.embedder import load_embedder
 from vit_embed.retrieval.sources import Item, Source, find_source
@@ -110,7 +111,7 @@ def test_what_was_raised_on_a_worker_is_raised_here():
     cause = ValueError("expected --model to be a folder")
     with pytest.raises(ValueError, match="^expected --model"), ray_engine._plain_errors():
         raise ray.exceptions.RayTaskError("f", "traceback", cause)
-    with pytest.raises(ImportError, match="every machine of the Ray cluster"), ray_engine._plain_errors():
+    with pytest.raises(ImportError, match="No module named 'vit_embed': install"), ray_engine._plain_errors():
         raise ray.exceptions.RayTaskError("f", "traceback", ModuleNotFoundError("No module named 'vit_embed'"))
     with pytest.raises(OSError, match="run the same command again"), ray_engine._plain_errors():
         raise ray.exceptions.ObjectLostError("0" * 56, None, "")
@@ -235,5 +236,17 @@ def test_texts_and_extra_columns(tmp_path):
             for column in set(wanted.column_names) - {"embedding", "patches"}:
                 assert found[column].to_pylist() == wanted[column].to_pylist()
             assert_same(*reversed(stores))
+        # And the callable of docs/many-machines.md, in a data set of the user's own.
+        files = [*map(str, sorted(photos.glob("*.png"))[:4]), "nowhere.png"]
+        rows = ray.data.from_items([{"image": file, "number": number} for number, file in enumerate(files)])
+        options = {"fn_constructor_args": (MODEL,), "fn_constructor_kwargs": {"dtype": "float32"}}
+        done = rows.map_batches(EmbedPictures, **options, batch_size=2, concurrency=1).take_all()
     finally:
         ray.shutdown()
+    wanted = rows_of(tmp_path / "patches-local.parquet")
+    assert len(done) == 5 and {row["number"] for row in done} == set(range(5))
+    for row in done:
+        if row["image"] == "nowhere.png":
+            assert row["embedding"] is None and "FileNotFoundError" in row["reason"]
+        else:
+            assert abs(row["embedding"] - wanted[Path(row["image"]).name]).max() < 1e-5 and row["reason"] is None
