@@ -29,12 +29,14 @@ NOT_ON_4_57 := tests/training tests/docs tests/model/test_common_suite.py tests/
 	tests/model/test_export.py tests/model/test_wrappers_table.py tests/hub/test_sentence_transformers.py
 TRANSFORMERS := $(shell sed -n 's/^transformers==//p' requirements-demo.txt)
 COMMON_SUITE := $(VENV)/transformers-tests/$(TRANSFORMERS)
-QUANTISERS := $(VENV)/quantisers
+ECOSYSTEM := $(VENV)/ecosystem
 
 .PHONY: demo test test-fast test-all test-4.57 test-matrix style format bench clean
 
 demo: $(DEMO_READY)
-	$(BIN)/python examples/search_pictures.py
+	$(BIN)/python embed_images.py examples/pictures --output demo_output/pictures.parquet
+	$(BIN)/python search.py demo_output/pictures.parquet --query "red fruit" --sheet demo_output/search.png
+	@echo "In the browser: $(BIN)/pip install gradio && $(BIN)/python app.py demo_output/pictures.parquet"
 
 test: $(READY) $(COMMON_SUITE)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not heavy" tests
@@ -42,7 +44,7 @@ test: $(READY) $(COMMON_SUITE)
 test-fast: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -q -m "not heavy" $(FAST_TESTS)
 
-test-all: $(READY) $(COMMON_SUITE) $(QUANTISERS)
+test-all: $(READY) $(COMMON_SUITE) $(ECOSYSTEM)
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) tests
 
 test-4.57: $(OLD_VENV)/ready $(READY)
@@ -90,9 +92,9 @@ $(COMMON_SUITE): $(READY)
 	rm -rf $@ $(VENV)/sdist && mv $@.aside $@
 
 # Beside the environment, as transformers imports torchao, which takes a second, wherever it is installed.
-$(QUANTISERS): $(READY) requirements-quantisers.txt
+$(ECOSYSTEM): $(READY) requirements-ecosystem.txt
 	rm -rf $@.aside
-	$(BIN)/pip install $(PIP_OPTIONS) --quiet --no-deps --target $@.aside -r requirements-quantisers.txt
+	$(BIN)/pip install $(PIP_OPTIONS) --quiet --no-deps --target $@.aside -r requirements-ecosystem.txt
 	rm -rf $@ && mv $@.aside $@
 
 $(OLD_VENV)/ready: requirements-4.57.txt requirements-references.txt setup.cfg pyproject.toml

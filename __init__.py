@@ -22,7 +22,7 @@ from .modeling_vit_embed import (
     VitEmbedTextModelWithProjection,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "VitEmbedBackbone",
     "VitEmbedConfig",

@@ -82,7 +82,7 @@ from .outputs_vit_embed import (
 )
 from .pooling_vit_embed import POOLINGS, AttentionPooling, read_texts
 from .projection_vit_embed import ImageProjectionMixin, TextProjectionMixin, text_projection, visual_projection
-from .saving_vit_embed import CheckpointMixin, ImageCheckpointMixin, other_parts
+from .saving_vit_embed import MADE, CheckpointMixin, ImageCheckpointMixin, other_parts
 from .stem_layers_vit_embed import patchify, unpatchify
 from .stems_vit_embed import STEMS
 from .token_maps_vit_embed import TokenMapsMixin
@@ -101,6 +101,7 @@ class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
         config.validate_architecture()  # fields may have been set since the config was made
         check_combinations(config, self.combinations)
         super().__init__(config)
+        MADE.add(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, self.config)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -351,7 +352,9 @@ def fetch_companions(repo_id: str, folder: str, options: dict[str, Any]) -> set[
     except (RepositoryNotFoundError, RevisionNotFoundError):
         return set()
     shutil.rmtree(os.path.join(folder, ".cache"), ignore_errors=True)
-    return set(os.listdir(folder))
+    found = set(os.listdir(folder))
+    # The two go together: beside somebody's modules our settings would be read as theirs.
+    return found | {SENTENCE_FILE} if MODULES_FILE in found else found
 
 
 def push(model: Any, folder: str | os.PathLike, names: list[str], repo_id: str, options: dict[str, Any]) -> CommitInfo:
@@ -379,6 +382,10 @@ def other_parts(*names: str) -> list[str]:
     """Patterns of the weights that a class leaves in the checkpoints of others: parts of a model by name, and the
     tables of place numbers that CLIP's checkpoints of transformers < 4.31 carry."""
     return [r"embeddings\.position_ids$", *(rf"^{name}(\.|$)" for name in names)]
+
+
+# Every model that a constructor has made, towers included: several may hold one config object.
+MADE: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class CheckpointMixin:
@@ -572,4 +579,22 @@ class ImageCheckpointMixin(CheckpointMixin):
                     "folder, or keep vision_model.embeddings on a device"
                 )
             embeddings.resize_positions(changed.grid_size)
+        self._part_config()
         self.config.image_size = changed.image_size
+
+    def _part_config(self) -> None:
+        """Leaves a copy of the config to the models that hold the same object and are neither parts of this one nor
+        have it as a part.
+
+        They take the copy, as what this model is a part of (a dense model of transformers, say) holds the object, too.
+        """
+        config = self.config
+        models = [model for model in list(MADE) if model.config is config]
+        together = {module for model in models if self in model.modules() for module in model.modules()}
+        copied = copy.copy(config)  # not deep: its text_config is that of the text tower
+        for model in models:
+            if model in together:
+                continue
+            for module in model.modules():
+                if getattr(module, "config", None) is config:
+                    module.config = copied

@@ -14,9 +14,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from recipes.embedding import embed_texts
-from vit_embed.retrieval.pictures import as_rgb
 from recipes.search import ATTENTION_SCALE, COLUMNS, class_attention, draw_found, embed_files, find_pictures
 from vit_embed import VitEmbedForContrastive
+from vit_embed.retrieval.pictures import as_rgb
 
 logger = logging.getLogger("search_pictures")
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from PIL import ImageOps
 
 from recipes.drawing import draw_picture, picture_sheet, save_figure
-from vit_embed.retrieval.pictures import as_rgb
 from recipes.tokens import KINDS
+from vit_embed.retrieval.pictures import as_rgb
 
 logger = logging.getLogger("show_tokens")
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer
 
 import vit_embed
@@ -144,8 +144,6 @@ class PictureEmbedder:
         hashed: bool = False,
         reduced: bool = True,
     ):
-        if not hasattr(model, "get_image_features") and not hasattr(model, "trunk"):
-            raise ValueError(f"expected a model with a picture tower, got {type(model).__name__}")
         self.model, self.processor = model, processor
         self.patches, self.hashed, self.reduced = patches, hashed, reduced
         self.device, self.dtype = model.device, model.dtype
@@ -177,7 +175,7 @@ class PictureEmbedder:
                 picture, size = read_reduced(file, side)
             return Read(item, self._processed(picture), *size, sha256)
         except (*UNREADABLE, MemoryError) as error:
-            return Failure(item, f"{type(error).__name__}: {error}")
+            return Failure(item, _reason(error))
 
     def _processed(self, picture: Image.Image) -> np.ndarray:
         if not self.is_plain:
@@ -235,6 +233,15 @@ class PictureEmbedder:
         }
 
 
+def _reason(error: BaseException) -> str:
+    """Why a picture cannot be read, in one line, without the names of our own files."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no picture, or of a kind that Pillow does not know"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
 def _least_side(processor: Any) -> int:
     """Twice the longer side that the processor resizes to: what is decoded need not be larger."""
     size = dict(processor.size)
@@ -245,18 +252,16 @@ class TextEmbedder:
     """`embedder(items) -> Rows` for texts. A text beyond the model's context is a failure, unless `truncate`."""
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, *, truncate: bool = False):
-        if not hasattr(model, "get_text_features"):
-            raise ValueError(f"expected a model with a text tower, got {type(model).__name__}")
-        self.model, self.tokenizer, self.truncate = model, tokenizer, truncate
+        self.model, self.tokenizer = model, tokenizer
         config = getattr(model.config, "text_config", None) or model.config
         self.limit = config.max_position_embeddings
+        self.truncate = {"truncation": True, "max_length": self.limit} if truncate else {}
 
     def __call__(self, items: Sequence[Item]) -> Rows:
         return self.embed([self.read(item) for item in items])
 
     def read(self, item: Item) -> Any:
-        ids = self.tokenizer(item.content, truncation=self.truncate, max_length=self.limit if self.truncate else None)
-        length = len(ids.input_ids)
+        length = len(self.tokenizer(item.content, **self.truncate).input_ids)
         if length > self.limit:
             return Failure(item, f"{length} tokens, the model takes {self.limit}; --truncate cuts")
         return item
@@ -272,14 +277,12 @@ class TextEmbedder:
     @torch.inference_mode()
     def vectors(self, texts: list[str]) -> torch.Tensor:
         """Texts -> (texts, D) float32 of unit length, on the model's device."""
-        inputs = self.tokenizer(
-            texts, padding=True, truncation=self.truncate, max_length=self.limit, return_tensors="pt"
-        ).to(self.model.device)
+        inputs = self.tokenizer(texts, padding=True, return_tensors="pt", **self.truncate).to(self.model.device)
         mask = inputs.get("attention_mask")
         return F.normalize(self.model.get_text_features(inputs.input_ids, attention_mask=mask).float(), dim=-1)
 
     def about(self) -> dict[str, Any]:
-        return {"input": "texts", "truncate": self.truncate}
+        return {"input": "texts", "truncate": bool(self.truncate)}
 
 
 def load_embedder(
@@ -287,6 +290,9 @@ def load_embedder(
 ) -> PictureEmbedder | TextEmbedder:
     """The embedder of a checkpoint; `options` are those of its class."""
     model = load_model(name, dtype, device)
+    tower, kind = ("get_text_features", "text") if texts else ("trunk", "picture")
+    if not hasattr(model, tower):
+        raise ValueError(f"expected a model with a {kind} tower, {name} is a {type(model).__name__}")
     if texts:
         return TextEmbedder(model, AutoTokenizer.from_pretrained(name), **options)
     return PictureEmbedder(model, load_image_processor(name), **options)

@@ -81,7 +81,7 @@ def read_reduced(file: BinaryIO | Image.Image, side: int | None) -> tuple[Image.
     if picture is not file:  # a caller's picture stays as it is
         picture.draft(None, (side, side))
     rgb = read_rgb(picture)[0]
-    factor = min(rgb.size) // side
+    factor = min(rgb.size) // (2 * side)  # of a mean over whole blocks more is seen than of the decoder's own
     return rgb.reduce(factor) if factor > 1 else rgb, (width, height)
 
 

@@ -87,7 +87,7 @@ def load_vectors(path: str | os.PathLike) -> Vectors:
 
 
 def _matrix(column: pa.Array) -> np.ndarray:
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
 def blocks(embeddings: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:

@@ -108,7 +108,7 @@ def answer(vectors: Vectors, options: argparse.Namespace) -> int:
         print("nothing stands out: the best is no nearer than chance would have it", file=sys.stderr)
     if options.sheet:
         draw_hits(vectors, found, options)
-    return 0 if found.stands_out else EXIT_NOTHING
+    return 0
 
 
 def embed_texts(model: torch.nn.Module, options: argparse.Namespace, texts: list[str]) -> torch.Tensor:

@@ -150,10 +150,11 @@ class Store:
         digests, keys = [], []
         for shard in self.shards():
             for file in (shard, self.errors / shard.name):
-                if file.exists() and not (again and file.parent == self.errors):
+                if file.exists():
                     rows = pq.read_table(file, columns=["path", "stamp"]).to_pylist()
-                    digests.append(_digests((row["path"], row["stamp"]) for row in rows))
                     keys.append(_digests((row["path"], "") for row in rows))
+                    if not (again and file.parent == self.errors):
+                        digests.append(_digests((row["path"], row["stamp"]) for row in rows))
         nothing = [_digests(())]
         return Known(*(np.sort(np.concatenate(each or nothing)) for each in (digests, keys)))
 

@@ -30,9 +30,9 @@ from data.icon_names import is_held_out
 from recipes.drawing import draw_label, draw_picture, new_sheet, save_figure, spread_over
 from recipes.embedding import embed_pictures, embed_texts
 from recipes.files import check_absent, written_aside
-from vit_embed.retrieval.pictures import as_rgb
 from recipes.retrieval import RECALL_AT, caption_id, recalls
 from vit_embed import VitEmbedForContrastive
+from vit_embed.retrieval.pictures import as_rgb
 
 logger = logging.getLogger("evaluate_retrieval")
 

@@ -33,9 +33,9 @@ from recipes.data import (
 )
 from recipes.drawing import draw_picture, save_figure, short
 from recipes.models import load_model, prepare
-from vit_embed.retrieval.pictures import as_rgb
 from recipes.trainer import asks_for_fsdp
 from vit_embed import VitEmbedConfig, VitEmbedForImageClassification
+from vit_embed.retrieval.pictures import as_rgb
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from recipes.data import (
 )
 from recipes.embedding import token_ids
 from recipes.models import image_processor_of, load_model
-from vit_embed.retrieval.pictures import UNREADABLE, as_rgb, is_one_grey, read_rgba
 from recipes.retrieval import caption_id
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedTextConfig
+from vit_embed.retrieval.pictures import UNREADABLE, as_rgb, is_one_grey, read_rgba
 
 logger = logging.getLogger(__name__)
 

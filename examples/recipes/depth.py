@@ -23,10 +23,10 @@ from recipes.arguments import SHIPPED_CHECKPOINT
 from recipes.data import ROW, Finding, SeededRows, check_rows, load_splits, require_columns
 from recipes.drawing import as_colours, picture_sheet, save_figure, short, spread_over
 from recipes.models import image_processor_of, load_model
-from vit_embed.retrieval.pictures import PICTURE_SUFFIXES, UNREADABLE, as_rgb, read_rgb
 from recipes.trainer import RecipeTrainer
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
 from vit_embed.depth_vit_embed import resize_depth
+from vit_embed.retrieval.pictures import PICTURE_SUFFIXES, UNREADABLE, as_rgb, read_rgb
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from transformers import CLIPImageProcessor
 
 from recipes import arguments as base
 from recipes.data import check_rows, picture_findings, require_columns, require_pictures, seeded
-from vit_embed.retrieval.pictures import as_rgb
 from vit_embed import VitEmbedConfig
+from vit_embed.retrieval.pictures import as_rgb
 
 NUM_SHOWN = 8
 # A margin keeps detail where a crop is enlarged.

@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 from transformers import AutoImageProcessor
 
 from recipes.drawing import as_colours, draw_picture
-from vit_embed.retrieval.pictures import as_rgb
 from recipes.reconstructions import masked_pictures
 from vit_embed import VitEmbedForMaskedImageModeling, VitEmbedModel
+from vit_embed.retrieval.pictures import as_rgb
 from vit_embed.tokens_vit_embed import patch_grid
 
 # Two colours that people who mix up red and green can tell apart (Okabe and Ito).

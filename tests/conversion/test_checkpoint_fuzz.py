@@ -1,20 +1,17 @@
-"""Readers of strangers' files under random damage and random lies: they return what is there, or refuse.
+"""Readers of unknown files under random damage and random lies: they return what is there, or refuse.
 
 The examples are the same on every run. VIT_EMBED_FUZZ=50 takes 50 times as many and new ones; what it finds becomes a
 small test of its own in test_checkpoint_reader.py.
 """
 
 import gzip
-import io
 import json
 import math
 import os
-import pickletools
 import shutil
 import signal
 import string
 import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +85,13 @@ def sane(state_dict: dict[str, torch.Tensor], path: Path) -> None:
         tensor.clone()
 
 
+def read_and_check(path: Path) -> dict[str, torch.Tensor] | None:
+    got = attempt(read_checkpoint, path)
+    if got is not None:
+        sane(got, path)
+    return got
+
+
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(
         tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
@@ -147,9 +151,9 @@ def damaged(content: bytes, edits: list[tuple[str, float, Any]]) -> bytes:
     return content
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "zip.pt", "legacy.pt", "script.pt"])
-def test_a_whole_file_gives_its_tensors(folder, valid, name):
-    assert equal(read_checkpoint(files.written(folder / name, valid[name])), files.small_state_dict())
+def test_whole_files_give_their_tensors(folder, valid):
+    for name, content in valid.items():
+        assert equal(read_checkpoint(files.written(folder / name, content)), files.small_state_dict()), name
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "zip.pt", "legacy.pt", "script.pt"])
@@ -157,11 +161,9 @@ def test_a_whole_file_gives_its_tensors(folder, valid, name):
 @fuzz(150)
 def test_a_damaged_file_is_refused_or_sane(folder, valid, name, edits):
     path = files.written(folder / name, damaged(valid[name], edits))
-    got = attempt(read_checkpoint, path)
-    if got is not None:
-        sane(got, path)
-        # An archive has checksums: what it still gives is what was saved.
-        assert name in ("a.safetensors", "legacy.pt") or equal(got, files.small_state_dict())
+    got = read_and_check(path)
+    # An archive has checksums: what it still gives is what was saved.
+    assert got is None or name in ("a.safetensors", "legacy.pt") or equal(got, files.small_state_dict())
 
 
 # Lies: files that are whole, and say what is not so
@@ -193,16 +195,13 @@ FORMS = st.sampled_from([files.archive, files.legacy])
 
 
 @given(value=VALUES, form=FORMS)
-@fuzz(300)
+@fuzz(200)
 def test_a_pickle_of_anything_is_refused_or_sane(folder, value, form):
     try:
         content = files.pickled(value)
     except (UnicodeEncodeError, OverflowError):  # half a character; a text that pickle cannot hold
         return
-    path = files.written(folder / "any.pt", form(content))
-    got = attempt(read_checkpoint, path)
-    if got is not None:
-        sane(got, path)
+    read_and_check(files.written(folder / "any.pt", form(content)))
 
 
 SIDES = st.lists(st.one_of(st.integers(0, 4), WILD), max_size=4).map(tuple)
@@ -220,10 +219,8 @@ SIDES = st.lists(st.one_of(st.integers(0, 4), WILD), max_size=4).map(tuple)
 def test_a_tensor_is_the_part_of_its_record_that_it_says(folder, numel, offset, shape, kind, form):
     size, stride = shape
     value = {"a": files.tensor(files.storage(numel=numel, kind=kind), offset, size, stride)}
-    path = files.written(folder / "part.pt", form(files.pickled(value)))
-    got = attempt(read_checkpoint, path)
+    got = read_and_check(files.written(folder / "part.pt", form(files.pickled(value))))
     if got is not None:
-        sane(got, path)
         assert numel * got["a"].itemsize == 24 and got["a"].shape == size
         if kind != "torch.FloatStorage" or not got["a"].numel():  # sides of 2**31 beside one of 0
             return
@@ -232,29 +229,6 @@ def test_a_tensor_is_the_part_of_its_record_that_it_says(folder, numel, offset, 
             places = [place + step * index for place in places for index in range(count)]
         assert got["a"].flatten().tolist() == [files.FLOATS[place] for place in places]
 
-
-@given(data=st.data())
-@fuzz(300)
-def test_instructions_moved_in_a_pickle_are_refused_or_sane(folder, valid, data):
-    name = data.draw(st.sampled_from(["zip.pt", "script.pt"]))
-    with zipfile.ZipFile(io.BytesIO(valid[name])) as archive:
-        pickle_name = next(each for each in archive.namelist() if each.endswith("/data.pkl"))
-        content = archive.read(pickle_name)
-        others = {each.rpartition("/")[2]: archive.read(each) for each in archive.namelist() if "/data/" in each}
-    ends = [position for _, _, position in pickletools.genops(content)] + [len(content)]
-    parts = [content[begin:end] for begin, end in zip(ends, ends[1:])]
-    extra = [b"R", b"b", b"Q", b"(", b"t", b"u", b"\x81", b"0", b"2", b"}", b"]", b"N", b"\x94", b"\x93", b"i", b"o"]
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(parts)))
-        part = data.draw(st.one_of(st.sampled_from(parts), st.sampled_from(extra), VALUES_AS_INSTRUCTIONS))
-        parts[at : at + data.draw(st.integers(0, 2))] = [part] * data.draw(st.integers(0, 2))
-    path = files.written(folder / "moved.pt", files.archive(b"".join(parts), others))
-    got = attempt(read_checkpoint, path)
-    if got is not None:
-        sane(got, path)
-
-
-VALUES_AS_INSTRUCTIONS = st.sampled_from(NAMES).map(lambda name: files.instructions(files.Name(name)))
 
 ENTRIES = st.one_of(
     st.builds(
@@ -276,10 +250,8 @@ ENTRIES = st.one_of(
 @fuzz(300)
 def test_a_header_of_anything_is_refused_or_true(folder, pairs, data, length):
     header = "{" + ",".join(f"{json.dumps(name)}:{json.dumps(each)}" for name, each in pairs) + "}"
-    path = files.written(folder / "header.safetensors", files.safetensors(header.encode(), data, length))
-    got = attempt(read_checkpoint, path)
+    got = read_and_check(files.written(folder / "header.safetensors", files.safetensors(header.encode(), data, length)))
     if got is not None:
-        sane(got, path)
         assert length is None and got.keys() == dict(pairs).keys() and len(pairs) == len(got)
         for name, each in pairs:
             begin, end = each["data_offsets"]
@@ -305,11 +277,7 @@ def shards(folder) -> Path:
 
 @given(
     weight_map=st.one_of(
-        st.dictionaries(
-            st.sampled_from("abcd"),
-            st.one_of(st.sampled_from(SHARDS), st.text(), JSON_ATOMS),
-            max_size=4,
-        ),
+        st.dictionaries(st.sampled_from("abcd"), st.one_of(st.sampled_from(SHARDS), st.text(), JSON_ATOMS), max_size=4),
         st.just({"a": "a.safetensors", "b": "b.safetensors"}),
         JSON_ATOMS,
     ),

@@ -32,14 +32,6 @@ PAGE = Path(vit_embed.__file__).with_name("docs") / "convert.md"
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A small OpenAI CLIP with a vocabulary of 100 tokens."""
-    path = tmp_path_factory.mktemp("source") / "clip.pt"
-    torch.save(openai_reference.openai_state_dict(openai_reference.openai_clip()), path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def with_tokenizer(tmp_path_factory) -> Path:
     """A folder converted from a model with OpenAI's vocabulary and context."""
     folder = tmp_path_factory.mktemp("vocabulary")
@@ -67,10 +59,7 @@ def load_with_auto_classes(folder, pixel_values, texts):
         model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
         with torch.no_grad():
             result[auto_class.__name__] = model(pixel_values, tokenized.input_ids).logits_per_image.tolist()
-    for auto_class, shape in (
-        (AutoModelForImageClassification, (2, 5)),
-        (AutoModelForDepthEstimation, (2, 32, 32)),
-    ):
+    for auto_class, shape in ((AutoModelForImageClassification, (2, 5)), (AutoModelForDepthEstimation, (2, 32, 32))):
         model, info = auto_class.from_pretrained(folder, trust_remote_code=True, num_labels=5, output_loading_info=True)
         missing = {name.split(".")[0] for name in info["missing_keys"]}
         with torch.no_grad():
@@ -138,25 +127,25 @@ def tiny_tokenizer_folder(folder: Path, num_tokens: int = 100) -> Path:
 
 
 def test_a_tokenizer_folder_is_taken_if_it_fits(source, tmp_path):
-    convert(source, tmp_path / "out", tokenizer=tiny_tokenizer_folder(tmp_path / "fits"))
+    convert(source.file, tmp_path / "out", tokenizer=tiny_tokenizer_folder(tmp_path / "fits"))
     assert CLIPTokenizer.from_pretrained(tmp_path / "out")("").input_ids == [98, 99]
     with pytest.raises(ValueError, match="100, but .* has 90 tokens"):
-        convert(source, tmp_path / "out2", tokenizer=tiny_tokenizer_folder(tmp_path / "small", num_tokens=90))
+        convert(source.file, tmp_path / "out2", tokenizer=tiny_tokenizer_folder(tmp_path / "small", num_tokens=90))
     with pytest.raises(ValueError, match="100, but .* has 49408 tokens"):
-        convert(source, tmp_path / "out2", tokenizer=find_openai_file(BPE_FILE))
+        convert(source.file, tmp_path / "out2", tokenizer=find_openai_file(BPE_FILE))
     vocab = json.loads((tmp_path / "fits" / "vocab.json").read_text())
     vocab["<|endoftext|>"], vocab["!"] = vocab["!"], vocab["<|endoftext|>"]
     (tmp_path / "fits" / "vocab.json").write_text(json.dumps(vocab))
     with pytest.raises(ValueError, match=r"wrong: \['<\|endoftext\|>'\]"):
-        convert(source, tmp_path / "out2", tokenizer=tmp_path / "fits")
+        convert(source.file, tmp_path / "out2", tokenizer=tmp_path / "fits")
     (tmp_path / "fits" / "merges.txt").unlink()
     with pytest.raises(FileNotFoundError, match="merges.txt"):
-        convert(source, tmp_path / "out2", tokenizer=tmp_path / "fits")
+        convert(source.file, tmp_path / "out2", tokenizer=tmp_path / "fits")
     assert not (tmp_path / "out2").exists()
 
 
-def test_without_a_tokenizer_the_log_says_how_to_get_one(source, tmp_path, caplog):
-    convert(source, tmp_path / "out")
+def test_without_a_tokenizer_the_log_names_the_option(source, tmp_path, caplog):
+    convert(source.file, tmp_path / "out")
     assert "give --tokenizer a folder with vocab.json and merges.txt" in caplog.text
     assert not (tmp_path / "out" / "vocab.json").exists()
 
@@ -230,15 +219,16 @@ def test_a_tokenizer_json_travels_with_the_context_length(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("vocab_size", "pooling_type", "message"),
     [
-        ({"vocab_size": 2, "eos_token_id": 1}, "must have at most the text tower's 2 tokens, but the source has 3"),
-        ({"vocab_size": 3, "eos_token_id": 1, "pooling_type": "eos"}, "ends a text with 2, the text tower reads 1"),
+        (2, "last", "must have at most the text tower's 2 tokens, but the source has 3"),
+        (3, "eos", "ends a text with 2, the text tower reads 1"),
     ],
 )
-def test_a_tokenizer_json_of_another_model_is_refused(tmp_path, change, message):
+def test_a_tokenizer_json_of_another_model_is_refused(tmp_path, vocab_size, pooling_type, message):
     folder = word_tokenizer(tmp_path / "words", ["<unk>", "a", "<|endoftext|>"])
-    config = VitEmbedTextConfig(**{"pooling_type": "last", "bos_token_id": None, "pad_token_id": 0, **change})
+    fields = {"eos_token_id": 1, "bos_token_id": None, "pad_token_id": 0}
+    config = VitEmbedTextConfig(vocab_size=vocab_size, pooling_type=pooling_type, **fields)
     with pytest.raises(ValueError, match=message):
         read_tokenizer(None, sorted(folder.iterdir()), config)
 

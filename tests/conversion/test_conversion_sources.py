@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai_reference
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,14 +26,12 @@ STATE = {"w": torch.arange(6.0)}
 
 
 @pytest.fixture
-def openai_server(tmp_path, monkeypatch) -> Iterator[Path]:
+def openai_server(source, tmp_path, monkeypatch) -> Iterator[Path]:
     """The folder that a server on loopback gives out in place of OpenAI's, with a small model as its ViT-B/32."""
     root = tmp_path / "served"
-    archive = tmp_path / "archive.pt"
-    openai_reference.save_torchscript(openai_reference.openai_clip(), archive)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    digest = hashlib.sha256(source.archive.read_bytes()).hexdigest()
     (root / digest).mkdir(parents=True)
-    shutil.move(archive, root / digest / "ViT-B-32.pt")
+    shutil.copy(source.archive, root / digest / "ViT-B-32.pt")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=root)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -52,12 +49,14 @@ def test_the_published_names_are_openais():
         assert f'"{openai_files.OPENAI_ADDRESS}/{digest}/{file}"' in clip
 
 
-def test_a_published_name_is_fetched_once_and_converted(openai_server, tmp_path):
+def test_a_published_name_is_converted_and_fetched_once_unless_it_was_changed(openai_server, tmp_path):
     assert main(["ViT-B/32", "--output_dir", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "config.json").exists()
     cached = tmp_path / "cache" / "ViT-B-32.pt"
     assert cached.read_bytes() == openai_server.read_bytes()
     assert [path.name for path in cached.parent.iterdir()] == ["ViT-B-32.pt"]
+    cached.write_bytes(b"changed")
+    assert download_openai("ViT-B/32").read_bytes() == openai_server.read_bytes()
     openai_server.unlink()
     assert download_openai("ViT-B/32") == cached  # no server needed
     assert find_source("ViT-B/32").files == (cached,)
@@ -71,12 +70,6 @@ def test_a_file_with_another_hash_is_refused_and_does_not_stay(openai_server, tm
     assert main(["ViT-B/32", "--output_dir", str(tmp_path / "out")]) == 1
     assert "SHA-256" in caplog.text and f"published is {OPENAI_MODELS['ViT-B/32'][1]}" in caplog.text
     assert list((tmp_path / "cache").iterdir()) == [] and not (tmp_path / "out").exists()
-
-
-def test_a_changed_file_in_the_cache_is_fetched_again(openai_server, tmp_path):
-    cached = download_openai("ViT-B/32")
-    cached.write_bytes(b"changed")
-    assert download_openai("ViT-B/32").read_bytes() == openai_server.read_bytes()
 
 
 def test_a_file_that_cannot_be_fetched_is_named(openai_server, tmp_path, caplog):
@@ -188,9 +181,6 @@ def test_the_licence_is_what_the_card_states_on_one_line(tmp_path, front, licenc
     torch.save(STATE, folder / "a.pt")
     (folder / "README.md").write_text(f"---\n{front}\n---\ntext\n")
     assert find_source(folder).licence == licence
-
-
-def test_timms_config_states_a_licence_too(tmp_path):
-    folder = folder_of(tmp_path, config__json={"pretrained_cfg": {"license": "apache-2.0"}})
-    torch.save(STATE, folder / "a.pt")
+    (folder / "README.md").unlink()
+    (folder / "config.json").write_text('{"pretrained_cfg": {"license": "apache-2.0"}}')  # timm's
     assert find_source(folder).licence == "apache-2.0"

@@ -2,8 +2,8 @@
 
 import json
 import logging
-import os
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,12 +21,10 @@ from transformers import AutoConfig, CLIPModel
 import vit_embed
 from vit_embed import VitEmbedForContrastive
 from vit_embed.conversion import openai_files
-from vit_embed.conversion.compare import compare
 from vit_embed.conversion.layouts import LAYOUTS, openai
 from vit_embed.conversion.layouts.layout import ConversionOptions
 from vit_embed.conversion.layouts.openai import METADATA
 from vit_embed.conversion.openai_files import BPE_FILE, find_openai_file
-from vit_embed.conversion.source import find_source
 from vit_embed.convert_checkpoint import convert_checkpoint, main
 
 REPO = Path(vit_embed.__file__).parent
@@ -38,48 +36,10 @@ def from_openai(state_dict: dict, options: ConversionOptions):
 
 convert = convert_checkpoint
 
-# Two orders of float32 operations over three layers; measured 1e-6 of the largest value.
-CLOSE = {"rtol": 0, "atol": 1e-5}
-
 
 def relative(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """The difference in units of the largest value expected."""
     return (got - expected) / expected.abs().max()
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(relative(got, expected), torch.zeros_like(expected), **CLOSE)
-
-
-# Equal to OpenAI's code
-
-
-def test_features_and_logits_equal_openais(source, converted):
-    model = VitEmbedForContrastive.from_pretrained(converted).eval()
-    pixel_values, input_ids = tiny.pixels(), tiny.tokens()
-    with torch.no_grad():
-        logits_per_image, logits_per_text = source.model(pixel_values, input_ids)
-        got = model(pixel_values, input_ids)
-        assert_close(model.get_image_features(pixel_values), source.model.encode_image(pixel_values))
-        assert_close(model.get_text_features(input_ids), source.model.encode_text(input_ids))
-    assert_close(got.logits_per_image, logits_per_image)
-    assert_close(got.logits_per_text, logits_per_text)
-
-
-def test_every_hidden_state_equals_openais(source, converted):
-    model = VitEmbedForContrastive.from_pretrained(converted).eval()
-    pixel_values, input_ids = tiny.pixels(), tiny.tokens()
-    with torch.no_grad():
-        image_states = openai_reference.hidden_states(
-            source.model.visual.transformer, lambda: source.model.encode_image(pixel_values)
-        )
-        text_states = openai_reference.hidden_states(
-            source.model.transformer, lambda: source.model.encode_text(input_ids)
-        )
-        got = model(pixel_values, input_ids, output_hidden_states=True)
-    assert len(got.hidden_states) == len(image_states) == 4 and len(got.text_hidden_states) == len(text_states) == 3
-    for ours, theirs in zip(got.hidden_states + got.text_hidden_states, image_states + text_states):
-        assert_close(ours, theirs)
 
 
 def test_bfloat16_is_no_worse_than_openais(tmp_path):
@@ -140,11 +100,12 @@ def test_stock_clip_loads_the_folder(source, converted):
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     with torch.no_grad():
         logits = model(pixel_values=tiny.pixels(), input_ids=tiny.tokens()).logits_per_image
-        assert_close(logits, source.model(tiny.pixels(), tiny.tokens())[0])
+        difference = relative(logits, source.model(tiny.pixels(), tiny.tokens())[0])
+    assert difference.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
-def test_dtype_is_float32_unless_told(source, tmp_path, name):
+def test_dtype_is_float32_by_default(source, tmp_path, name):
     arguments = [] if name == "float32" else ["--dtype", name]
     assert main([str(source.archive), "--output_dir", str(tmp_path / "out"), *arguments]) == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == name
@@ -182,7 +143,7 @@ def test_a_result_that_computes_something_else_is_not_written(source, tmp_path, 
     assert leftovers(tmp_path) == []
 
 
-def test_without_openais_code_the_folder_is_written_and_the_log_says_so(source, tmp_path, monkeypatch, caplog):
+def test_without_openais_code_the_folder_is_written_with_a_line_in_the_log(source, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(openai_files, "DISTRIBUTIONS", ())
     with caplog.at_level(logging.INFO):
         assert convert(source.archive, tmp_path / "out") is None
@@ -206,7 +167,7 @@ def without_metadata(source) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in source.state_dict.items() if key not in METADATA}
 
 
-def test_weights_said_to_be_openais_have_its_activation_with_a_warning(source, tmp_path, caplog):
+def test_weights_given_as_openais_have_its_activation_with_a_warning(source, tmp_path, caplog):
     torch.save(without_metadata(source), tmp_path / "clip.pt")
     with pytest.raises(ValueError, match="several layouts"):  # its keys are open_clip's too
         convert(tmp_path / "clip.pt", tmp_path / "out")
@@ -220,7 +181,7 @@ def test_weights_said_to_be_openais_have_its_activation_with_a_warning(source, t
         caplog.clear()
 
 
-def test_heads_are_64_wide_unless_told(source):
+def test_heads_are_64_wide_by_default(source):
     options = ConversionOptions(num_attention_heads=4, text_num_attention_heads=8)
     config, _ = from_openai(source.state_dict, options)
     assert (config.num_attention_heads, config.text_config.num_attention_heads) == (4, 8)
@@ -242,12 +203,6 @@ def test_a_resnet_clip_is_refused_by_name():
         from_openai(openai_reference.openai_state_dict(resnet), ConversionOptions())
 
 
-def test_another_layout_is_refused(converted):
-    hugging_face = VitEmbedForContrastive.from_pretrained(converted).state_dict()
-    with pytest.raises(ValueError, match=r"not a CLIP in OpenAI's layout.*visual\.conv1\.weight.*\(7 in all\)"):
-        from_openai(hugging_face, ConversionOptions())
-
-
 def test_keys_left_over_are_listed_and_counted(source):
     extra = {f"visual.extra.{n}": torch.zeros(1) for n in range(9)}
     with pytest.raises(ValueError, match=r"keys of the source without a place.*visual\.extra\.0.*\(9 in all\)"):
@@ -265,24 +220,6 @@ def test_keys_not_filled_are_listed_and_counted(source):
     empty = {key: tensor for key, tensor in source.state_dict.items() if "ln_" not in key}
     with pytest.raises(ValueError, match=r"not in the source: .*\(26 in all\)"):
         from_openai(empty, ConversionOptions())
-
-
-@pytest.mark.parametrize(
-    ("key", "tensor", "message"),
-    [
-        ("visual.positional_embedding", torch.zeros(12, 128), "square grid.* 12 positions"),
-        ("visual.conv1.weight", torch.zeros(128, 3, 8, 4), r"patches of \(8, 4\)"),
-        ("visual.proj", torch.zeros(128, 25), r"text_projection must be \(64, 25\), got \(64, 24\)"),
-        ("visual.proj", torch.zeros(128, 0), r"visual.proj must be \(width, joint width\), got \(128, 0\)"),
-        ("ln_final.bias", torch.zeros(65), r"ln_final.bias must be \(64,\), got \(65,\)"),
-        ("ln_final.bias", torch.zeros(64, dtype=torch.int64), "ln_final.bias must be a float tensor, got torch.int64"),
-        ("vocab_size", torch.tensor(99), "vocab_size must be 100 as the weights say, got 99"),
-        ("input_resolution", torch.tensor([32, 32]), "input_resolution must be 32"),
-    ],
-)
-def test_weights_that_contradict_each_other_are_refused(source, key, tensor, message):
-    with pytest.raises(ValueError, match=message):
-        from_openai({**source.state_dict, key: tensor}, ConversionOptions())
 
 
 def test_non_finite_weights_are_counted_and_converted(source, tmp_path, caplog):
@@ -364,28 +301,14 @@ def test_files_of_packages_are_found_by_whole_names(monkeypatch):
     assert find_openai_file(BPE_FILE) is None
 
 
-def test_the_comparison_sees_a_changed_weight(source, converted, tmp_path):
-    shutil.copytree(converted, tmp_path / "changed")
-    model = VitEmbedForContrastive.from_pretrained(converted)
-    with torch.no_grad():
-        model.text_projection.weight[0] += 1
-    model.save_pretrained(tmp_path / "changed")
-    arguments = LAYOUTS["openai"], find_source(source.archive), tmp_path / "changed", VitEmbedForContrastive
-    with pytest.raises(ValueError, match="text_features of the result differs from the source's"):
-        compare(*arguments, torch.float32)
-
-
 # The command line
 
 
-def run_command(*command: str | os.PathLike, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def test_command_line_as_a_module(source, converted, tmp_path):
-    done = run_command("-m", "vit_embed.convert_checkpoint", source.archive, "--output_dir", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "largest difference of logits_per_image" in done.stderr
+def test_command_line_as_a_module(source, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", str(source.archive), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module("vit_embed.convert_checkpoint", run_name="__main__")
+    assert not caught.value.code
     assert leftovers(tmp_path) == ["out"] and leftovers(tmp_path / "out") == leftovers(converted)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
 
@@ -398,14 +321,18 @@ def test_command_line_as_a_script_of_a_clone_of_any_name(source, converted, tmp_
     shutil.copytree(REPO / "conversion", clone / "conversion", ignore=shutil.ignore_patterns("__pycache__"))
     marked = clone / "modeling_vit_embed.py"
     marked.write_text(marked.read_text() + "\n# of the clone\n")
-    done = run_command(clone / "convert_checkpoint.py", source.archive, "--output_dir", "out", cwd=tmp_path)
+    command = [sys.executable, clone / "convert_checkpoint.py", source.archive, "--output_dir", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "largest difference of logits_per_image" in done.stderr
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "modeling_vit_embed.py").read_text().endswith("# of the clone\n")
 
 
-def test_command_line_names_the_error(tmp_path, caplog):
-    (tmp_path / "clip.pt").write_bytes(b"PK\x03\x04 and no more")
-    assert main([str(tmp_path / "clip.pt"), "--output_dir", str(tmp_path / "out")]) == 1
-    assert "nothing was written" in caplog.text and "is truncated" in caplog.text
-    assert leftovers(tmp_path) == ["clip.pt"]
+def test_command_line_needs_an_output_and_names_options_of_other_layouts(source, tmp_path, caplog):
+    assert main([str(source.file)]) == 1
+    assert "give --output_dir" in caplog.text
+    arguments = ["--output_dir", str(tmp_path / "out"), "--norm_position", "post", "--image_size", "32", "32"]
+    assert main([str(source.file), *arguments]) == 1
+    assert "layout openai does not read --norm_position, --image_size; leave it out" in caplog.text
+    assert leftovers(tmp_path) == []

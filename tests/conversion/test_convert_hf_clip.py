@@ -1,4 +1,7 @@
-"""CLIPModel, SiglipModel and their image towers of transformers: there and back, files of every release."""
+"""CLIPModel and SiglipModel of transformers: scales, files of every release, shards, processors, tokenizers.
+
+What holds for every layout is in test_there_and_back.py.
+"""
 
 import json
 import math
@@ -6,21 +9,16 @@ import math
 import pictures
 import pytest
 import tiny
+import tiny_tokenizer
 import torch
-from conversions import converter, saved
+from conversions import CLOSE, converter, saved
 from safetensors.torch import save_file
-from sources import (
-    CLIP_TEXT,
-    HF_CLIP_CONFIGS,
-    SIGLIP_TEXT,
-    SIGLIP_VISION,
-    hf_clip,
-    siglip_config,
-    with_trunk_prefix,
-)
+from sources import CLIP_TEXT, SIGLIP_TEXT, SIGLIP_VISION, hf_clip, with_trunk_prefix
 from transformers import (
     AutoImageProcessor,
-    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     SiglipImageProcessor,
@@ -31,46 +29,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from vit_embed import VitEmbedForContrastive, VitEmbedModel
-from vit_embed.conversion.layouts import detect_layout
+from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel
 from vit_embed.conversion.layouts.layout import ConversionOptions
-from vit_embed.convert_checkpoint import convert_checkpoint
-
-CONVERT = converter("hf_clip")
-DUAL = {"image_features", "text_features", "logits_per_image"}
-OUTPUTS = {
-    "CLIPModel": ("VitEmbedForContrastive", DUAL),
-    "CLIPVisionModel": ("VitEmbedModel", {"last_hidden_state", "pooler_output"}),
-    "CLIPVisionModelWithProjection": ("VitEmbedModelWithProjection", {"image_features"}),
-    "CLIPForImageClassification": ("VitEmbedForImageClassification", {"logits"}),
-    "SiglipModel": ("VitEmbedForContrastive", DUAL),
-    "SiglipVisionModel": ("VitEmbedModel", {"last_hidden_state", "pooler_output"}),
-    "SiglipForImageClassification": ("VitEmbedForImageClassification", {"logits"}),
-}
+from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
 
 
-def source(name, tmp_path):
-    """A saved model: weights by their names in the file, and config.json."""
-    return saved(hf_clip(name), tmp_path / "source")
-
-
-# The same numbers
-
-
-@pytest.mark.parametrize("name", HF_CLIP_CONFIGS)
-def test_outputs_equal_transformers(name, tmp_path):
-    hf_clip(name).save_pretrained(tmp_path / "source")
-    differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder")
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    expected_class, outputs = OUTPUTS[name]
-    assert config["architectures"] == [expected_class] and config["converted_from"]["layout"] == "hf_clip"
-    assert set(differences) == outputs
-    # Two orders of float32 operations; measured at most 5e-6 where the largest value is 10.
-    assert all(difference < 1e-5 for difference in differences.values())
-    if "Classification" in name:
-        assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
-    loaded = AutoModel.from_pretrained(tmp_path / "folder", trust_remote_code=True)
-    assert type(loaded).__name__ == ("VitEmbedModel" if "Classification" in name else expected_class)
+def convert(state_dict, config):
+    return converter("hf_clip")(state_dict, config, ConversionOptions())
 
 
 def test_siglips_scale_has_no_bound(tmp_path):
@@ -82,15 +47,6 @@ def test_siglips_scale_has_no_bound(tmp_path):
     ours = VitEmbedForContrastive.from_pretrained(tmp_path / "folder").train()
     ours(tiny.pixels(), tiny.tokens()).loss.backward()
     assert ours.logit_scale.exp().item() == pytest.approx(117) and ours.logit_scale.grad is not None
-
-
-@pytest.mark.parametrize("name", ["CLIPModel", "SiglipModel", "SiglipForImageClassification"])
-def test_the_trunk_alone(name, tmp_path):
-    hf_clip(name).save_pretrained(tmp_path / "source")
-    differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder", ConversionOptions(trunk_only=True))
-    assert set(differences) == {"last_hidden_state", "pooler_output"} and max(differences.values()) < 1e-5
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert config["architectures"] == ["VitEmbedModel"] and config.get("text_config") is None
 
 
 def test_a_remainder_of_pixels_is_left_out(tmp_path):
@@ -110,10 +66,10 @@ def test_a_remainder_of_pixels_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("name", ["CLIPVisionModel", "SiglipVisionModel"])
 def test_image_towers_of_both_releases_give_the_same(name, tmp_path):
-    state_dict, config = source(name, tmp_path)
+    state_dict, config = saved(hf_clip(name), tmp_path / "source")
     forms = [{key.removeprefix("vision_model."): tensor for key, tensor in state_dict.items()}]
     forms.append(with_trunk_prefix(forms[0]))
-    results = [CONVERT(form, config, ConversionOptions()) for form in forms]
+    results = [convert(form, config) for form in forms]
     assert results[0][1].keys() == results[1][1].keys()
     assert all(torch.equal(results[0][1][key], tensor) for key, tensor in results[1][1].items())
     for number, form in enumerate(forms):
@@ -122,43 +78,40 @@ def test_image_towers_of_both_releases_give_the_same(name, tmp_path):
 
 
 def test_tables_of_position_ids_are_left_out(tmp_path):
-    state_dict, config = source("CLIPModel", tmp_path)
+    state_dict, config = saved(hf_clip("CLIPModel"), tmp_path / "source")
     old = {
         **state_dict,
         "vision_model.embeddings.position_ids": torch.arange(17)[None],
         "text_model.embeddings.position_ids": torch.arange(16)[None],
     }
-    _, weights = CONVERT(old, config, ConversionOptions())
+    _, weights = convert(old, config)
     assert weights.keys() == state_dict.keys()
     save_file(old, tmp_path / "source" / "model.safetensors")
     assert max(convert_checkpoint(tmp_path / "source", tmp_path / "folder").values()) < 1e-5
 
 
-def test_a_config_may_leave_out_defaults_and_name_towers_twice(tmp_path):
-    state_dict, config = source("CLIPModel", tmp_path)
+def test_a_config_may_leave_out_defaults_and_name_towers_twice(made):
+    state_dict, config = made("hf_clip: CLIPModel")[2:]
     towers = {"vision_config": {}, "vision_config_dict": config["vision_config"], "text_config": config["text_config"]}
-    got, _ = CONVERT(state_dict, {"model_type": "clip", "projection_dim": 20, **towers}, ConversionOptions())
+    got, _ = convert(state_dict, {"model_type": "clip", "projection_dim": 20, **towers})
     assert (got.num_attention_heads, got.layer_norm_eps, got.hidden_act) == (4, 1e-3, "gelu")
     # What a text tower's config leaves out is CLIP's: quick_gelu.
     assert got.text_config.hidden_act == "quick_gelu"
-    siglip, config = source("SiglipModel", tmp_path / "siglip")
+    siglip, config = made("hf_clip: SiglipModel")[2:]
+    config = dict(config)
     for tower in ("vision_config", "text_config"):
         config[tower] = {name: value for name, value in config[tower].items() if name not in ("hidden_act", "dtype")}
-    got, _ = CONVERT(siglip, config, ConversionOptions())
+    got, _ = convert(siglip, config)
     assert got.hidden_act == got.text_config.hidden_act == "gelu_pytorch_tanh"
     assert got.text_config.eos_token_id == 1  # 49,407 of SiglipTextConfig is beyond the vocabulary
 
 
-# Told apart, and refused
+# Refused
 
 
-@pytest.mark.parametrize("name", HF_CLIP_CONFIGS)
-def test_detection(name, tmp_path):
-    state_dict, config = source(name, tmp_path)
-    assert detect_layout(state_dict, config)[0] == "hf_clip"
-    assert detect_layout(state_dict, {})[0] == "hf_clip"
+def test_a_file_alone_needs_its_config(made):
     with pytest.raises(ValueError, match="needs its config.json .* there is no config.json beside it"):
-        CONVERT(state_dict, {}, ConversionOptions())
+        convert(made("hf_clip: SiglipModel").state_dict, {})
 
 
 def test_text_towers_are_refused_by_name(tmp_path):
@@ -170,62 +123,150 @@ def test_text_towers_are_refused_by_name(tmp_path):
             convert_checkpoint(tmp_path / f"{number}", tmp_path / "out")
 
 
-@pytest.mark.parametrize("model_type", ["siglip2", "metaclip_2", "chinese_clip", "clipseg"])
-def test_relatives_are_refused_by_name(model_type, tmp_path):
-    state_dict, config = source("CLIPModel", tmp_path)
-    with pytest.raises(ValueError, match=f"model_type '{model_type}' cannot be converted: "):
-        CONVERT(state_dict, {**config, "model_type": model_type}, ConversionOptions())
-    assert detect_layout(state_dict, {**config, "model_type": model_type})[0] == "hf_clip"
-
-
-def test_a_siglip_tower_without_its_head_is_refused(tmp_path):
-    state_dict, config = source("SiglipVisionModel", tmp_path)
-    with pytest.raises(ValueError, match="vision_use_head=false"):
-        CONVERT(state_dict, {**config, "vision_use_head": False}, ConversionOptions())
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"num_hidden_layers": 3}, "without a place in the model: .*layers.3"),
-        ({"hidden_size": 36}, "another shape than the sizes"),
-        ({"num_attention_heads": 5}, "num_attention_heads|number of attention heads"),
-        ({"hidden_act": "mish"}, "hidden_act must be one of"),
-        ({"image_size": 64}, "position_embedding.weight must be"),
-        ({"image_size": "large"}, "image_size"),
-    ],
-)
-def test_a_config_that_contradicts_the_weights_is_refused(changes, message, tmp_path):
-    for name in ("CLIPVisionModel", "SiglipVisionModel"):
-        state_dict, config = source(name, tmp_path / name)
-        with pytest.raises(ValueError, match=message):
-            CONVERT(state_dict, {**config, **changes}, ConversionOptions())
-
-
-def test_tensors_of_another_rank_are_refused(tmp_path):
-    state_dict, config = source("SiglipModel", tmp_path)
-    for key in ("vision_model.embeddings.patch_embedding.weight", "logit_scale", "vision_model.head.probe"):
-        with pytest.raises(ValueError, match=f"{key} must be"):
-            CONVERT({**state_dict, key: state_dict[key][None]}, config, ConversionOptions())
-
-
-def test_another_activation_may_be_told(tmp_path, caplog):
-    hf_clip("CLIPModel").save_pretrained(tmp_path / "source")
-    differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder", ConversionOptions(hidden_act="relu"))
-    assert max(differences.values()) < 1e-5
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    assert config["hidden_act"] == config["text_config"]["hidden_act"] == "relu"
-    assert "--hidden_act relu overrides the source's activation, gelu" in caplog.text
-    with pytest.raises(ValueError, match="does not read --num_attention_heads"):
-        convert_checkpoint(tmp_path / "source", tmp_path / "other", ConversionOptions(num_attention_heads=2))
-
-
-def test_siglip_without_its_processor_gets_siglips_settings(tmp_path):
-    tiny.randomised(SiglipModel(siglip_config())).save_pretrained(tmp_path / "source")
-    convert_checkpoint(tmp_path / "source", tmp_path / "out")
+def test_siglip_without_its_processor_gets_siglips_settings(made, tmp_path):
+    convert_checkpoint(made("hf_clip: SiglipModel").path, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     stock = json.loads(SiglipImageProcessor(size={"height": 32, "width": 32}).to_json_string())
     assert written["do_center_crop"] is False and written["size"] == {"height": 32, "width": 32}
     for name in ("image_mean", "image_std", "rescale_factor", "do_resize", "do_normalize"):
         assert written[name] == stock[name], name
     assert written["resample"] == int(stock["resample"])
+
+
+@pytest.fixture(scope="module")
+def siglip(made, tmp_path_factory):
+    """A converted SiglipModel."""
+    folder = tmp_path_factory.mktemp("siglip") / "ours"
+    convert_checkpoint(made("hf_clip: SiglipModel").path, folder)
+    return folder
+
+
+# The way back
+
+
+def test_a_file_alone_has_the_same_weights(made, siglip, tmp_path):
+    arguments = [str(siglip), "--reverse", "--layout", "hf_clip"]
+    assert main([*arguments, "--output_file", str(tmp_path / "model.pt")]) == 0
+    alone, expected = torch.load(tmp_path / "model.pt"), made("hf_clip: SiglipModel").state_dict
+    assert alone.keys() == expected.keys() and all(torch.equal(alone[key], expected[key]) for key in expected)
+
+
+@torch.no_grad()
+def test_a_model_trained_here_goes_there(tmp_path):
+    ours = tiny.randomised(VitEmbedForContrastive(tiny.vision_config(**tiny.SIGLIP)))
+    ours.save_pretrained(tmp_path / "ours")
+    restore_checkpoint(tmp_path / "ours", "hf_clip", output_dir=tmp_path / "siglip")
+    theirs = SiglipModel.from_pretrained(tmp_path / "siglip").eval()
+    expected = ours(tiny.pixels(), tiny.tokens())
+    got = theirs(pixel_values=tiny.pixels(), input_ids=tiny.tokens())
+    for field in ("image_embeds", "text_embeds", "logits_per_image"):
+        torch.testing.assert_close(got[field], expected[field], **CLOSE)
+
+
+# Shards
+
+
+def test_shards_in_and_out(tmp_path):
+    hf_clip("SiglipModel").save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "source" / index).is_file() and len(list((tmp_path / "source").glob("*.safetensors"))) > 2
+    differences = convert_checkpoint(tmp_path / "source", tmp_path / "folder", max_shard_size="30KB")
+    assert max(differences.values()) < 1e-5
+    shards = sorted(path.name for path in (tmp_path / "folder").glob("*.safetensors"))
+    assert len(shards) > 2 and (tmp_path / "folder" / index).is_file()
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert all(path.name in card for path in (tmp_path / "source").glob("*.safetensors"))
+    model, info = VitEmbedForContrastive.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    assert not any(info.values())
+    restore_checkpoint(tmp_path / "folder", "hf_clip", output_dir=tmp_path / "back")
+    assert not any(SiglipModel.from_pretrained(tmp_path / "back", output_loading_info=True)[1].values())
+
+
+def test_a_repository_with_both_forms_is_read_as_one_of_them(tmp_path):
+    hf_clip("CLIPModel").save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"embed_dim": 1}}))
+    (tmp_path / "source" / "open_clip_model.safetensors").write_bytes(b"not read")
+    assert max(convert_checkpoint(tmp_path / "source", tmp_path / "folder").values()) < 1e-5
+
+
+# Image processors
+
+
+@pytest.mark.parametrize("in_processor_file", [False, True])
+@pytest.mark.parametrize("stock_class", [SiglipImageProcessor, CLIPImageProcessor])
+def test_pixels_equal_those_of_the_sources_processor(stock_class, in_processor_file, tmp_path):
+    hf_clip("SiglipModel").save_pretrained(tmp_path / "source")
+    sizes = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 40}}
+    theirs = stock_class(**(sizes if stock_class is CLIPImageProcessor else {"size": {"height": 32, "width": 32}}))
+    theirs.save_pretrained(tmp_path / "source")
+    if in_processor_file:  # as transformers 5 saves a whole processor
+        stated = tmp_path / "source" / "preprocessor_config.json"
+        whole = {"image_processor": json.loads(stated.read_text()), "processor_class": "SiglipProcessor"}
+        (tmp_path / "source" / "processor_config.json").write_text(json.dumps(whole))
+        stated.unlink()
+    convert_checkpoint(tmp_path / "source", tmp_path / "folder")
+    VitEmbedForContrastive.from_pretrained(tmp_path / "folder").save_pretrained(tmp_path / "saved")
+    restore_checkpoint(tmp_path / "folder", "hf_clip", output_dir=tmp_path / "back")
+    for photo in (pictures.photo("china"), pictures.photo("flower").crop((0, 0, 300, 400))):
+        expected = theirs(photo, return_tensors="pt").pixel_values
+        for folder in ("folder", "saved", "back"):
+            ours = AutoImageProcessor.from_pretrained(tmp_path / folder)
+            assert type(ours).__name__.startswith("CLIPImageProcessor")
+            got = ours(photo, return_tensors="pt").pixel_values
+            torch.testing.assert_close(got, expected, rtol=0, atol=0.02)  # what backends of transformers differ by
+
+
+# Tokenizers
+
+
+@pytest.mark.parametrize("pad_token, pad_token_id", [("<pad>", 0), ("</s>", 1)])
+@torch.no_grad()
+def test_siglips_tokenizer_travels_along_and_gives_the_padding(pad_token, pad_token_id, tmp_path, caplog):
+    model = hf_clip("SiglipModel")  # its config has 1
+    model.save_pretrained(tmp_path / "source")
+    tiny_tokenizer.write_sentencepiece_tokenizer(tmp_path / "source", pad_token)
+    convert_checkpoint(tmp_path / "source", tmp_path / "folder")
+    assert ("the tokenizer pads with 0, the source's config says 1" in caplog.text) == (pad_token_id == 0)
+    ours = VitEmbedForContrastive.from_pretrained(tmp_path / "folder").eval()
+    assert ours.config.text_config.pad_token_id == pad_token_id
+    processor = AutoProcessor.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    assert type(processor).__name__ == "CLIPProcessor" and processor.tokenizer.model_max_length == 16
+    # Rows are padded to 16 tokens here by the model, there by the tokenizer.
+    texts, pixel_values = ["a photo of cats", "a cat"], tiny.pixels(2)
+    read = processor(text=texts, padding=True, return_tensors="pt")
+    assert read.input_ids.shape[1] < 16
+    got = ours(pixel_values, read.input_ids, attention_mask=read.attention_mask).logits_per_image
+    padded = AutoTokenizer.from_pretrained(tmp_path / "source")(
+        texts, padding="max_length", max_length=16, return_tensors="pt"
+    )
+    assert padded.input_ids[1, -1] == pad_token_id
+    expected = model(pixel_values=pixel_values, input_ids=padded.input_ids).logits_per_image
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_clips_tokenizer_travels_along(tmp_path):
+    hf_clip("CLIPModel").save_pretrained(tmp_path / "source")
+    tiny_tokenizer.write_tokenizer(tmp_path / "source")
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "folder")
+    restore_checkpoint(tmp_path / "folder", "hf_clip", output_dir=tmp_path / "back")
+    expected = AutoTokenizer.from_pretrained(tmp_path / "source")("this is a photo of a cat").input_ids
+    assert AutoTokenizer.from_pretrained(tmp_path / "back")("this is a photo of a cat").input_ids == expected
+    processor = AutoProcessor.from_pretrained(tmp_path / "folder", trust_remote_code=True)
+    assert processor(text="this is a photo of a cat").input_ids == expected
+
+
+def test_a_sentencepiece_model_alone_is_copied(tmp_path, caplog):
+    hf_clip("SiglipModel").save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "spiece.model").write_bytes(b"a model of sentencepiece")
+    settings = {
+        "tokenizer_class": "SiglipTokenizer",
+        "pad_token": "</s>",
+        "added_tokens_decoder": {"5": {"content": "</s>"}},
+    }
+    (tmp_path / "source" / "tokenizer_config.json").write_text(json.dumps(settings))
+    convert_checkpoint(tmp_path / "source", tmp_path / "folder")
+    assert (tmp_path / "folder" / "spiece.model").read_bytes() == b"a model of sentencepiece"
+    written = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
+    assert written == {**settings, "model_max_length": 16} and "copied unseen" in caplog.text
+    assert VitEmbedConfig.from_pretrained(tmp_path / "folder").text_config.pad_token_id == 5

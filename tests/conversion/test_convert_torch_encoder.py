@@ -1,4 +1,7 @@
-"""Vision transformers on torch.nn.TransformerEncoderLayer: the same numbers as the source."""
+"""Vision transformers on torch.nn.TransformerEncoderLayer: every activation and name, what weights do not show.
+
+What holds for every layout is in test_there_and_back.py.
+"""
 
 import json
 import logging
@@ -10,10 +13,8 @@ import tiny
 import torch
 from torch import nn
 from torch_encoder_reference import (
-    OPTIONS,
     POST,
     PRE,
-    SIZES,
     MiniViT,
     MiniViTDepth,
     ViTTiny,
@@ -26,73 +27,24 @@ from torch_encoder_reference import (
     small,
     without_class_token,
 )
-from transformers import AutoModel, AutoModelForDepthEstimation, AutoModelForImageClassification
 from transformers.activations import ACT2FN
 
 import vit_embed
-from vit_embed import VitEmbedModel
+from vit_embed import VitEmbedForDepthEstimation, VitEmbedForImageClassification, VitEmbedModel
 from vit_embed.conversion.layouts import LAYOUTS, detect_layout
-from vit_embed.conversion.reading import read_checkpoint
 from vit_embed.convert_checkpoint import convert_checkpoint, restore_checkpoint
 
 CONFIGS = Path(vit_embed.__file__).parent / "configs"
-EVERY_SOURCE = pytest.mark.parametrize("source_class", OPTIONS, ids=lambda each: each.__name__)
-
-AUTO_CLASSES = {
-    ViTTiny: AutoModel,
-    MiniViT: AutoModelForImageClassification,
-    MiniViTDepth: AutoModelForDepthEstimation,
-}
-
-
-@pytest.fixture(params=[True, False], ids=["fast path", "plain path"])
-def fast_path(request):
-    """torch's layer in evaluation: its fused kernel, and what it computes in training as well."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(request.param)
-    yield
-    torch.backends.mha.set_fastpath_enabled(before)
-
 
 # Equal to the source
 
 
-@EVERY_SOURCE
-def test_every_hidden_state(source_class, fast_path):
-    source, pixel_values = small(source_class), tiny.pixels()
-    expected = source.states(pixel_values)
-    with torch.no_grad():
-        output = converted(source.state_dict(), OPTIONS[source_class])(pixel_values, output_hidden_states=True)
-    assert len(output.hidden_states) == len(expected) == SIZES["layers"] + 1
-    for ours, theirs in zip(output.hidden_states, expected):
-        assert_close(ours, theirs)
-
-
 @torch.no_grad()
-def test_class_token_and_grid_of_muomni(fast_path):
-    source, pixel_values = small(ViTTiny), tiny.pixels()
-    model = converted(source.state_dict(), PRE)
-    class_token, grid = source(pixel_values)
-    output = model(pixel_values)
-    assert_close(output.pooler_output, class_token[:, 0])
-    assert_close(model.post_layernorm(output.last_hidden_state)[:, 1:], grid)
-
-
-@torch.no_grad()
-def test_logits_of_minivit(fast_path):
-    source, pixel_values = small(MiniViT), tiny.pixels()
-    model = converted(source.state_dict(), POST)
-    assert model.config.num_labels == 5
-    assert_close(model(pixel_values).logits, source(pixel_values))
-
-
-@pytest.mark.parametrize("kernel", [2, 4])
-@torch.no_grad()
-def test_depth_of_minivit(kernel, fast_path):
-    source, pixel_values = small(MiniViTDepth, kernel=kernel), tiny.pixels()
+def test_depth_heads_of_four_pixels():
+    source, pixel_values = small(MiniViTDepth, kernel=4), tiny.pixels()
     model = converted(source.state_dict(), POST)
     expected = source(pixel_values)
-    assert model.config.deconv_kernel_size == kernel and (expected < 0).any()  # raw numbers
+    assert model.config.deconv_kernel_size == 4 and (expected < 0).any()  # raw numbers
     assert_close(model(pixel_values).predicted_depth, expected)
     assert model(pixel_values, labels=torch.ones(3, 32, 32)).loss.isfinite()  # and its loss takes them
 
@@ -110,20 +62,11 @@ def test_any_activation_norm_position_and_eps(name):
         assert_close(converted(source.state_dict(), options)(tiny.pixels()).logits, source(tiny.pixels()))
 
 
-@EVERY_SOURCE
-def test_the_pipeline_compares_and_the_folder_loads(source_class, tmp_path, caplog):
+def test_the_way_back_logs_how_to_load_the_file(made, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    source = small(source_class)
-    torch.save(source.state_dict(), tmp_path / "source.pth")
-    differences = convert_checkpoint(tmp_path / "source.pth", tmp_path / "folder", OPTIONS[source_class])
-    outputs = {ViTTiny: set(), MiniViT: {"logits"}, MiniViTDepth: {"predicted_depth"}}[source_class]
-    assert set(differences) == {"last_hidden_state", "pooler_output"} | outputs
-    assert max(differences.values()) < 1e-4 and "layout torch_encoder" in caplog.text
-    model = AUTO_CLASSES[source_class].from_pretrained(tmp_path / "folder", trust_remote_code=True).eval()
-    assert_bit_equal(restored(model), source.state_dict())
+    convert_checkpoint(made("torch_encoder: MiniViT").path, tmp_path / "folder", POST)
     restore_checkpoint(tmp_path / "folder", "torch_encoder", tmp_path / "back.pth")
     assert "load_state_dict" in caplog.text and "TransformerEncoderLayer(32, 4, 48" in caplog.text
-    assert_bit_equal(read_checkpoint(tmp_path / "back.pth"), source.state_dict())
 
 
 # The published systems
@@ -152,12 +95,6 @@ def test_full_size_gives_the_config_of_the_system(name, source_class, sizes, opt
 # Which it is
 
 
-@EVERY_SOURCE
-def test_detected(source_class):
-    layout, reason = detect_layout(small(source_class).state_dict(), {})
-    assert layout == "torch_encoder" and "TransformerEncoderLayer" in reason
-
-
 def text_model() -> dict:
     layers = {f"encoder.layers.{key}": tensor for key, tensor in small(MiniViT).encoder.layers.state_dict().items()}
     return {"embedding.weight": torch.ones(100, 32), **layers, "fc.weight": torch.ones(5, 32), "fc.bias": torch.ones(5)}
@@ -173,28 +110,12 @@ def detr() -> dict:
     }
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"), [(text_model, "no patch convolution"), (detr, "one stack of layers.*got 2")]
-)
-def test_other_models_on_the_same_layer_are_refused(make, reason):
-    assert LAYOUTS["torch_encoder"].detect(make(), {}) is None
-    with pytest.raises(ValueError, match=reason):
-        from_torch(make(), POST)
-
-
-# What must be told
-
-
-@pytest.mark.parametrize("option", ["num_attention_heads", "norm_position", "hidden_act"])
-@EVERY_SOURCE
-def test_what_weights_do_not_say_must_be_told(source_class, option):
-    with pytest.raises(ValueError, match=f"--{option}"):
-        from_torch(small(source_class).state_dict(), replace(OPTIONS[source_class], **{option: None}))
+# What weights do not show
 
 
 def test_eps_is_torchs_default_but_for_an_rms_norm(caplog):
-    told = replace(POST, layer_norm_eps=1e-5)
-    assert from_torch(small(MiniViT).state_dict(), told)[0].layer_norm_eps == 1e-5
+    given = replace(POST, layer_norm_eps=1e-5)
+    assert from_torch(small(MiniViT).state_dict(), given)[0].layer_norm_eps == 1e-5
     assert not caplog.text
     assert from_torch(small(MiniViT).state_dict(), replace(POST, layer_norm_eps=None))[0].layer_norm_eps == 1e-5
     assert "using 1e-05, torch's default; --layer_norm_eps" in caplog.text and "--layer_norm_eps" in caplog.text
@@ -216,49 +137,47 @@ def test_a_grid_that_is_no_square_must_be_told():
 # What is refused
 
 
-def test_parts_that_contradict_each_other():
-    weights = small(MiniViT).state_dict()
-    with pytest.raises(ValueError, match=r"linear2.weight must be \(32, 48\)"):
-        from_torch({**weights, "encoder.layers.1.linear2.weight": torch.ones(32, 47)}, POST)
-    with pytest.raises(ValueError, match=r"cls_token must be \(1, 1, 32\)"):
-        from_torch({**weights, "cls_token": torch.ones(1, 1, 31)}, POST)
-    with pytest.raises(ValueError, match=r"pos_embed must be \(1, 17, 32\)"):
-        from_torch({**weights, "pos_embed": torch.ones(2, 17, 32)}, POST)
-    with pytest.raises(ValueError, match="without a place in the model: encoder.norm.weight"):
-        from_torch({**weights, "encoder.norm.weight": torch.ones(32), "encoder.norm.bias": torch.ones(32)}, POST)
-    with pytest.raises(ValueError, match="deconv_kernel_size must be an even"):
-        from_torch(small(MiniViTDepth, kernel=2).state_dict() | {"decoder.0.weight": torch.ones(32, 16, 3, 3)}, POST)
+PARTS = {
+    "without a place in the model: encoder.norm.weight": lambda weights, depth: (
+        weights | {"encoder.norm.weight": torch.ones(32), "encoder.norm.bias": torch.ones(32)}
+    ),
+    "no learned positions": lambda weights, depth: without(weights, "pos_embed"),
+    "got decoder.0 alone": lambda weights, depth: without(depth, "decoder.2", "decoder.4"),
+    "no patch convolution": lambda weights, depth: text_model(),
+    "one stack of layers.*got 2": lambda weights, depth: detr(),
+}
 
 
-def test_parts_that_are_missing():
-    weights, depth = small(MiniViT).state_dict(), small(MiniViTDepth).state_dict()
-    with pytest.raises(ValueError, match="no learned positions"):
-        from_torch({key: tensor for key, tensor in weights.items() if key != "pos_embed"}, POST)
-    with pytest.raises(ValueError, match="got decoder.0 alone"):
-        from_torch({key: tensor for key, tensor in depth.items() if key[:9] not in ("decoder.2", "decoder.4")}, POST)
+def without(state_dict, *starts):
+    return {key: tensor for key, tensor in state_dict.items() if not key.startswith(starts)}
 
 
-def test_a_linear_map_of_patches_is_refused_by_name():
-    weights = small(MiniViT).state_dict() | {"patch_embed.weight": torch.ones(32, 192)}
-    assert detect_layout(weights, {})[0] == "torch_encoder"
-    with pytest.raises(ValueError, match="patch_embed is a linear map of flattened patches"):
+@pytest.mark.parametrize("message", PARTS)
+def test_parts_too_many_or_too_few_are_refused(message):
+    weights = PARTS[message](small(MiniViT).state_dict(), small(MiniViTDepth).state_dict())
+    with pytest.raises(ValueError, match=message):
         from_torch(weights, POST)
 
 
-def test_two_heads():
+@pytest.mark.parametrize("make", [text_model, detr])
+def test_other_models_on_the_same_layer_are_not_detected(make):
+    assert LAYOUTS["torch_encoder"].detect(make(), {}) is None
+
+
+def test_a_linear_map_of_patches_is_detected():  # and refused by name
+    weights = small(MiniViT).state_dict() | {"patch_embed.weight": torch.ones(32, 192)}
+    assert detect_layout(weights, {})[0] == "torch_encoder"
+
+
+def test_two_heads_are_refused_and_their_trunk_is_converted():
     both = small(MiniViT).state_dict() | small(MiniViTDepth).state_dict()
     with pytest.raises(ValueError, match="a classifier and a depth head, head and decoder.0, decoder.2, decoder.4"):
         from_torch(both, POST)
-    config, weights = from_torch(both, replace(POST, trunk_only=True))
-    assert config.architectures == ["VitEmbedModel"] and not any("head" in name for name in weights)
-
-
-@torch.no_grad()
-def test_the_trunk_alone():
     source, pixel_values = small(MiniViT), tiny.pixels()
-    model = converted(source.state_dict(), replace(POST, trunk_only=True))
+    model = converted(both, replace(POST, trunk_only=True))
     assert isinstance(model, VitEmbedModel)
-    assert_close(model(pixel_values).pooler_output, source.norm(source.states(pixel_values)[-1])[:, 0])
+    with torch.no_grad():
+        assert_close(model(pixel_values).pooler_output, source.norm(source.states(pixel_values)[-1])[:, 0])
 
 
 def test_an_average_beside_a_class_token_is_warned_of_as_such(caplog):
@@ -299,3 +218,109 @@ def test_depth_needs_no_class_token():
     expected = nn.functional.interpolate(depth, size=(32, 32), mode="bilinear")[:, 0]
     assert_close(model(pixel_values).predicted_depth, expected)
     assert_bit_equal(restored(model), state_dict)
+
+
+# Names of other authors, there and back
+
+PARTS_OF_MINIVIT = ("patch_embed", "cls_token", "pos_embed", "encoder.layers", "norm", "head")
+NAMES = [
+    dict(zip(PARTS_OF_MINIVIT, names))
+    for names in (
+        ("patch_embed.proj", "cls_token", "pos_embed", "transformer.layers", "mlp_head.0", "mlp_head.1"),
+        ("conv_proj", "class_token", "positional_embedding", "encoder.layers", "encoder.norm", "head"),
+        ("to_patches", "cls_token", "pos_embed", "blocks", "ln", "to_logits"),
+        ("patch_embedding.proj", "cls_token", "pos_embedding", "encoder.layers", "head.0", "head.1"),
+        ("patch_embed", "cls_token", "pos_embed", "my_own_blocks", "fc.0", "fc.1"),
+        [f"net.{name}" for name in PARTS_OF_MINIVIT],
+        [*(f"vit.{name}" for name in PARTS_OF_MINIVIT[:5]), "head"],
+    )
+]
+
+
+@pytest.mark.parametrize("names", NAMES, ids=lambda names: names["patch_embed"])
+@torch.no_grad()
+def test_names_of_other_authors_come_back_as_they_were(names):
+    source, pixel_values = small(MiniViT), tiny.pixels()
+    state_dict = renamed(source.state_dict(), names)
+    assert detect_layout(state_dict, {})[0] == "torch_encoder"
+    model = converted(state_dict, POST)
+    assert_close(model(pixel_values).logits, source(pixel_values))
+    assert_bit_equal(restored(model), state_dict)
+
+
+@pytest.mark.parametrize(
+    "names", [("deconv1", "deconv2", "out"), [f"depth_head.{i}" for i in (0, 2, 4)], [f"head.{i}" for i in (0, 2, 4)]]
+)
+@torch.no_grad()
+def test_names_of_depth_heads(names):
+    source = small(MiniViTDepth)
+    state_dict = renamed(source.state_dict(), dict(zip(("decoder.0", "decoder.2", "decoder.4"), names)))
+    model = converted(state_dict, POST)
+    assert_close(model(tiny.pixels()).predicted_depth, source(tiny.pixels()))
+    assert_bit_equal(restored(model), state_dict)
+
+
+@pytest.mark.parametrize("leading", [0, 1])
+def test_class_token_and_positions_with_fewer_axes(leading):
+    source = small(MiniViT).state_dict()
+    positions = {"pos_embed": source["pos_embed"]} if leading else {"pos_embed.weight": source["pos_embed"][0]}
+    state_dict = {key: tensor for key, tensor in source.items() if key != "pos_embed"} | positions
+    state_dict["cls_token"] = state_dict["cls_token"].reshape([1] * leading + [32])
+    assert_bit_equal(restored(converted(state_dict, POST)), state_dict)
+
+
+def test_a_model_that_was_trained_here_gets_the_canonical_names():
+    config, _ = from_torch(small(MiniViT).state_dict(), POST)
+    config.converted_from = None
+    model = tiny.randomised(VitEmbedForImageClassification(config))
+    source = small(MiniViT)
+    source.load_state_dict(restored(model))  # strict
+    assert_close(model(tiny.pixels()).logits, source(tiny.pixels()))
+    config.depth_activation, config.final_norm_type = "identity", "none"
+    depth = tiny.randomised(VitEmbedForDepthEstimation(config))
+    source = small(MiniViTDepth)
+    source.load_state_dict(restored(depth))
+    assert_close(depth(tiny.pixels()).predicted_depth, source(tiny.pixels()))
+
+
+def test_a_new_head_on_a_converted_trunk():
+    config, weights = from_torch(small(ViTTiny).state_dict(), PRE)
+    config.num_labels = 3
+    keys = set(restored(tiny.randomised(VitEmbedForImageClassification(config))))
+    assert keys == {*small(ViTTiny).state_dict(), "head.weight", "head.bias"}
+
+
+# What torch's layer cannot express
+
+UNFIT = {
+    "layer_scale_init_value": 0.1,
+    "norm_type": "rms_norm",
+    "num_register_tokens": 2,
+    "stem_type": "linear",
+    "position_embedding_type": "sinusoidal",
+    "use_pre_layernorm": True,
+    "qkv_bias": False,
+    "pooling_type": "map",
+    "token_merge_size": 1,
+}
+
+
+@pytest.mark.parametrize("field", UNFIT)
+def test_what_torchs_layer_does_not_have_is_refused_by_field(field):
+    config, weights = from_torch(small(MiniViT).state_dict(), POST)
+    setattr(config, field, UNFIT[field])
+    with pytest.raises(ValueError, match=f"TransformerEncoderLayer cannot express this model: {field}="):
+        LAYOUTS["torch_encoder"].restore(config, weights)
+
+
+def test_other_heads_and_foreign_records_are_refused():
+    config, weights = from_torch(small(MiniViT).state_dict(), POST)
+    for changes, reason in [
+        ({"architectures": ["VitEmbedForContrastive"]}, "cannot express VitEmbedForContrastive"),
+        ({"architectures": ["VitEmbedForDepthEstimation"]}, "depth_activation=None"),
+        ({"converted_from": {"layout": "torch_encoder"}}, "names=None"),
+        ({"converted_from": {"layout": "torch_encoder", "names": {"norm": "{n}"}, "leading_axes": {}}}, "names="),
+    ]:
+        changed = type(config)(**{**config.to_dict(), **changes})
+        with pytest.raises(ValueError, match=reason):
+            LAYOUTS["torch_encoder"].restore(changed, weights)

@@ -4,14 +4,13 @@ import json
 import logging
 
 import numpy as np
-import openai_reference
 import pytest
 import tiny
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from sources import SIGLIP_TEXT, SIGLIP_VISION, hf_clip
+from sources import SIGLIP_TEXT, SIGLIP_VISION
 from tiny_tokenizer import write_sentencepiece_tokenizer
 
 from vit_embed.conversion.layouts import LAYOUTS
@@ -24,15 +23,9 @@ RAW, AVERAGED = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
 
 
 @pytest.fixture
-def clip(tmp_path):
+def clip(made):
     """A folder of stock CLIP."""
-    hf_clip("CLIPModel").save_pretrained(tmp_path / "clip")
-    return tmp_path / "clip"
-
-
-@pytest.fixture
-def openai_weights():
-    return openai_reference.openai_state_dict(openai_reference.openai_clip())
+    return made("hf_clip: CLIPModel").path
 
 
 # Options
@@ -84,8 +77,8 @@ def test_the_layout_of_the_keys_is_named_where_another_is_given(clip, tmp_path):
 
 
 @pytest.mark.parametrize("prefix, beside", [("model.clip.", {}), ("encoder.", {"head.weight": torch.zeros(2)})])
-def test_a_prefix_of_the_keys_is_named(openai_weights, tmp_path, prefix, beside):
-    weights = {prefix + key: tensor for key, tensor in openai_weights.items()}
+def test_a_prefix_of_the_keys_is_named(source, tmp_path, prefix, beside):
+    weights = {prefix + key: tensor for key, tensor in source.state_dict.items()}
     torch.save({**weights, **beside}, tmp_path / "clip.pt")
     with pytest.raises(ValueError, match=f'below the prefix "{prefix}" are of layout openai: .*removeprefix'):
         convert_checkpoint(tmp_path / "clip.pt", tmp_path / "out")
@@ -121,10 +114,10 @@ def test_safetensors_have_no_weights_key(tmp_path):
         find_source(tmp_path / "a.safetensors", "state_dict").state_dict()
 
 
-def test_the_command_line_takes_the_weights_that_are_named(openai_weights, tmp_path, caplog):
+def test_the_command_line_takes_the_weights_that_are_named(source, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    changed = {key: tensor * 2 if key == "visual.proj" else tensor for key, tensor in openai_weights.items()}
-    torch.save({"state_dict": openai_weights, "state_dict_ema": changed}, tmp_path / "clip.pt")
+    changed = {key: tensor * 2 if key == "visual.proj" else tensor for key, tensor in source.state_dict.items()}
+    torch.save({"state_dict": source.state_dict, "state_dict_ema": changed}, tmp_path / "clip.pt")
     arguments = [str(tmp_path / "clip.pt"), "--layout", "openai", "--output_dir"]
     assert main([*arguments, str(tmp_path / "averaged")]) == 0
     assert caplog.text.count("--weights_key state_dict uses") == 1  # though the weights are read twice

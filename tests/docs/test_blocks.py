@@ -1,11 +1,8 @@
-"""Every code block of README.md, CONTRIBUTING.md and docs/ runs by itself and prints what the page says that it prints.
-
-A Python block runs in a process, a folder and a namespace of its own, so it imports and loads all that it uses. A shell
-block runs in a folder of its own, too. One that does not run has `<!-- not run: reason -->` before it.
+"""Every code block of README.md, CONTRIBUTING.md and docs/ runs by itself, in a process and a folder of its own, and
+prints what the page says that it prints. One that does not run has `<!-- not run: reason -->` before it.
 """
 
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -14,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from fresh_process import DEAD_ENDPOINT
+from fork_server import LIBRARIES, ForkServer
+from fresh_process import environment_of
 from pages import PAGES, REPO, Block, blocks_of, locate
 from transformers import TrainingArguments
 
-SUPPORT = REPO / "tests" / "support"
 SECONDS = 120
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 RUN = [block for block in BLOCKS if block.reason is None]
@@ -38,59 +35,21 @@ def make_clone(folder: Path) -> Path:
     return folder
 
 
-def variables(home: Path) -> dict[str, str]:
-    """Of a process without a Hub, and with a home of its own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    return {
-        **kept,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{kept.get('PATH', '')}",
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": DEAD_ENDPOINT,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-
-
-class Server:
-    """`block_server.py`, started at the first block."""
-
-    def __init__(self, home: Path):
-        self.process = subprocess.Popen(
-            [sys.executable, SUPPORT / "block_server.py"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=variables(home),
-        )
-        assert self.answer() == "ready"
-
-    def answer(self) -> int | str:
-        return json.loads(self.process.stdout.readline())["status"]
-
-    def run(self, code: str, folder: Path) -> str:
-        """What the code prints."""
-        file, log = folder / "block.py", folder / "printed"
-        file.write_text(code, encoding="utf-8")
-        request = {"file": str(file), "folder": str(folder), "log": str(log), "seconds": SECONDS}
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        status = self.answer()
-        assert status == 0, f"exit status {status}\n{Path(str(log) + '.err').read_text()[-3000:]}"
-        return log.read_text()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=30)
+# Of a process without a Hub; shells find the python of the tests.
+VARIABLES = environment_of(
+    PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    HF_HUB_DISABLE_PROGRESS_BARS="1",
+)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("home"))
-    yield server
-    server.close()
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def server() -> ForkServer:
+    return ForkServer(sys.executable, VARIABLES, (*LIBRARIES, "transformers:Trainer", "vit_embed"))
 
 
 def same(text: str) -> str:
@@ -104,15 +63,19 @@ def prints(printed: str, stated: str) -> bool:
     return re.fullmatch("".join(lines), same(printed) + "\n") is not None
 
 
+def assert_prints(block: Block, printed: str) -> None:
+    assert block.output is None or prints(printed, block.output), printed
+
+
 def of_language(language: str) -> list:
     return [pytest.param(block, id=block.name) for block in RUN if block.language == language]
 
 
 @pytest.mark.parametrize("block", of_language("python"))
-def test_a_python_block_runs_by_itself_and_prints_what_it_says(block: Block, server, tmp_path):
-    printed = server.run(block.code, make_clone(tmp_path / "clone"))
-    if block.output is not None:
-        assert prints(printed, block.output), printed
+def test_a_python_block_runs_by_itself_and_prints_what_it_says(block: Block, server, home, tmp_path):
+    file = make_clone(tmp_path / "clone") / "block.py"
+    file.write_text(block.code, encoding="utf-8")
+    assert_prints(block, server.run(file, file.parent, home, seconds=SECONDS))
 
 
 @pytest.mark.parametrize("block", of_language("bash"))
@@ -121,7 +84,7 @@ def test_a_shell_block_runs_by_itself_and_prints_what_it_says(block: Block, tmp_
     process = subprocess.Popen(
         ["bash", "-euo", "pipefail", "-c", block.code],
         cwd=make_clone(tmp_path / "clone"),
-        env=variables(tmp_path / "home"),
+        env={**VARIABLES, "HF_HOME": str(tmp_path / "home")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -134,8 +97,7 @@ def test_a_shell_block_runs_by_itself_and_prints_what_it_says(block: Block, tmp_
         process.communicate()
         raise
     assert process.returncode == 0, errors[-3000:]
-    if block.output is not None:
-        assert prints(printed, block.output), printed
+    assert_prints(block, printed)
 
 
 def test_a_line_of_dots_stands_for_any_lines_and_no_other_line_does():

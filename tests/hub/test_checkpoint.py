@@ -55,8 +55,7 @@ def test_it_finds_pictures_of_an_unseen_vendor_far_better_than_chance(retrieval)
     assert (rank <= 10).float().mean() > 0.75, "and names for pictures"
 
 
-def test_it_computes_in_float32_though_float16_is_stored(model, processor):
-    """A folder of 19 MB on disk, and no arithmetic in half precision that was not asked for."""
+def test_it_computes_in_float32_though_float16_is_stored(model):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model.config.dtype == torch.float32
     half = AutoModel.from_pretrained(REPO, trust_remote_code=True, dtype=torch.bfloat16)

@@ -27,7 +27,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "depth-estimation": lambda: VitEmbedForDepthEstimation(tiny.vision_config(max_depth=10.0)),
     "image-feature-extraction": lambda: VitEmbedModel(tiny.vision_config()),
 }
-# What a pipeline is told besides the images.
+# What a pipeline takes besides the images.
 OPTIONS = {"zero-shot-image-classification": {"candidate_labels": LABELS, "hypothesis_template": TEMPLATE}}
 
 
@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def by_hand(task: str, folder: Path, image: Image.Image) -> Any:
-    """What the task's pipeline should say of an image."""
+    """What the task's pipeline should give for an image."""
     model = type(MODELS[task]()).from_pretrained(folder).eval()
     if task == "zero-shot-image-classification":
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -65,7 +65,7 @@ def by_hand(task: str, folder: Path, image: Image.Image) -> Any:
     return dict(zip(LABELS, logits[0].softmax(dim=0).tolist()))
 
 
-def assert_says(task: str, found: Any, expected: Any) -> None:
+def assert_gives(task: str, found: Any, expected: Any) -> None:
     """That a pipeline's answer for one image is `expected`, to float32 rounding in batches of another size."""
     if task == "image-feature-extraction":
         torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-4)
@@ -87,38 +87,29 @@ def test_pipeline_of_a_saved_folder_equals_the_model_called_by_hand(task, folder
     images = [pictures.photo(name) for name in NAMES]
     paths = [str(folder / f"{name}.png") for name in NAMES]
     expected = [by_hand(task, folder / task, image) for image in images]
-
-    assert_says(task, pipe(images[0], **options), expected[0])
-    assert_says(task, pipe(paths[0], **options), expected[0])
-    for inputs in (images, paths):
-        for batch_size in (1, 2):  # of 3: the last batch is odd
-            found = pipe(inputs, batch_size=batch_size, **options)
-            assert len(found) == len(NAMES)
-            for one, wanted in zip(found, expected):
-                assert_says(task, one, wanted)
+    for one in (images[0], paths[0]):
+        assert_gives(task, pipe(one, **options), expected[0])
+    for several, batch_size in ((images, 1), (images, 2), (paths, 2)):  # of 3: the last batch of two is odd
+        found = pipe(several, batch_size=batch_size, **options)
+        for answer, wanted in zip(found, expected, strict=True):
+            assert_gives(task, answer, wanted)
 
 
-def test_feature_extraction_pipeline_pools(folder):
-    task = "image-feature-extraction"
-    pipe = pipeline(task, model=str(folder / task), trust_remote_code=True)
-    model = VitEmbedModel.from_pretrained(folder / task)
+@pytest.mark.parametrize("task", ["image-feature-extraction", "zero-shot-image-classification"])
+def test_feature_extraction_pipeline_pools(folder, task):
+    """Of a dual encoder it gives image embeddings, pooled or not."""
+    pipe = pipeline("image-feature-extraction", model=str(folder / task), trust_remote_code=True)
+    model = type(MODELS[task]()).from_pretrained(folder / task)
     pixel_values = AutoImageProcessor.from_pretrained(folder / task)(pictures.photo("coffee"), return_tensors="pt")
+    is_dual = isinstance(model, VitEmbedForContrastive)
     with torch.no_grad():
-        expected = model(**pixel_values).pooler_output
+        expected = (
+            model.get_image_features(**pixel_values, normalize=True) if is_dual else model(**pixel_values).pooler_output
+        )
     found = pipe(pictures.photo("coffee"), pool=True, return_tensors=True)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # the same call in the same process
-
-
-def test_feature_extraction_pipeline_of_a_dual_encoder_gives_image_embeddings(folder):
-    saved = folder / "zero-shot-image-classification"
-    pipe = pipeline("image-feature-extraction", model=str(saved), trust_remote_code=True)
-    model = VitEmbedForContrastive.from_pretrained(saved)
-    pixel_values = AutoImageProcessor.from_pretrained(saved)(pictures.photo("coffee"), return_tensors="pt")
-    with torch.no_grad():
-        expected = model.get_image_features(**pixel_values, normalize=True)
-    np.testing.assert_allclose(pipe(pictures.photo("coffee")), expected.numpy(), rtol=0, atol=1e-5)
-    pooled = pipe(pictures.photo("coffee"), pool=True, return_tensors=True)
-    torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-5)
+    if is_dual:
+        np.testing.assert_allclose(pipe(pictures.photo("coffee")), expected.numpy(), rtol=0, atol=1e-5)
 
 
 def test_zero_shot_pipeline_reads_what_a_stock_processor_saves_over_the_folder(folder, tmp_path):
@@ -134,4 +125,4 @@ def test_zero_shot_pipeline_reads_what_a_stock_processor_saves_over_the_folder(f
     for order in ("processor-first", "model-first"):
         pipe = pipeline("zero-shot-image-classification", model=str(tmp_path / order), trust_remote_code=True)
         found = pipe(pictures.photo("chelsea"), candidate_labels=LABELS, hypothesis_template=TEMPLATE)
-        assert_says("zero-shot-image-classification", found, expected)
+        assert_gives("zero-shot-image-classification", found, expected)

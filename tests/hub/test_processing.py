@@ -10,12 +10,11 @@ import tiny
 import torch
 import transformers
 from PIL import Image, ImageOps
-from tiny_tokenizer import write_tokenizer
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, PreTrainedModel, pipeline
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, load_image
 
-from vit_embed import VitEmbedForContrastive, VitEmbedForDepthEstimation, VitEmbedForImageClassification, VitEmbedModel
+from vit_embed import VitEmbedForDepthEstimation, VitEmbedForImageClassification, VitEmbedModel
 
 # Without torchvision, transformers 4 has a DPTImageProcessor that takes RGB alone, and drops alpha where 5 puts
 # transparent pictures on white.
@@ -25,16 +24,20 @@ ROTATED_BY_VIEWER = 6  # EXIF orientation: stored a quarter turn anticlockwise
 MODELS = {"features": VitEmbedModel, "depth": VitEmbedForDepthEstimation}
 
 
-def make_model(name: str) -> PreTrainedModel:
-    return tiny.randomised(MODELS[name](tiny.vision_config(image_size=64)))
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    for name in MODELS:
-        make_model(name).save_pretrained(folder / name)
-    return folder
+def saved(tmp_path_factory) -> dict[str, tuple]:
+    """{kind: (model, processor, folder)}."""
+    found = {}
+    for kind, model_class in MODELS.items():
+        folder, model = tmp_path_factory.mktemp(kind), tiny.randomised(model_class(tiny.vision_config(image_size=64)))
+        model.save_pretrained(folder)
+        found[kind] = model, AutoImageProcessor.from_pretrained(folder), folder
+    return found
+
+
+@pytest.fixture(params=MODELS)
+def kind(request) -> str:
+    return request.param
 
 
 def processed(processor, picture) -> torch.Tensor:
@@ -65,21 +68,15 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
-@pytest.fixture(params=MODELS)
-def kind(request) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "YCbCr", "P", "L", "LA", "1"])
-def test_pictures_of_every_mode_mean_what_they_show(folder, kind, mode):
-    model, processor = make_model(kind), AutoImageProcessor.from_pretrained(folder / kind)
+def test_pictures_of_every_mode_mean_what_they_show(saved, kind, mode):
+    model, processor, _ = saved[kind]
     photo = pictures.photo("astronaut")
     picture = photo.convert(mode)
     if kind == "depth" and not TRANSFORMERS_5:
         picture = load_image(picture)  # what its pipeline does
     pixel_values = processed(processor, picture)
     assert pixel_values.shape == (1, 3, 64, 64)
-    assert features(model, pixel_values).isfinite().all()
     shown = photo.convert("L").convert("RGB") if mode in ("L", "LA", "1") else photo
     expected = processed(processor, shown)
     # 256 colours or two, dithered, and rounding to YCbCr and back, differ in every pixel but not in what is shown.
@@ -88,21 +85,25 @@ def test_pictures_of_every_mode_mean_what_they_show(folder, kind, mode):
         torch.testing.assert_close(pixel_values, expected, rtol=0, atol=0)
 
 
-def test_transparent_pictures_are_put_on_white(folder):
-    processor = AutoImageProcessor.from_pretrained(folder / "features")
+def features_by_pipeline(folder: Path, picture) -> torch.Tensor:
+    pipe = pipeline("image-feature-extraction", model=str(folder), trust_remote_code=True)
+    return pipe(picture, pool=True, return_tensors=True)[0]
+
+
+def test_transparent_pictures_are_put_on_white(saved):
+    model, processor, folder = saved["features"]
     picture = with_corner_cut_out(pictures.photo("astronaut"))
     expected = processed(processor, on_white(picture))
     black = processed(processor, picture.convert("RGB"))
     assert not torch.equal(expected, black)
     # transformers 4 shows what lies under the transparent part, and so do the pipelines of both: put it on white first.
     torch.testing.assert_close(processed(processor, picture), expected if TRANSFORMERS_5 else black, rtol=0, atol=0)
-    pipe = pipeline("image-feature-extraction", model=str(folder / "features"), trust_remote_code=True)
-    found = pipe(on_white(picture), pool=True, return_tensors=True)[0]
-    torch.testing.assert_close(found, features(make_model("features"), expected), rtol=0, atol=1e-5)  # float32
+    found = features_by_pipeline(folder, on_white(picture))
+    torch.testing.assert_close(found, features(model, expected), rtol=0, atol=1e-5)  # float32
 
 
-def test_sixteen_bit_pictures_need_scaling_to_eight_bits(folder, kind):
-    model, processor = make_model(kind), AutoImageProcessor.from_pretrained(folder / kind)
+def test_sixteen_bit_pictures_need_scaling_to_eight_bits(saved, kind):
+    model, processor, _ = saved[kind]
     grey = pictures.photo("astronaut").convert("L")
     sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)  # 0 ... 255 -> 0 ... 65535
     assert sixteen.mode == "I;16"
@@ -116,8 +117,8 @@ def test_sixteen_bit_pictures_need_scaling_to_eight_bits(folder, kind):
     assert (clipped > expected + 0.1).float().mean() > 0.9
 
 
-def test_pictures_with_an_orientation_are_turned_by_path_but_not_as_an_open_image(folder, kind, tmp_path):
-    processor = AutoImageProcessor.from_pretrained(folder / kind)
+def test_pictures_with_an_orientation_are_turned_by_path_but_not_as_an_open_image(saved, kind, tmp_path):
+    model, processor, folder = saved[kind]
     upright = pictures.photo("coffee")
     orientation = Image.Exif()
     orientation[0x0112] = ROTATED_BY_VIEWER
@@ -134,11 +135,10 @@ def test_pictures_with_an_orientation_are_turned_by_path_but_not_as_an_open_imag
     if kind == "features":
         torch.testing.assert_close(processed(processor, path), expected, rtol=0, atol=0)
         # A pipeline turns both, as it loads whatever it is given.
-        pipe = pipeline("image-feature-extraction", model=str(folder / kind), trust_remote_code=True)
         with Image.open(path) as opened:
             for given in (path, opened):
-                found = pipe(given, pool=True, return_tensors=True)[0]
-                torch.testing.assert_close(found, features(make_model(kind), expected), rtol=0, atol=1e-5)  # float32
+                found = features_by_pipeline(folder, given)
+                torch.testing.assert_close(found, features(model, expected), rtol=0, atol=1e-5)  # float32
 
 
 def as_tensor(image: Image.Image) -> torch.Tensor:
@@ -160,68 +160,53 @@ def centre_cropped(image: Image.Image, size: int) -> Image.Image:
     return resized.crop((left, top, left + size, top + size))
 
 
-@pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee"])
-def test_pixels_are_those_of_clip_and_the_same_from_pil_numpy_and_torch(folder, name):
-    processor, photo = AutoImageProcessor.from_pretrained(folder / "features"), pictures.photo(name)
+@pytest.mark.parametrize("name", list(pictures.CAPTIONS))
+def test_features_do_not_depend_on_whether_pil_or_torch_resizes(saved, name):
+    """Pixels are CLIP's, of PIL, numpy and torch; torch's antialiased resize, as torchvision's, gives the same."""
+    (model, processor, _), photo = saved["features"], pictures.photo(name)
     found = processed(processor, photo)
     torch.testing.assert_close(found, normalised(as_tensor(centre_cropped(photo, 64))), rtol=0, atol=1e-5)  # float32
     torch.testing.assert_close(processed(processor, np.array(photo)), found, rtol=0, atol=1e-5)
     torch.testing.assert_close(processed(processor, as_tensor(photo)), found, rtol=0, atol=1e-5)
 
-
-@pytest.mark.parametrize("name", list(pictures.CAPTIONS))
-def test_features_do_not_depend_on_whether_pil_or_torch_resizes(folder, name):
-    """The arithmetic of the torchvision backend, which is torch's own antialiased resize of uint8."""
-    model, processor = make_model("features"), AutoImageProcessor.from_pretrained(folder / "features")
-    photo = pictures.photo(name)
     size = tuple(64 * side // min(photo.size) for side in (photo.height, photo.width))
     resized = F.interpolate(as_tensor(photo)[None], size=size, mode="bicubic", antialias=True)[0]
     top, left = ((side - 64) // 2 for side in size)
     by_torch = normalised(resized[:, top : top + 64, left : left + 64])
-    by_pil = processed(processor, photo)
-    assert cosine(features(model, by_torch), features(model, by_pil)) > 0.999
+    assert cosine(features(model, by_torch), features(model, found)) > 0.999
 
 
-@pytest.mark.parametrize("patch_size", [8, (8, 16)])
-@pytest.mark.parametrize("image_size", [48, (32, 64), (64, 32)])
-@pytest.mark.parametrize("model_class", [VitEmbedModel, VitEmbedForImageClassification, VitEmbedForDepthEstimation])
+@pytest.mark.parametrize(
+    "model_class, image_size, patch_size",
+    [
+        (VitEmbedModel, 48, 8),
+        (VitEmbedModel, (32, 64), (8, 16)),
+        (VitEmbedForImageClassification, (64, 32), 8),
+        (VitEmbedForDepthEstimation, 48, (8, 16)),
+        (VitEmbedForDepthEstimation, (64, 32), 8),
+    ],
+)
 def test_the_processor_follows_the_image_size(model_class, image_size, patch_size, tmp_path):
     model = model_class(tiny.vision_config(patch_size=patch_size))
     model.set_image_size(image_size)
     model.save_pretrained(tmp_path)
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
-    pixel_values = processed(processor, pictures.photo("coffee"))
-    assert pixel_values.shape[2:] == model.config.image_shape
+    pixel_values = processed(AutoImageProcessor.from_pretrained(tmp_path), pictures.photo("coffee"))
+    height, width = model.config.image_shape
+    assert pixel_values.shape[2:] == (height, width)
     assert features(VitEmbedModel.from_pretrained(tmp_path), pixel_values).isfinite().all()
-    if model_class is VitEmbedForDepthEstimation or model.config.image_shape[0] != model.config.image_shape[1]:
+    if model_class is VitEmbedForDepthEstimation or height != width:
         # Nothing is cropped away: the whole picture, at the model's size.
-        height, width = model.config.image_shape
         whole = pictures.photo("coffee").resize((width, height), Image.Resampling.BICUBIC)
         torch.testing.assert_close(pixel_values, normalised(as_tensor(whole)), rtol=0, atol=1e-5)  # float32
 
 
-def test_a_depth_folder_names_the_stock_processor_with_clips_numbers(folder):
-    settings = json.loads((folder / "depth" / "preprocessor_config.json").read_text())
-    assert settings["image_processor_type"] == "DPTImageProcessor"
+def test_a_depth_folder_names_the_stock_processor_with_clips_numbers(saved):
+    model, processor, folder = saved["depth"]
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert settings["image_processor_type"] == "DPTImageProcessor" and settings["ensure_multiple_of"] == 8
     assert settings["image_mean"] == OPENAI_CLIP_MEAN and settings["image_std"] == OPENAI_CLIP_STD
-    assert settings["ensure_multiple_of"] == 8
-    processor = AutoImageProcessor.from_pretrained(folder / "depth")
     # Another size asked for at the call is rounded to whole patches, which the model then takes as it is.
     pixel_values = processor(pictures.photo("coffee"), size={"height": 45, "width": 70}, return_tensors="pt")
     assert pixel_values["pixel_values"].shape == (1, 3, 48, 72)
-    depth = make_model("depth")(**pixel_values).predicted_depth
+    depth = model(**pixel_values).predicted_depth
     assert depth.shape == (1, 48, 72) and depth.isfinite().all()
-
-
-def test_another_size_keeps_the_mean_and_deviation_of_the_source(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    write_tokenizer(first)
-    VitEmbedForContrastive(tiny.dual_config()).save_pretrained(first)
-    processor = AutoImageProcessor.from_pretrained(first)
-    processor.image_mean, processor.image_std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    processor.save_pretrained(first)
-
-    VitEmbedForContrastive.from_pretrained(first, image_size=(64, 32)).save_pretrained(second)
-    carried = AutoImageProcessor.from_pretrained(second)
-    assert list(carried.image_mean) == [0.5, 0.4, 0.3] and list(carried.image_std) == [0.2, 0.3, 0.4]
-    assert processed(carried, pictures.photo("coffee")).shape == (1, 3, 64, 32)

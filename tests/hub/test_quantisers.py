@@ -8,23 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import run_fresh
 
 import vit_embed
 
 REPO = Path(vit_embed.__file__).resolve().parent
-QUANTISERS = Path(sys.prefix) / "quantisers"
+ECOSYSTEM = Path(sys.prefix) / "ecosystem"
 
 
-def differences(repo: str, quantisers: str) -> dict[str, dict[str, float]]:
+def differences(repo: str) -> dict[str, dict[str, float]]:
     """{kind: the largest difference in logits, layers quantised}."""
     import copy
-    import sys
 
-    import torch
     from PIL import Image
-
-    sys.path.insert(0, quantisers)
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
     from transformers import AutoModel, AutoProcessor, BitsAndBytesConfig
 
@@ -54,9 +51,9 @@ def differences(repo: str, quantisers: str) -> dict[str, dict[str, float]]:
 @pytest.mark.heavy
 def test_quantised_logits_are_near(tmp_path):
     """Bounds: three times what docs/ecosystem.md measured. Logits go up to 16."""
-    if not QUANTISERS.is_dir():
+    if not ECOSYSTEM.is_dir():
         pytest.skip("torchao and bitsandbytes are not there; `make test-all` installs them")
-    found = run_fresh(differences, tmp_path, repo=str(REPO), quantisers=str(QUANTISERS))
+    found = run_fresh(differences, tmp_path, repo=str(REPO), environment={"PYTHONPATH": str(ECOSYSTEM)})
     bounds = {
         "Int8WeightOnlyConfig": 0.12,
         "Int8DynamicActivationInt8WeightConfig": 0.21,

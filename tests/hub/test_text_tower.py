@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from fresh_process import run_fresh
+from test_loading import classes_of
 from tiny_tokenizer import TOKENIZER_FILES, write_tokenizer
 from transformers import AutoTokenizer, CLIPTextModelWithProjection
 
@@ -69,29 +70,27 @@ def test_its_folder_has_the_tokenizer(folders, name):
     assert AutoTokenizer.from_pretrained(folders / name)("cat").input_ids[-1] == tiny.EOS
 
 
-def load_by_auto_model(folders: list[str]) -> list[str]:
-    from transformers import AutoModel
-
-    return [type(AutoModel.from_pretrained(folder, trust_remote_code=True)).__name__ for folder in folders]
-
-
 def test_auto_model_knows_which_was_saved(folders, tmp_path):
-    found = run_fresh(load_by_auto_model, tmp_path, folders=[str(folders / name) for name in ("tower", "projection")])
+    found = run_fresh(classes_of, tmp_path, folders=[str(folders / name) for name in ("tower", "projection")])
     assert found == ["VitEmbedTextModel", "VitEmbedTextModelWithProjection"]
 
 
-@pytest.mark.parametrize("model_class", [VitEmbedModel, VitEmbedForContrastive, VitEmbedForImageClassification])
-def test_an_image_class_says_that_the_folder_is_a_text_tower(folders, model_class):
-    with pytest.raises(ValueError, match="tower is a text tower alone; load it with AutoModel or VitEmbedTextModel"):
-        model_class.from_pretrained(folders / "tower")
+TYPES = {
+    VitEmbedModel: "vit_embed, clip, clip_vision",
+    VitEmbedTextModel: "vit_embed_text, vit_embed, clip, clip_text_model",
+    VitEmbedConfig: "vit_embed, clip, clip_vision",
+}
 
 
-def test_a_folder_of_another_model_is_refused(tmp_path):
+@pytest.mark.parametrize("loaded", TYPES)
+def test_a_folder_of_another_model_is_refused(tmp_path, loaded):
     """transformers warns and starts every weight anew."""
     (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": 32}')
-    with pytest.raises(ValueError, match="holds a model of type 'bert', expected one of vit_embed, clip, clip_vision"):
-        VitEmbedModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="'bert', expected one of vit_embed_text, vit_embed, clip, clip_text_model"):
-        VitEmbedTextModel.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a model of type 'bert'"):
-        VitEmbedConfig.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"holds a model of type 'bert', expected one of {TYPES[loaded]}"):
+        loaded.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", [VitEmbedModel, VitEmbedForContrastive, VitEmbedForImageClassification])
+def test_an_image_class_refuses_the_folder_of_a_text_tower(folders, model_class):
+    with pytest.raises(ValueError, match="tower is a text tower alone; load it with AutoModel or VitEmbedTextModel"):
+        model_class.from_pretrained(folders / "tower")

@@ -1,5 +1,6 @@
 """transformers' own common suite over every class, imported as a package and as remote code."""
 
+import functools
 import unittest
 from typing import Any, NamedTuple
 
@@ -35,17 +36,21 @@ def texts() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def images() -> dict[str, torch.Tensor]:
+    return {"pixel_values": tiny.pixels()}
+
+
 class Case(NamedTuple):
     """A class in the suite.
 
     config, fields: what it is made from. inputs: what it is called with. labels: besides, to train; None for a class
     without a loss. sizes: what the suite compares shapes with, where it is not of the image tower. skips: tests that
-    say nothing about it, with the reason.
+    do not fit it, with the reason.
     """
 
-    config: str
-    fields: dict[str, Any]
-    inputs: Any
+    config: str = "VitEmbedConfig"
+    fields: dict[str, Any] = VISION
+    inputs: Any = images
     labels: Any = None
     sizes: dict[str, int] = {}
     skips: dict[str, str] = {}
@@ -68,20 +73,11 @@ FEATURES = [
 TOWERS = "the suite knows one tower; test_models looks at the states and attentions of both"
 TEXT_SIZES = {"seq_length": NUM_TEXT_TOKENS, "hidden_size": 16, "num_attention_heads": 2}
 CASES = {
-    "VitEmbedModel": Case("VitEmbedConfig", VISION, lambda: {"pixel_values": tiny.pixels()}, skips=NO_LOSS),
+    "VitEmbedModel": Case(skips=NO_LOSS),
     "VitEmbedModelWithProjection": Case(
-        "VitEmbedConfig",
-        VISION,
-        lambda: {"pixel_values": tiny.pixels()},
         skips={**NO_LOSS, **dict.fromkeys([name for name in FEATURES if "_image_" in name], PLAIN_TENSOR)},
     ),
-    "VitEmbedTextModel": Case(
-        "VitEmbedTextConfig",
-        TEXT,
-        texts,
-        sizes=TEXT_SIZES,
-        skips=NO_LOSS,
-    ),
+    "VitEmbedTextModel": Case("VitEmbedTextConfig", TEXT, texts, sizes=TEXT_SIZES, skips=NO_LOSS),
     "VitEmbedTextModelWithProjection": Case(
         "VitEmbedTextConfig",
         TEXT,
@@ -89,23 +85,11 @@ CASES = {
         sizes=TEXT_SIZES,
         skips={**NO_LOSS, **dict.fromkeys([name for name in FEATURES if "_text_" in name], PLAIN_TENSOR)},
     ),
-    "VitEmbedForImageClassification": Case(
-        "VitEmbedConfig",
-        VISION,
-        lambda: {"pixel_values": tiny.pixels()},
-        lambda: {"labels": torch.tensor([0, 1, 2])},
-    ),
-    "VitEmbedForDepthEstimation": Case(
-        "VitEmbedConfig",
-        VISION,
-        lambda: {"pixel_values": tiny.pixels()},
-        lambda: {"labels": tiny.pixels()[:, 0].abs() + 0.5},
-    ),
+    "VitEmbedForImageClassification": Case(labels=lambda: {"labels": torch.tensor([0, 1, 2])}),
+    "VitEmbedForDepthEstimation": Case(labels=lambda: {"labels": tiny.pixels()[:, 0].abs() + 0.5}),
     "VitEmbedForMaskedImageModeling": Case(
-        "VitEmbedConfig",
-        VISION,
-        lambda: {"pixel_values": tiny.pixels(), "bool_masked_pos": tiny.hidden_patches()},
-        dict,
+        inputs=lambda: {**images(), "bool_masked_pos": tiny.hidden_patches()},
+        labels=dict,
         sizes={
             "seq_length": 1 + NUM_PATCHES - NUM_HIDDEN_PATCHES,  # what the trunk sees
             "num_masks": NUM_HIDDEN_PATCHES,
@@ -117,9 +101,6 @@ CASES = {
         },
     ),
     "VitEmbedBackbone": Case(
-        "VitEmbedConfig",
-        VISION,
-        lambda: {"pixel_values": tiny.pixels()},
         skips={
             **NO_LOSS,
             "test_retain_grad_hidden_states_attentions": "the suite takes the first output for a tensor; a backbone's "
@@ -127,18 +108,19 @@ CASES = {
         },
     ),
     "VitEmbedForContrastive": Case(
-        "VitEmbedConfig",
-        {**VISION, "text_config": TEXT},
-        lambda: {"pixel_values": tiny.pixels(), **texts()},
-        dict,
+        fields={**VISION, "text_config": TEXT},
+        inputs=lambda: {**images(), **texts()},
+        labels=dict,
         skips={
             **dict.fromkeys(FEATURES, PLAIN_TENSOR),
             "test_attention_outputs": TOWERS,
             "test_correct_missing_keys": "the suite loads every class from the folder of its trunk; a trunk has no "
-            "text tower, which the error says",
+            "text tower, which the error names",
         },
     ),
 }
+# What takes most of the time and is the base class's: `make test` runs it on the class with both towers alone.
+SLOW = ("test_eager_matches_sdpa_inference", "test_bc_torch_dtype")
 
 
 class Sizes:
@@ -200,9 +182,22 @@ def skipped(reason: str):
     return skip
 
 
+def heavy(test):
+    """A copy with the mark: the test itself belongs to all suites."""
+
+    @pytest.mark.heavy
+    @functools.wraps(test)
+    def run(self):
+        test(self)
+
+    return run
+
+
 def suite_of(name: str, model_class: type, config_class: type, prefix: str) -> type:
-    case = CASES[name]
-    members = {test: skipped(reason) for test, reason in case.skips.items()}
+    case, members = CASES[name], {}
+    if name != "VitEmbedForContrastive":
+        members.update({test: heavy(getattr(Suite, test)) for test in dir(Suite) if test.startswith(SLOW)})
+    members.update({test: skipped(reason) for test, reason in case.skips.items()})
     members.update(case=case, config_class=config_class, all_model_classes=(model_class,), __module__=__name__)
     return type(f"{prefix}{name}", (Suite, unittest.TestCase), members)
 
@@ -219,21 +214,27 @@ class BackboneSuite(backbone.BackboneTesterMixin):
         self.model_tester = Sizes(CASES["VitEmbedBackbone"], self.config_class)
 
 
-for _name, _case in CASES.items():
-    _own = getattr(vit_embed, _name), getattr(vit_embed, _case.config)
-    _remote = remote_class("modeling_vit_embed", _name), remote_class("configuration_vit_embed", _case.config)
-    assert _own[0] is not _remote[0]
-    for _prefix, _classes in (("TestOwn", _own), ("TestRemote", _remote)):
-        _suite = suite_of(_name, *_classes, _prefix)
-        # The code is the same; how it is imported matters to one class as to another.
-        if _prefix == "TestRemote" and _name not in ("VitEmbedForContrastive", "VitEmbedForDepthEstimation"):
-            _suite = pytest.mark.heavy(_suite)
-        globals()[f"{_prefix}{_name}"] = _suite
-        if _name == "VitEmbedBackbone":
-            _members = {"all_model_classes": _classes[:1], "config_class": _classes[1], "__module__": __name__}
-            globals()[f"{_prefix}AsBackbone"] = type(
-                f"{_prefix}AsBackbone", (BackboneSuite, unittest.TestCase), _members
-            )
+def suites() -> dict[str, type]:
+    """By name: of every class, as it is imported and as remote code."""
+    made = {}
+    for name, case in CASES.items():
+        own = getattr(vit_embed, name), getattr(vit_embed, case.config)
+        remote = remote_class("modeling_vit_embed", name), remote_class("configuration_vit_embed", case.config)
+        assert own[0] is not remote[0]
+        for prefix, classes in (("TestOwn", own), ("TestRemote", remote)):
+            suite = suite_of(name, *classes, prefix)
+            # The code is the same; how it is imported matters to one class as to another.
+            if prefix == "TestRemote" and name != "VitEmbedForContrastive":
+                suite = pytest.mark.heavy(suite)
+            made[suite.__name__] = suite
+            if name == "VitEmbedBackbone":
+                members = {"all_model_classes": classes[:1], "config_class": classes[1], "__module__": __name__}
+                as_backbone = type(f"{prefix}AsBackbone", (BackboneSuite, unittest.TestCase), members)
+                made[as_backbone.__name__] = as_backbone
+    return made
+
+
+globals().update(suites())
 
 
 def test_every_class_is_in_the_suite():

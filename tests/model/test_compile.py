@@ -4,10 +4,8 @@ import pytest
 import stem_family
 import tiny
 import torch
-from catalogue import CLASSES, OPTIONS, Case, flat, mostly_heavy
-from tiny import dual_config, pixels, randomised, tokens
-
-import vit_embed
+from catalogue import CLASSES, GRAPHS, SHALLOW, WITH_LOSS, Case, contrastive, flat, mostly_heavy
+from tiny import pixels, tokens
 
 # Sums in another order.
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -26,21 +24,14 @@ def assert_same_outputs(case: Case, model, compiled) -> None:
         torch.testing.assert_close(one, other, **CLOSE)
 
 
-# Classes with a tower inside them, and those with a loss.
-NESTED = [name for name in CLASSES if name not in ("model", "text")]
-TRAINED = [name for name, case in CLASSES.items() if case.labels]
-
-
-@pytest.mark.parametrize("name", [*CLASSES, *OPTIONS])
+# Compiling takes seconds: `make test` takes the cases whose code differs most, `make test-all` every case.
+@pytest.mark.parametrize(
+    "name",
+    mostly_heavy(GRAPHS, "contrastive, siglip", "depth, dpt", "polynomial", "merging", "stem adaptive"),
+)
 def test_a_class_is_one_graph(name):
-    case = {**CLASSES, **OPTIONS}[name]
+    case = GRAPHS[name]
     model = case.model()
-    assert_same_outputs(case, model, torch.compile(model, backend="eager", fullgraph=True))
-
-
-@pytest.mark.parametrize("stem", mostly_heavy(stem_family.FAMILY, "adaptive", "deformable"))
-def test_a_stem_is_one_graph(stem):
-    case, model = CLASSES["classification"], stem_family.build(stem, "classification")
     assert_same_outputs(case, model, torch.compile(model, backend="eager", fullgraph=True))
 
 
@@ -60,7 +51,9 @@ def counting(graphs: list):
     return backend
 
 
-@pytest.mark.parametrize("name", mostly_heavy(NESTED, "contrastive", "depth, dpt"))
+@pytest.mark.parametrize(
+    "name", mostly_heavy([each for each in CLASSES if each not in ("model", "text")], "contrastive")
+)
 def test_a_tower_that_is_compiled_alone_is_what_the_class_runs(name):
     case, graphs = CLASSES[name], []
     model, plain = case.model(), case.model()
@@ -81,24 +74,25 @@ def assert_same_step(model, compiled, inputs) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5 * max(1, gradient.abs().max().item()))
 
 
-@pytest.mark.parametrize("name", mostly_heavy(TRAINED, "contrastive", "masked"))
+@pytest.mark.parametrize("name", mostly_heavy(WITH_LOSS, "masked"))
 def test_a_training_step_is_one_graph(name):
     case = CLASSES[name]
     model = case.model().train()
     assert_same_step(model, torch.compile(model, backend="aot_eager", fullgraph=True), case.training_inputs())
 
 
-def test_a_training_step_in_chunks():
-    batch = {"pixel_values": pixels(6), "input_ids": tokens(6)}
-    model = randomised(vit_embed.VitEmbedForContrastive(dual_config(contrastive_chunk_size=2))).train()
-    assert_same_step(model, torch.compile(model, backend="aot_eager", fullgraph=True), batch)
+BATCH = {"pixel_values": pixels(4), "input_ids": tokens(4)}
+
+
+def test_a_training_step_in_chunks_is_one_graph():
+    model = contrastive(contrastive_chunk_size=2).model().train()
+    assert_same_step(model, torch.compile(model, backend="aot_eager", fullgraph=True), BATCH)
 
 
 @pytest.mark.heavy
 def test_a_training_step_in_chunks_with_batch_norm_leaves_the_chunks_out_of_the_graph():
-    batch = {"pixel_values": pixels(6), "input_ids": tokens(6)}
-    model = stem_family.build("hybrid", "contrastive", contrastive_chunk_size=2).train()
-    assert_same_step(model, torch.compile(model, backend="eager"), batch)
+    model = stem_family.build("hybrid", "contrastive", contrastive_chunk_size=2, **SHALLOW).train()
+    assert_same_step(model, torch.compile(model, backend="eager"), BATCH)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the towers instead"):
-        torch.compile(model, backend="eager", fullgraph=True)(**batch)
+        torch.compile(model, backend="eager", fullgraph=True)(**BATCH)

@@ -2,24 +2,11 @@
 
 import distributed_worker
 import pytest
+import stem_family
 import tiny
 import torch
-from catalogue import CLASSES, flat
-
-
-def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """To 1e-5 of each gradient's largest entry: float32 sums taken in another order.
-
-    A gradient 100 times smaller than the model's largest is held to the rounding of that one: that of k_proj.bias is
-    nothing else, as softmax does not see what is added to every score.
-    """
-    assert found.keys() == expected.keys()
-    floor = 0.01 * max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, gradient in expected.items():
-        largest = max(float(gradient.abs().max()), floor)
-        torch.testing.assert_close(
-            found[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
-        )
+from catalogue import CLASSES, WITH_LOSS, flat
+from tiny import CLOSE, assert_same_gradients
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +26,7 @@ def test_two_processes_learn_as_one_on_the_joined_batch(distributed_results, cas
     loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     found_loss, found = distributed_results[case]
-    torch.testing.assert_close(found_loss, loss.detach(), rtol=1e-5, atol=1e-5)  # float32, sums in another order
+    torch.testing.assert_close(found_loss, loss.detach(), **CLOSE)  # float32, sums in another order
     assert_same_gradients(found, expected)
     assert all(gradient.abs().max() > 0 for name, gradient in found.items() if not name.endswith("k_proj.bias"))
 
@@ -52,7 +39,7 @@ def test_a_class_whose_towers_and_layers_are_sharded_gives_what_it_gives_whole(d
     model = case.model()
     with torch.no_grad():
         for number, tensor in enumerate(flat(model(**case.inputs()), case.outputs)):
-            torch.testing.assert_close(found.pop(number), tensor, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found.pop(number), tensor, **CLOSE)
     if not case.labels:
         assert not found
         return
@@ -60,7 +47,6 @@ def test_a_class_whose_towers_and_layers_are_sharded_gives_what_it_gives_whole(d
     if "input_ids" in inputs:
         inputs = {key: torch.cat([rows, rows]) for key, rows in inputs.items()}
     expected = tiny.gradients(model.train(), inputs)
-    assert found.keys() == expected.keys()
     assert_same_gradients(found, expected)
 
 
@@ -80,7 +66,11 @@ def test_ignored_labels_of_two_processes_count_as_in_one(distributed_results, tm
 
 def test_every_stem_and_head_trains_in_two_processes(distributed_results):
     agree = distributed_results["family"]
-    assert len(agree) > 30 and all(agree.values()), agree
+    assert all(agree.values()), agree
+    pairs = [pair.rsplit(", ", 1) for pair in agree]
+    assert {stem for stem, _ in pairs} == set(stem_family.FAMILY)
+    heads = {stem_family.HEADS[head].model_class for _, head in pairs}
+    assert heads == {CLASSES[name].model_class for name in WITH_LOSS}
 
 
 def test_trainer_in_two_processes_reports_the_mean_of_their_own_losses(distributed_results):

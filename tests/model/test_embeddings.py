@@ -1,4 +1,4 @@
-"""Pixels or patch features -> tokens: stems, positions, prefix tokens, and what is refused."""
+"""Pixels or patch features -> tokens: patches, positions, prefix tokens, sizes, and what is refused."""
 
 import math
 
@@ -10,19 +10,10 @@ from tiny import VISION, clip_model, pixels, randomised, vision_config
 from torch.nn import functional as F
 
 from vit_embed import VitEmbedModel
-from vit_embed.embeddings_vit_embed import POSITIONS, interpolate_positions, sinusoidal_positions
-from vit_embed.options_vit_embed import POSITION_EMBEDDING_TYPES, STEM_NORM_TYPES, STEM_TYPES
-from vit_embed.stem_layers_vit_embed import STEM_NORMS, patchify, unpatchify
-from vit_embed.stems_vit_embed import STEMS
+from vit_embed.embeddings_vit_embed import interpolate_positions, sinusoidal_positions
+from vit_embed.options_vit_embed import POSITION_EMBEDDING_TYPES
+from vit_embed.stem_layers_vit_embed import patchify, unpatchify
 from vit_embed.tokens_vit_embed import TokenLayout
-
-GRIDS = [(8, 8), (16, 16), (8, 32), (32, 8), (3, 5), (4, 4)]
-
-
-def test_names_are_the_tables():
-    assert set(STEMS) == set(STEM_TYPES)
-    assert set(STEM_NORMS) == set(STEM_NORM_TYPES)
-    assert set(POSITIONS) == set(POSITION_EMBEDDING_TYPES)
 
 
 def test_patchify_is_row_by_row():
@@ -34,23 +25,7 @@ def test_patchify_is_row_by_row():
     assert torch.equal(unpatchify(patches, (2, 2), (2, 3)), image)
 
 
-@pytest.mark.parametrize("patch_size", [8, (4, 8)])
-@pytest.mark.parametrize("bias", [False, True])
-def test_conv_and_linear_stems_equal_a_convolution(patch_size, bias):
-    """float32, sums of 192 products in another order: 1e-5."""
-    config = vision_config(patch_size=patch_size, patch_bias=bias)
-    conv, linear = STEMS["conv"].make(config), STEMS["linear"].make(config)
-    linear.load_state_dict({**conv.state_dict(), "weight": conv.weight.flatten(1)})
-    ph, pw = config.patch_shape
-    expected = F.conv2d(pixels(2, 32, 48), conv.weight, conv.bias, stride=(ph, pw))
-    found = conv(pixels(2, 32, 48))
-    assert found.shape == (2, 32, 32 // ph, 48 // pw)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    tokens, layout = STEMS["linear"].read(config, linear, pixels(2, 32, 48), None)[:2]
-    assert layout == TokenLayout((32 // ph, 48 // pw)) and torch.equal(tokens, found.flatten(2).transpose(1, 2))
-
-
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [(8, 32), (32, 8), (3, 5)])
 def test_resampling_equals_timm_with_antialias(grid):
     resample = import_without_init("timm.layers.pos_embed").resample_abs_pos_embed
     table = torch.randn(64, 12)
@@ -82,13 +57,6 @@ def test_resampling_to_the_native_grid_is_the_table_itself():
         assert interpolate_positions(table, (4, 4), (4, 4), interpolation) is table
 
 
-def test_grids_of_equal_count_get_different_positions():
-    table = torch.randn(64, 12)
-    wide, tall, square = (interpolate_positions(table, (8, 8), g, "bicubic") for g in ((8, 32), (32, 8), (16, 16)))
-    assert wide.shape == tall.shape == square.shape == (256, 12)
-    assert not torch.allclose(wide, tall) and not torch.allclose(wide, square) and not torch.allclose(tall, square)
-
-
 def test_resampling_of_bfloat16_is_computed_in_float32():
     table = torch.randn(64, 12).bfloat16()
     found = interpolate_positions(table, (8, 8), (16, 16), "bicubic")
@@ -102,7 +70,6 @@ def test_sinusoidal_positions_follow_the_formula():
     frequencies = [10000 ** (-k / quarter) for k in range(quarter)]
     expected = [f(n * w) for n in (row, column) for f in (math.sin, math.cos) for w in frequencies]
     torch.testing.assert_close(found[row * 5 + column], torch.tensor(expected))
-    assert len(torch.unique(found, dim=0)) == 15, "no two patches share a position"
 
 
 @pytest.mark.parametrize("position_embedding_type", POSITION_EMBEDDING_TYPES)
@@ -129,21 +96,6 @@ def test_token_order_and_count(position_embedding_type, use_cls_token, registers
         assert torch.equal(tokens[1, prefix - registers : prefix], embeddings.register_tokens)
 
 
-@torch.no_grad()
-def test_patch_embeds_replace_the_stem():
-    model = randomised(VitEmbedModel(vision_config()))
-    grid = model.embeddings.patch_embedding(pixels(2, 32, 64))  # (B, D, gh, gw)
-    torch.testing.assert_close(model(patch_embeds=grid).pooler_output, model(pixels(2, 32, 64)).pooler_output)
-
-
-@torch.no_grad()
-def test_rectangles_are_not_transposed_squares():
-    model = randomised(VitEmbedModel(vision_config()))
-    image = pixels(1, 32, 64)
-    wide, tall = model(image).pooler_output, model(image.transpose(2, 3)).pooler_output
-    assert wide.shape == tall.shape and not torch.allclose(wide, tall, atol=1e-3)
-
-
 def test_inputs_are_cast_at_the_stem():
     model = VitEmbedModel(vision_config()).to(torch.bfloat16)
     assert model(pixels()).pooler_output.dtype == torch.bfloat16
@@ -155,30 +107,20 @@ def test_inputs_are_cast_at_the_stem():
     [
         ({}, "exactly one of pixel_values and patch_embeds, got neither"),
         ({"pixel_values": pixels(), "patch_embeds": torch.randn(3, 32, 4, 4)}, "got both"),
-        ({"pixel_values": pixels(1, 36, 32)}, r"multiples of patch_size \(8, 8\), got \(36, 32\)"),
         ({"pixel_values": pixels(1, 32, 31)}, r"multiples of patch_size \(8, 8\), got \(32, 31\)"),
         ({"pixel_values": pixels(1, 0, 32)}, "multiples of patch_size"),
-        ({"pixel_values": pixels()[:, :1]}, r"num_channels=3.*got \(3, 1, 32, 32\)"),
-        ({"pixel_values": pixels()[0]}, r"got \(3, 32, 32\)"),
-        ({"pixel_values": pixels()[:0]}, r"got \(0, 3, 32, 32\)"),
         ({"patch_embeds": torch.randn(3, 31, 4, 4)}, r"hidden_size=32.*got \(3, 31, 4, 4\)"),
         ({"patch_embeds": torch.randn(3, 16, 32)}, r"got \(3, 16, 32\)"),
     ],
 )
 def test_bad_images_are_refused(inputs, message):
+    """test_inputs has those that every class refuses."""
     with pytest.raises(ValueError, match=message):
         VitEmbedModel(vision_config())(**inputs)
 
 
-@torch.no_grad()
-def test_set_image_size_keeps_what_the_model_computes():
-    """Resampling once at load or at every call is the same map."""
-    model = randomised(VitEmbedModel(vision_config()))
-    image = pixels(2, 48, 64)
-    before = model(image).last_hidden_state
-    model.set_image_size((48, 64))
-    assert model.config.grid_size == (6, 8) and model.embeddings.position_embedding.weight.shape == (49, 32)
-    assert torch.equal(model(image).last_hidden_state, before)
+def test_a_refused_size_changes_nothing():
+    model = VitEmbedModel(vision_config())
     with pytest.raises(ValueError, match="image_size must be a multiple of patch_size"):
         model.set_image_size(50)
-    assert model.config.image_size == (48, 64), "a refused size changes nothing"
+    assert model.config.image_size == 32 and model.embeddings.position_embedding.weight.shape == (17, 32)

@@ -1,27 +1,14 @@
 """Graphs of the classes, made at one size and held against the model at sizes that they have not seen: traced,
 exported, as ONNX files, compiled ahead of time."""
 
+import functools
 import warnings
 
 import pytest
-import stem_family
 import torch
-from catalogue import CLASSES, OPTIONS, Case, flat, mostly_heavy, sized_inputs
+from catalogue import CLASSES, GRAPHS, OPTIONS, Case, flat, mostly_heavy, sized_inputs
 from torch import nn
 from torch.export import Dim
-
-import vit_embed
-
-STEMS = {
-    name: Case(
-        vit_embed.VitEmbedForImageClassification,
-        lambda name=name: stem_family.stem_config(name, "classification"),
-        lambda: {"pixel_values": None},
-        ("logits",),
-    )
-    for name in stem_family.FAMILY
-}
-EVERY = {**CLASSES, **{f"stem {name}": case for name, case in STEMS.items()}, **OPTIONS}
 
 EXAMPLE = (2, 32, 32, 16)  # the native grid, which must not be baked in
 UNSEEN = [(3, 32, 64, 12), (1, 64, 48, 16), (5, 96, 32, 7)]
@@ -44,10 +31,7 @@ class Graphed(nn.Module):
 
 
 def graphed(name: str) -> Graphed:
-    case = EVERY[name]
-    stem = name.removeprefix("stem ")
-    model = stem_family.build(stem, "classification") if name.startswith("stem ") else case.model()
-    return Graphed(case, model).eval()
+    return Graphed(GRAPHS[name], GRAPHS[name].model()).eval()
 
 
 def inputs(case: Case, size: tuple[int, int, int, int]) -> tuple[torch.Tensor, ...]:
@@ -82,14 +66,17 @@ def assert_serves_unseen_sizes(graph, part: Graphed, tolerance: dict[str, float]
             torch.testing.assert_close(torch.as_tensor(one), other, **tolerance)
 
 
-def export(name: str, part: Graphed, strict: bool = False) -> torch.export.ExportedProgram:
+@functools.cache
+def exported(name: str, strict: bool = False) -> tuple[torch.export.ExportedProgram, Graphed]:
+    """A case as a program, and the model that it is of."""
+    part = graphed(name)
     given = inputs(part.case, (2, 64, 48, 16) if is_coarse(name) else EXAMPLE)
     shapes = dynamic_shapes(part.case, is_coarse(name))
     with torch.no_grad():
-        return torch.export.export(part, given, dynamic_shapes=shapes, strict=strict)
+        return torch.export.export(part, given, dynamic_shapes=shapes, strict=strict), part
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", GRAPHS)
 def test_traced(name):
     part = graphed(name)
     with torch.no_grad(), warnings.catch_warnings():
@@ -98,19 +85,17 @@ def test_traced(name):
     assert_serves_unseen_sizes(graph, part, TOLERANCE)
 
 
-@pytest.mark.parametrize("name", mostly_heavy(EVERY, *CLASSES))
+# An export takes many seconds: `make test` takes the classes that differ most, `make test-all` every case.
+@pytest.mark.parametrize("name", mostly_heavy(GRAPHS, "contrastive", "contrastive, siglip", "depth, dpt", "masked"))
 def test_exported(name):
-    part = graphed(name)
-    assert_serves_unseen_sizes(export(name, part).module(), part, TOLERANCE)
+    program, part = exported(name)
+    assert_serves_unseen_sizes(program.module(), part, TOLERANCE)
 
 
-QUICK = ("classification", "contrastive")  # the others in `make test-all`
-
-
-@pytest.mark.parametrize("name", mostly_heavy(EVERY, *QUICK))
+@pytest.mark.parametrize("name", mostly_heavy(GRAPHS, "text, projection"))
 def test_exported_strictly(name):
-    part = graphed(name)
-    assert_serves_unseen_sizes(export(name, part, strict=True).module(), part, TOLERANCE)
+    program, part = exported(name, strict=True)
+    assert_serves_unseen_sizes(program.module(), part, TOLERANCE)
 
 
 def run_onnx(path) -> object:
@@ -121,19 +106,21 @@ def run_onnx(path) -> object:
     return lambda *given: session.run(None, {name: tensor.numpy() for name, tensor in zip(names, given)})
 
 
-@pytest.mark.parametrize("name", mostly_heavy(EVERY, *QUICK))
+@pytest.mark.parametrize("name", mostly_heavy(GRAPHS, "contrastive"))
 def test_onnx_of_the_exported_program(name, tmp_path):
     pytest.importorskip("onnxscript")
-    part, path = graphed(name), tmp_path / "model.onnx"
-    torch.onnx.export(export(name, part), (), path, dynamo=True, verbose=False)
-    assert_serves_unseen_sizes(run_onnx(path), part, ONNX_TOLERANCE)
+    program, part = exported(name)
+    torch.onnx.export(program, (), tmp_path / "model.onnx", dynamo=True, verbose=False)
+    assert_serves_unseen_sizes(run_onnx(tmp_path / "model.onnx"), part, ONNX_TOLERANCE)
 
 
-# torch's older exporter has no such operator, and says so.
+# torch's older exporter has no such operator: an error of its own.
 NOT_IN_ONNX_OF_A_TRACE = {"antialias": "_upsample_bicubic2d_aa"}
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    "name", mostly_heavy(GRAPHS, *CLASSES, *OPTIONS, "stem adaptive", "stem deformable", "stem dct")
+)
 def test_onnx_of_the_trace(name, tmp_path):
     part, path = graphed(name), tmp_path / "model.onnx"
     names = list(part.case.inputs())
@@ -154,8 +141,8 @@ def test_onnx_of_the_trace(name, tmp_path):
 @pytest.mark.heavy
 @pytest.mark.parametrize("name", [*CLASSES, "stem hybrid", "stem adaptive", "stem dct"])
 def test_compiled_ahead_of_time(name, tmp_path):
-    part = graphed(name)
-    path = torch._inductor.aoti_compile_and_package(export(name, part), package_path=str(tmp_path / "model.pt2"))
+    program, part = exported(name)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
     assert_serves_unseen_sizes(torch._inductor.aoti_load_package(path), part, TOLERANCE)
 
 

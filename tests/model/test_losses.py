@@ -1,7 +1,7 @@
-"""Each loss against its formula written out, in value and gradient; missing depth; pairs of one group; the scale's
-bound; what a process without others pays."""
+"""Each loss against its formula written out, in value and gradient; missing depth; pairs of one group."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -56,10 +56,6 @@ def naive_sigmoid(logits, ignored=None):
     return sum(torch.log1p(torch.exp(-logits[i, j] * (1 if i == j else -1))) for i, j in cells) / size
 
 
-def naive_depth(kind, predicted, depth):
-    return sum(naive_depth_of_image(kind, *image) for image in zip(predicted, depth)) / len(depth)
-
-
 def naive_depth_of_image(kind, predicted, depth):
     keep = [(p, d) for p, d in zip(predicted.flatten(), depth.flatten()) if d > 0 and torch.isfinite(d)]
     if kind == "l1":
@@ -70,18 +66,13 @@ def naive_depth_of_image(kind, predicted, depth):
     return sum(e**2 for e in errors) / len(errors) - 0.5 * (sum(errors) / len(errors)) ** 2
 
 
-def naive_gradient_matching(predicted, depth, scales=4):
-    images = zip(predicted[:, None], depth[:, None])
-    return sum(naive_gradient_matching_of_image(*image, scales) for image in images) / len(depth)
-
-
-def naive_gradient_matching_of_image(predicted, depth, scales):
+def naive_gradient_matching(predicted, depth):
     total = 0 * predicted.sum()
-    for step in (2**k for k in range(scales)):
-        coarse, labels = predicted[:, ::step, ::step], depth[:, ::step, ::step]
+    for step in (1, 2, 4, 8):
+        coarse, labels = predicted[::step, ::step], depth[::step, ::step]
         places = torch.nonzero(torch.isfinite(labels) & (labels > 0)).tolist()
-        error = {(b, y, x): (coarse[b, y, x] / labels[b, y, x]).log() for b, y, x in places}
-        pairs = [((b, y, x), (b, y + dy, x + dx)) for b, y, x in error for dy, dx in ((0, 1), (1, 0))]
+        error = {(y, x): (coarse[y, x] / labels[y, x]).log() for y, x in places}
+        pairs = [((y, x), (y + dy, x + dx)) for y, x in error for dy, dx in ((0, 1), (1, 0))]
         total = total + sum((error[p] - error[q]).abs() for p, q in pairs if q in error) / max(1, len(error))
     return total
 
@@ -101,14 +92,8 @@ def assert_equal_loss(loss, naive, argument, **tolerance):
 # --- contrastive -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("loss", "naive"), [(softmax_contrastive_loss, naive_softmax), (sigmoid_contrastive_loss, naive_sigmoid)]
-)
-def test_contrastive_losses_equal_their_formula(loss, naive):
-    assert_equal_loss(loss, naive, 3 * torch.randn(5, 5, dtype=torch.float64))
-
-
 GROUPS = {
+    "none": None,
     "none alike": [4, 0, 1, 2, 3],
     "two pairs alike": [7, 1, 7, 2, 1],
     "all alike": [3, 3, 3, 3, 3],
@@ -117,53 +102,31 @@ GROUPS = {
 }
 
 
+SOFTMAX, SIGMOID = (softmax_contrastive_loss, naive_softmax), (sigmoid_contrastive_loss, naive_sigmoid)
+
+
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize(
-    ("loss", "naive"), [(softmax_contrastive_loss, naive_softmax), (sigmoid_contrastive_loss, naive_sigmoid)]
+    ("loss", "naive", "options"), [(*SOFTMAX, ()), (*SIGMOID, ()), *((*SOFTMAX, (beta,)) for beta in (0.25, BETA, 2.0))]
 )
-def test_pairs_of_one_group_are_not_negatives_of_each_other(loss, naive, groups):
-    logits, ignored = 3 * torch.randn(5, 5, dtype=torch.float64), same_group(torch.tensor(groups))
-    assert ignored.tolist() == [[i != j and groups[i] == groups[j] for j in range(5)] for i in range(5)]
-    assert_equal_loss(lambda z: loss(z, ignored), lambda z: naive(z, ignored), logits)
-    gradient = value_and_gradient(lambda z: loss(z, ignored), logits)[1]
-    assert (gradient[ignored] == 0).all() and gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("groups", [None, *GROUPS.values()])
-@pytest.mark.parametrize("beta", [0.25, BETA, 2.0])
-def test_hard_negatives_equal_their_formula(beta, groups):
-    ignored = None if groups is None else same_group(torch.tensor(groups))
-    logits = 3 * torch.randn(5, 5, dtype=torch.float64)
-    assert_equal_loss(
-        lambda z: softmax_contrastive_loss(z, ignored, beta), lambda z: naive_softmax(z, ignored, beta), logits
-    )
-
-
-def test_hard_negatives_are_off_at_zero_and_pull_harder_at_the_most_similar():
-    logits = 3 * torch.randn(6, 6)
-    plain = value_and_gradient(softmax_contrastive_loss, logits)
-    off = value_and_gradient(lambda z: softmax_contrastive_loss(z, None, 0.0), logits)
-    assert all(torch.equal(one, other) for one, other in zip(plain, off))
-    logits = torch.zeros(4, 4) + 4 * torch.eye(4)
-    logits[0, 1] = 2.0  # the one hard negative
-    share = [value_and_gradient(lambda z, b=b: softmax_contrastive_loss(z, None, b), logits)[1][0] for b in (0, BETA)]
-    assert share[1][1] > 2 * share[0][1] > 0
-    # Weights of mean 1: equal negatives weigh as ever.
-    equal = torch.full((4, 4), 1.3) + torch.eye(4)
-    torch.testing.assert_close(softmax_contrastive_loss(equal, None, BETA), softmax_contrastive_loss(equal))
-
-
-@pytest.mark.parametrize("beta", [0.0, BETA])
-def test_a_batch_of_one_pair_has_no_negatives_and_no_loss(beta):
-    value, gradient = value_and_gradient(lambda z: softmax_contrastive_loss(z, None, beta), torch.tensor([[3.0]]))
-    assert value == 0 and (gradient == 0).all()
+def test_contrastive_losses_equal_their_formula(loss, naive, options, groups):
+    """Pairs of one group are not negatives of each other."""
+    logits, ignored = 3 * torch.randn(5, 5, dtype=torch.float64), None
+    if groups is not None:
+        ignored = same_group(torch.tensor(groups))
+        assert ignored.tolist() == [[i != j and groups[i] == groups[j] for j in range(5)] for i in range(5)]
+        gradient = value_and_gradient(lambda z: loss(z, ignored, *options), logits)[1]
+        assert (gradient[ignored] == 0).all() and gradient.isfinite().all()
+    assert_equal_loss(lambda z: loss(z, ignored, *options), lambda z: naive(z, ignored, *options), logits)
 
 
 @pytest.mark.parametrize("beta", [0.0, BETA, 20.0])
-def test_logits_at_the_bound_give_finite_losses_and_gradients(beta):
+def test_logits_at_the_bound_and_of_one_pair_give_finite_losses_and_gradients(beta):
     logits = 100 * (2 * torch.rand(5, 5) - 1)
     value, gradient = value_and_gradient(lambda z: softmax_contrastive_loss(z, None, beta), logits)
     assert value.isfinite() and gradient.isfinite().all()
+    value, gradient = value_and_gradient(lambda z: softmax_contrastive_loss(z, None, beta), torch.tensor([[3.0]]))
+    assert value == 0 and (gradient == 0).all(), "no negatives, no loss"
 
 
 def test_logit_scale_bound():
@@ -191,20 +154,10 @@ def test_logits_are_float32_products_of_float32_whatever_autocast_says(logit_bia
 # --- gathering -------------------------------------------------------------------------------------------------------
 
 
-COLLECTIVES = ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor", "barrier")
-
-
-@pytest.fixture
-def no_collectives(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a collective was called")
-
-    for name in COLLECTIVES:
-        monkeypatch.setattr(dist, name, refuse)
-
-
 @pytest.mark.parametrize("in_a_group", [False, True])
-def test_a_process_without_others_calls_no_collective(no_collectives, in_a_group):
+def test_a_process_without_others_calls_no_collective(monkeypatch, in_a_group):
+    for name in ("all_gather", "all_reduce", "broadcast", "all_gather_into_tensor", "barrier"):
+        monkeypatch.setattr(dist, name, lambda *args, **kwargs: pytest.fail("a collective was called"))
     if in_a_group:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -219,67 +172,40 @@ def test_a_process_without_others_calls_no_collective(no_collectives, in_a_group
 # --- depth -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", DEPTH_LOSSES)
-def test_depth_losses_equal_their_formula_on_valid_pixels(kind):
-    predicted = torch.rand(2, 4, 5) + 0.2
-    depth = torch.rand(2, 4, 5) + 0.2
-    depth[0, 0, :4] = torch.tensor([0.0, -1.0, NAN, INF])
-    found = value_and_gradient(lambda p: depth_loss(DEPTH_LOSSES[kind], p, depth), predicted)
-    expected = value_and_gradient(lambda p: naive_depth(kind, p, depth), predicted)
-    for one, other in zip(found, expected):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # float32 sums of 36 terms
-    assert (found[1][0, 0, :4] == 0).all(), "a missing pixel pulls at nothing"
+DEPTH_CASES = {
+    **{kind: (DEPTH_LOSSES[kind], partial(naive_depth_of_image, kind), (4, 5), 0.1) for kind in DEPTH_LOSSES},
+    "gradients": (gradient_matching_loss, naive_gradient_matching, (11, 19), 0.1),
+    "gradients, few neighbours": (gradient_matching_loss, naive_gradient_matching, (8, 8), 0.6),
+    "gradients, one row": (gradient_matching_loss, naive_gradient_matching, (1, 6), 0.0),
+    "gradients, a corner": (gradient_matching_loss, naive_gradient_matching, (3, 2), 0.0),
+}
 
 
-@pytest.mark.parametrize("holes", [0.0, 0.1, 0.6])
-@pytest.mark.parametrize(("height", "width"), [(8, 8), (11, 19), (1, 6), (3, 2)])
-@pytest.mark.parametrize("scales", [1, 4])
-def test_gradient_matching_equals_its_formula_on_valid_pairs(scales, height, width, holes):
-    predicted, depth = torch.rand(2, 2, height, width) + 0.2
+@pytest.mark.parametrize("name", DEPTH_CASES)
+def test_depth_losses_equal_their_formula_on_valid_pixels(name):
+    loss, naive, shape, holes = DEPTH_CASES[name]
+    predicted, depth = torch.rand(2, 2, *shape) + 0.2
     depth[torch.rand(depth.shape) < holes] = NAN
-    depth[0, 0, :2] = torch.tensor([-1.0, INF])
-    assert_equal_loss(
-        lambda p: depth_loss(gradient_matching_loss, p, depth, scales),
-        lambda p: naive_gradient_matching(p, depth, scales),
-        predicted,
-        rtol=1e-4,
-        atol=1e-6,  # float32 sums of up to 800 terms
-    )
-    gradient = value_and_gradient(lambda p: depth_loss(gradient_matching_loss, p, depth, scales), predicted)[1]
-    assert (gradient[~(depth.isfinite() & (depth > 0))] == 0).all(), "a missing pixel pulls at nothing"
-
-
-def test_gradient_matching_ignores_scale_and_minds_edges():
-    depth = torch.ones(1, 16, 16)
-    depth[:, :, 8:] = 3.0
-    blurred = depth.clone()
-    blurred[:, :, 7:9] = 3.0**0.5
-    assert depth_loss(gradient_matching_loss, 2.5 * depth, depth) == pytest.approx(0.0, abs=1e-5)  # float32 logarithms
-    # One edge of height ln 3 a row is missed: seen by 16 / 2^k of the (16 / 2^k)^2 pixels of scale k.
-    flat = depth_loss(gradient_matching_loss, torch.ones_like(depth), depth)
-    assert flat.item() == pytest.approx(math.log(3) * sum(2**k / 16 for k in range(4)), rel=1e-4)
-    assert flat > depth_loss(gradient_matching_loss, blurred, depth) > 0.1 * flat
+    places = torch.tensor([0.0, -1.0, NAN, INF][: shape[1] - 1])
+    depth[0, 0, : len(places)] = places
+    found = value_and_gradient(lambda p: depth_loss(loss, p, depth), predicted)
+    expected = value_and_gradient(lambda p: sum(map(naive, p, depth)) / 2, predicted)
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)  # float32 sums of up to 800 terms
+    assert (found[1][~(depth.isfinite() & (depth > 0))] == 0).all(), "a missing pixel pulls at nothing"
 
 
 @pytest.mark.parametrize("loss", [*DEPTH_LOSSES.values(), gradient_matching_loss], ids=[*DEPTH_LOSSES, "gradients"])
 @pytest.mark.parametrize("missing", [0.0, -2.0, NAN, INF])
 def test_nothing_valid_is_loss_zero_and_gradient_zero(loss, missing):
-    value, gradient = value_and_gradient(
-        lambda p: depth_loss(loss, p, torch.full((2, 3, 3), missing)), torch.rand(2, 3, 3) + 0.1
-    )
+    depth = torch.full((2, 9, 9), missing)
+    if loss is gradient_matching_loss:
+        depth[:, 1::4, 1::2] = 2.0  # no two beside each other, and none on the coarser scales
+    value, gradient = value_and_gradient(lambda p: depth_loss(loss, p, depth), torch.rand(2, 9, 9) + 0.1)
     assert value == 0 and (gradient == 0).all()
 
 
-def test_labels_without_valid_neighbours_give_no_gradient_matching():
-    depth = torch.full((2, 9, 9), NAN)
-    depth[:, 1::4, 1::2] = 2.0  # no two beside each other, and none on the coarser scales
-    value, gradient = value_and_gradient(
-        lambda p: depth_loss(gradient_matching_loss, p, depth), torch.rand(2, 9, 9) + 0.1
-    )
-    assert value == 0 and (gradient == 0).all()
-
-
-def test_silog_ignores_scale_as_told_and_does_not_cancel():
+def test_silog_keeps_a_share_of_the_scale_and_does_not_cancel():
     depth = torch.rand(1, 16, 16) + 1.0
     scaled = depth_loss(DEPTH_LOSSES["silog"], 1.001 * depth, depth)
     # Half the squared log of the scale, 5e-7: the textbook difference of means loses it in float32 rounding.

@@ -6,20 +6,16 @@ import json
 import pytest
 import torch
 from fresh_process import digests, junk_in_new_memory
-from test_loading import CASES, build
 from tiny import CLOSE, VISION, dual_config, pixels, randomised, use_attention, vision_config
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from vit_embed import (
     VitEmbedConfig,
     VitEmbedForContrastive,
-    VitEmbedForImageClassification,
     VitEmbedModel,
     VitEmbedModelWithProjection,
 )
 from vit_embed.modeling_vit_embed import VitEmbedAutoModel
-
-ORIGIN = {"layout": "timm", "names": {"a.0": ["b", None]}, "dtype": "bfloat16", "licence": "mit"}
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +123,8 @@ def test_out_of_a_stock_folder(stock, stock_folder):
         direct, info = VitEmbedModelWithProjection.from_pretrained(stock_folder, output_loading_info=True)
         config = VitEmbedConfig.from_pretrained(stock_folder)
         chosen, auto_info = VitEmbedAutoModel.from_pretrained(stock_folder, config=config, output_loading_info=True)
-    for model, told in ((direct, info), (chosen, auto_info)):
-        assert type(model) is VitEmbedModelWithProjection and not any(told.values()), told
+    for model, report in ((direct, info), (chosen, auto_info)):
+        assert type(model) is VitEmbedModelWithProjection and not any(report.values()), report
         assert digests(model) == digests(stock)
     trunk, info = VitEmbedModel.from_pretrained(stock_folder, output_loading_info=True)
     assert not any(info.values()), info
@@ -158,20 +154,6 @@ def test_the_class_that_auto_model_takes(architectures, expected):
     assert type(VitEmbedAutoModel._from_config(vision_config(architectures=architectures))) is expected
 
 
-def test_a_head_on_its_trunk_is_no_longer_it(dual, tmp_path):
-    VitEmbedModelWithProjection.from_pretrained(dual[0]).save_pretrained(tmp_path / "projection")
-    head = VitEmbedForImageClassification.from_pretrained(tmp_path / "projection", num_labels=5)
-    head.save_pretrained(tmp_path / "head")
-    assert VitEmbedAutoModel.class_for(VitEmbedConfig.from_pretrained(tmp_path / "head")) is VitEmbedModel
-
-
-def test_resizing_resamples_its_positions(dual):
-    model, info = VitEmbedModelWithProjection.from_pretrained(dual[0], image_size=48, output_loading_info=True)
-    assert not any(info.values()) and model.config.grid_size == (6, 6)
-    expected = VitEmbedForContrastive.from_pretrained(dual[0], image_size=48).vision_model
-    assert digests(model.vision_model) == digests(expected)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("model_class", [VitEmbedModelWithProjection, VitEmbedForContrastive])
 def test_without_a_projection_the_pooled_vector_is_the_embedding(model_class):
@@ -183,20 +165,3 @@ def test_without_a_projection_the_pooled_vector_is_the_embedding(model_class):
     embeds = model(pixels()).image_embeds
     expected = pooled if model_class is VitEmbedModelWithProjection else torch.nn.functional.normalize(pooled, dim=-1)
     torch.testing.assert_close(embeds, expected, **CLOSE)
-
-
-# One case of each class with a VitEmbedConfig.
-ONE_OF_EACH = {case.model_class: name for name, case in CASES.items() if name != "text"}
-
-
-@pytest.mark.parametrize("model_class", ONE_OF_EACH, ids=lambda model_class: model_class.__name__)
-def test_every_class_saves_where_it_was_converted_from(model_class, tmp_path):
-    model = build(ONE_OF_EACH[model_class])
-    model.config.converted_from = ORIGIN
-    model.save_pretrained(tmp_path / "first")
-    again = model_class.from_pretrained(tmp_path / "first")
-    assert again.config.converted_from == ORIGIN
-    again.save_pretrained(tmp_path / "second")
-    assert json.loads((tmp_path / "second" / "config.json").read_text())["converted_from"] == ORIGIN
-    # The trunk and whatever is built on it go on saying so.
-    assert VitEmbedModel.from_pretrained(tmp_path / "second").config.vision_only().converted_from == ORIGIN

@@ -5,40 +5,17 @@ import itertools
 import math
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 from scipy.fft import dctn
-from stem_family import (
-    CONVNEXT_MAPS,
-    PYRAMID_STEMS,
-    RESNET,
-    assert_close,
-    build,
-    positions_of,
-    stem_config,
-)
+from stem_family import RESNET, assert_close, build, positions_of, stem_config
 from tiny import CLOSE, pixels, randomised, vision_config
-from torch import nn
 from torch.nn import functional as F
-from transformers import AutoBackbone, BitConfig, ConvNextConfig, ResNetConfig
+from transformers import AutoBackbone
 
-from vit_embed import (
-    VitEmbedModel,
-    options_vit_embed,
-)
+from vit_embed import VitEmbedModel, options_vit_embed
 from vit_embed.stem_layers_vit_embed import dct_basis, haar_basis
 from vit_embed.stems_vit_embed import STEMS
-
-
-def conv_named(state: dict[str, torch.Tensor], kept: str) -> dict[str, torch.Tensor]:
-    """The state dict of a model whose stem holds a ConvStem under the name `kept`, as that of a `conv` model."""
-    prefix = "embeddings.patch_embedding."
-    named = {name.replace(f"{prefix}{kept}.", prefix): value for name, value in state.items() if prefix not in name}
-    named |= {
-        name.replace(f"{prefix}{kept}.", prefix): value for name, value in state.items() if f"{prefix}{kept}." in name
-    }
-    return named
 
 
 def patches_of(images: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
@@ -53,27 +30,24 @@ def conv_reference(images, weight, bias=None, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("patch_size", [8, (4, 8)])
-@pytest.mark.parametrize("stem", ["linear", "dct", "wavelet", "deformable"])
+@pytest.mark.parametrize("stem", ["conv", "linear", "dct", "wavelet", "deformable"])
 @torch.no_grad()
 def test_equals_conv_with_its_weight_carried_over(stem, patch_size):
-    """float32, sums of up to 192 products in another basis and order: 1e-5, as the issue asks."""
-    config = vision_config(patch_size=patch_size, patch_bias=True)
-    conv = STEMS["conv"].make(config)
-    nn.init.normal_(conv.weight, std=conv.init_std)
-    nn.init.normal_(conv.bias)
-    other_config = vision_config(stem_type=stem, patch_size=patch_size, patch_bias=True)
-    kind = STEMS[stem]
-    other = kind.make(other_config)
-    other.weight.copy_(kind.carried(other_config, conv.weight) if hasattr(kind, "carried") else conv.weight.flatten(1))
-    other.bias.copy_(conv.bias)
+    """float32, sums of up to 192 products in another basis and order: 1e-5."""
+    config = vision_config(stem_type=stem, patch_size=patch_size, patch_bias=True)
+    kind, (ph, pw) = STEMS[stem], config.patch_shape
+    weight, bias = 0.02 * torch.randn(32, 3, ph, pw), torch.randn(32)
+    layer = kind.make(config)
+    layer.weight.copy_(kind.carried(config, weight) if hasattr(kind, "carried") else weight.view_as(layer.weight))
+    layer.bias.copy_(bias)
     if stem == "deformable":
-        other.offsets.weight.zero_()
-        other.offsets.bias.zero_()
+        layer.offsets.weight.zero_()
+        layer.offsets.bias.zero_()
     images = pixels(2, 64, 96)
-    output = kind.read(other_config, other, images, None)
-    expected = conv_reference(images, conv.weight, conv.bias, stride=config.patch_shape)
+    output = kind.read(config, layer, images, None)
+    expected = conv_reference(images, weight, bias, stride=(ph, pw))
     torch.testing.assert_close(output.states, expected, rtol=1e-5, atol=1e-5)
-    assert output.layout.grid_size == (64 // config.patch_shape[0], 96 // config.patch_shape[1])
+    assert output.layout.grid_size == (64 // ph, 96 // pw)
 
 
 @torch.no_grad()
@@ -105,7 +79,7 @@ def deformed(move: tuple[float, float], scale: tuple[float, float], images: torc
 SATURATED = 20.0  # tanh(20) is 1 in float32
 
 
-@pytest.mark.parametrize(("down", "right"), [(1, 0), (0, 1), (-1, 0), (1, -1)])
+@pytest.mark.parametrize(("down", "right"), [(1, 0), (1, -1)])
 def test_a_box_moved_by_a_patch_reads_the_neighbour(down, right):
     images = pixels(2, 32, 64)
     found = deformed((down * SATURATED, right * SATURATED), (0.0, 0.0), images)
@@ -116,20 +90,6 @@ def test_a_box_moved_by_a_patch_reads_the_neighbour(down, right):
     if (down, right) == (1, 0):  # past the border its last pixels are read on
         edge = images[:, :, -1].unflatten(2, (8, 8)).permute(0, 2, 1, 3)
         torch.testing.assert_close(found[:, -1], edge[:, :, :, None].expand(-1, -1, -1, 4, -1), rtol=0, atol=1e-4)
-
-
-def test_boxes_scale_about_their_centre():
-    """On an image whose value is its row in one channel and its column in another, a sample is its own place."""
-    rows, columns = torch.meshgrid(torch.arange(32) + 0.5, torch.arange(64) + 0.5, indexing="ij")
-    images = torch.stack([rows, columns, torch.zeros_like(rows)])[None]
-    found = deformed((0.0, 0.0), (SATURATED, -SATURATED), images)  # twice as high, half as wide
-    within_row = torch.arange(4) + 0.5 - 2
-    within_column = torch.arange(8) + 0.5 - 4
-    for i, j in itertools.product(range(1, 7), range(8)):
-        expected_rows = (4 * i + 2 + 2 * within_row)[:, None].expand(4, 8)
-        expected_columns = (8 * j + 4 + 0.5 * within_column)[None].expand(4, 8)
-        torch.testing.assert_close(found[0, i, j, 0], expected_rows, rtol=0, atol=1e-4)
-        torch.testing.assert_close(found[0, i, j, 1], expected_columns, rtol=0, atol=1e-4)
 
 
 def test_a_box_of_half_the_size_is_its_middle_scaled_up():
@@ -162,17 +122,19 @@ def test_each_box_follows_its_own_patch():
 
 
 @pytest.mark.parametrize("pointwise", [False, True])
-@pytest.mark.parametrize(("patch_size", "kernel"), [(8, None), (8, (12, 9)), ((4, 8), (7, 16))])
+@pytest.mark.parametrize(
+    ("patch_size", "kernel", "shape"), [(8, None, (16, 16)), (4, 7, (7, 7)), ((8, 4), (12, 5), (12, 5))]
+)
 @torch.no_grad()
-def test_overlap_is_a_convolution(patch_size, kernel, pointwise):
+def test_overlap_is_a_convolution(patch_size, kernel, shape, pointwise):
     fields = {"patch_size": patch_size, "patch_kernel_size": kernel, "patch_pointwise": pointwise, "patch_bias": True}
     config = vision_config(stem_type="overlap", **fields)
     stem = randomised(STEMS["overlap"](config))
     weight, bias = stem.projection.weight, stem.projection.bias
-    kernels = (16, 16) if kernel is None else kernel
-    assert weight.shape == (32, 3, *kernels)
-    padding = tuple((k - s) // 2 for k, s in zip(kernels, config.patch_shape))
+    assert weight.shape == (32, 3, *shape)
+    padding = tuple((k - s) // 2 for k, s in zip(shape, config.patch_shape))
     expected = F.conv2d(pixels(2, 32, 64), weight, bias, stride=config.patch_shape, padding=padding)
+    assert config.patch_padding == padding and config.grid_of((32, 64)) == tuple(expected.shape[2:])
     assert (stem.pointwise is not None) == pointwise
     if pointwise:
         mixed = torch.einsum("oi,bihw->bohw", stem.pointwise.weight[:, :, 0, 0], expected)
@@ -231,63 +193,6 @@ def test_hybrid_leaves_the_config_it_was_given_alone():
     assert model.config.backbone_config is not given and backbone.config is not given
 
 
-def test_hybrid_refuses_a_backbone_of_another_stride():
-    model = VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=RESNET, patch_size=4))
-    with pytest.raises(
-        ValueError, match=r"backbone_config must have a stride of patch_size \(4, 4\).*got \[\(4, 4\)\]"
-    ):
-        model(pixels())
-
-
-@pytest.mark.parametrize("out_features", [["stage1"], ["stage1", "stage2"]])
-def test_hybrid_refuses_a_backbone_that_goes_on_behind_its_map(out_features):
-    """Stages that nothing reads have no gradients, which DistributedDataParallel does not forgive."""
-    backbone = ResNetConfig(**{**RESNET.to_dict(), "out_features": out_features, "out_indices": None})
-    with pytest.raises(ValueError, match=r"backbone_config must give \['stage2'\] with use_feature_pyramid=False"):
-        VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=backbone))
-
-
-def test_hybrid_pyramid_refuses_a_backbone_that_gives_other_maps():
-    fields = {**PYRAMID_STEMS["hybrid"], "backbone_config": ConvNextConfig(
-        **{**CONVNEXT_MAPS.to_dict(), "out_features": ["stage3"], "out_indices": None}
-    )}  # fmt: skip
-    with pytest.raises(ValueError, match=r"must give \['stage1', 'stage2', 'stage3'\] with use_feature_pyramid=True"):
-        VitEmbedModel(vision_config(**fields))
-
-
-def test_hybrid_pyramid_refuses_maps_that_do_not_halve():
-    """A map of the wrong stride would be scaled to the others' size and be wrong without a word."""
-    backbone = BitConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 12, 16],
-        depths=[1, 1, 1],
-        layer_type="preactivation",
-        num_groups=2,
-        output_stride=8,  # strides 4, 8 and 8: the last is right, the first is not
-        out_features=["stage1", "stage2", "stage3"],
-    )
-    model = VitEmbedModel(vision_config(**{**PYRAMID_STEMS["hybrid"], "backbone_config": backbone}))
-    with pytest.raises(
-        ValueError, match=r"those of a pyramid half of the next one's.* got \[\(8, 8\), \(4, 4\), \(4, 4\)\]"
-    ):
-        model(pixels())
-
-
-def test_hybrid_pyramid_refuses_a_backbone_with_other_widths_than_it_says():
-    backbone = ResNetConfig(
-        hidden_sizes=[8, 8, 16], depths=[1, 1], layer_type="basic", out_features=["stem", "stage1", "stage2"]
-    )
-    with pytest.raises(
-        ValueError, match=r"hidden_sizes=\[8, 8, 16\].*\['stem', 'stage1', 'stage2'\].* one entry a stage"
-    ):
-        VitEmbedModel(vision_config(**{**PYRAMID_STEMS["hybrid"], "backbone_config": backbone}))
-
-
-def test_hybrid_refuses_a_backbone_for_other_channels():
-    with pytest.raises(ValueError, match="backbone_config.num_channels must be num_channels=1, got 3"):
-        VitEmbedModel(vision_config(stem_type="hybrid", backbone_config=RESNET, num_channels=1))
-
-
 @torch.no_grad()
 def test_token_learner_is_the_formula():
     model = build("token_learner")
@@ -304,11 +209,8 @@ def test_token_learner_is_the_formula():
     torch.testing.assert_close(model.embeddings(images).states[:, 1:], expected, **CLOSE)
 
 
-# dct, wavelet
-
-
 @pytest.mark.parametrize("basis", [dct_basis, haar_basis])
-@pytest.mark.parametrize("length", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("length", [1, 2, 8, 32])
 def test_spectral_bases_are_orthonormal(basis, length):
     rows, frequency = (torch.tensor(each, dtype=torch.float64) for each in basis(length))
     torch.testing.assert_close(rows @ rows.t(), torch.eye(length, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -316,16 +218,13 @@ def test_spectral_bases_are_orthonormal(basis, length):
     assert torch.equal(frequency, frequency.sort().values) and frequency[0] == 0
 
 
-def test_haar_wavelets_are_those_of_the_textbook():
-    half, root = 0.5, 0.5**0.5
-    two = [[root, root], [root, -root]]
-    four = [[half] * 4, [half, half, -half, -half], [root, -root, 0, 0], [0, 0, root, -root]]
-    for expected, levels in ((two, [0, 1]), (four, [0, 1, 2, 2])):
-        rows, level = haar_basis(len(expected))
-        found, expected = (torch.tensor(each, dtype=torch.float64) for each in (rows, expected))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-        assert level == levels
-    assert haar_basis(16)[1] == [0, 1, 2, 2, *[3] * 4, *[4] * 8], "each level is half as wide as the one before"
+def test_each_level_of_haar_wavelets_is_half_as_wide_as_the_one_before():
+    assert haar_basis(16)[1] == [0, 1, 2, 2, *[3] * 4, *[4] * 8]
+
+
+HALF, ROOT = 0.5, 0.5**0.5
+HAAR_2 = [[ROOT, ROOT], [ROOT, -ROOT]]
+HAAR_4 = [[HALF] * 4, [HALF, HALF, -HALF, -HALF], [ROOT, -ROOT, 0, 0], [0, 0, ROOT, -ROOT]]
 
 
 def lowest(frequencies: list[list[Fraction]], count: int) -> list[tuple[int, int]]:
@@ -337,13 +236,7 @@ def lowest(frequencies: list[list[Fraction]], count: int) -> list[tuple[int, int
 
 @pytest.mark.parametrize(
     ("patch_size", "count"),
-    [
-        *itertools.product([8, (4, 8), (16, 2)], [None, 1, 5, 11]),
-        (14, 11),
-        (14, 19),
-        (14, None),
-        ((6, 10), 36),
-    ],
+    [(8, None), (8, 1), (8, 11), ((4, 8), 5), ((16, 2), 11), ((16, 2), None), (14, 19), ((6, 10), 36)],
 )
 @torch.no_grad()
 def test_dct_is_scipys_and_keeps_the_lowest_frequencies(patch_size, count):
@@ -355,9 +248,6 @@ def test_dct_is_scipys_and_keeps_the_lowest_frequencies(patch_size, count):
     coefficients = dctn(patches_of(images, (ph, pw)).double().numpy(), axes=(-2, -1), norm="ortho")
     if count is None:
         assert layer.weight.shape == (32, 3 * ph * pw)
-        sums = np.square(coefficients).sum(axis=(-2, -1))  # an orthonormal transform keeps lengths
-        found = stem.patch_values(config, images).unflatten(2, (3, -1)).square().sum(dim=-1)
-        torch.testing.assert_close(found, torch.from_numpy(sums).float(), rtol=1e-4, atol=1e-4)
     places = lowest([[Fraction(k, side) for k in range(side)] for side in (ph, pw)], count or ph * pw)
     expected = torch.stack([torch.from_numpy(coefficients[..., row, column]) for row, column in places], dim=-1).float()
     torch.testing.assert_close(stem.patch_values(config, images), expected.flatten(2), rtol=1e-5, atol=2e-5)
@@ -370,59 +260,13 @@ def test_dct_is_scipys_and_keeps_the_lowest_frequencies(patch_size, count):
 def test_wavelet_is_haars_and_keeps_the_coarsest(count):
     config = vision_config(stem_type="wavelet", patch_size=(4, 2), num_coefficients=count)
     stem, images = STEMS["wavelet"], pixels(2)
-    half, root = 0.5, 0.5**0.5
-    tall = torch.tensor([[half] * 4, [half, half, -half, -half], [root, -root, 0, 0], [0, 0, root, -root]])
-    wide = torch.tensor([[root, root], [root, -root]])
-    coefficients = torch.einsum("up,bncpq,vq->bncuv", tall, patches_of(images, (4, 2)), wide)
+    patches = patches_of(images, (4, 2))
+    coefficients = torch.einsum("up,bncpq,vq->bncuv", torch.tensor(HAAR_4), patches, torch.tensor(HAAR_2))
     levels = [[Fraction(level) for level in axis] for axis in ([0, 1, 2, 2], [0, 1])]
     places = lowest(levels, count or 8)
     assert places[:3] == [(0, 0), (0, 1), (1, 0)][: len(places)]
     expected = torch.stack([coefficients[..., row, column] for row, column in places], dim=-1)
     torch.testing.assert_close(stem.patch_values(config, images), expected.flatten(2), **CLOSE)
-
-
-# adaptive
-
-
-def decided(stem: str, coarse: bool, **overrides) -> nn.Module:
-    """A model whose every gate says the same, by a margin that no Gumbel noise overturns."""
-    model = build("adaptive", stem, **overrides)
-    gate = model.trunk.embeddings.patch_embedding.gate[3]
-    with torch.no_grad():
-        gate.weight.zero_()
-        gate.bias.copy_(torch.tensor([-200.0, 200.0] if coarse else [200.0, -200.0]))
-    return model
-
-
-@torch.no_grad()
-def test_adaptive_with_fine_cells_only_is_conv():
-    model = decided("trunk", coarse=False)
-    conv = VitEmbedModel(vision_config()).eval()
-    conv.load_state_dict(conv_named(model.state_dict(), "fine"))
-    images = pixels(2, 32, 64)
-    torch.testing.assert_close(model(images).last_hidden_state, conv(images).last_hidden_state, **CLOSE)
-    assert torch.equal(model.get_token_map(images), conv.get_token_map(images))
-
-
-@torch.no_grad()
-def test_adaptive_with_coarse_cells_only_is_conv_of_patches_twice_as_large():
-    model = decided("trunk", coarse=True, use_cls_token=False, pooling_type="mean")
-    stem, images = model.embeddings.patch_embedding, pixels(2, 32, 64)
-    assert stem.coarse.weight.shape == (32, 3, 16, 16)
-    positions = positions_of(model.embeddings, (4, 8)).view(4, 8, 32)
-    means = torch.stack(
-        [positions[i : i + 2, j : j + 2].mean((0, 1)) for i, j in itertools.product((0, 2), (0, 2, 4, 6))]
-    )
-    expected = conv_reference(images, stem.coarse.weight, stride=16) + means
-    embedded = model.embeddings(images)
-    torch.testing.assert_close(embedded.states, expected, **CLOSE)
-    assert embedded.states.shape[1] == 32 / 4 and (embedded.layout.sizes == 4).all()
-    cells = torch.arange(8).view(2, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
-    assert torch.equal(model.get_token_map(images), cells.expand(2, -1, -1))
-    hidden = model.pre_layrnorm(expected)  # all sizes are equal, so a trunk without sizes sees the same
-    for layer in model.encoder.layers:
-        hidden = layer(hidden)[0]
-    torch.testing.assert_close(model(images).pooler_output, model.post_layernorm(hidden.mean(1)), **CLOSE)
 
 
 @pytest.mark.parametrize("pooling_type", ["cls", "mean", "map"])

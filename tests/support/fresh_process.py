@@ -1,33 +1,58 @@
-"""Runs a function in a new Python process.
+"""Runs a function in a new process.
 
 The first remote class loaded wins for a whole process, so a question about loading from a folder or a Hub needs a
 process of its own, with its own HF_HOME.
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+from fork_server import ForkServer
 
 # Nothing listens there: whoever asks the Hub in spite of HF_HUB_OFFLINE gets an error, not an answer.
 DEAD_ENDPOINT = "http://127.0.0.1:9"
 
 CHILD = """
-import json as _json, sys as _sys
-with open(_sys.argv[1], encoding="utf-8") as _file:
-    _arguments = _json.load(_file)
+import json, os, sys
+from pathlib import Path
+import torch, transformers
+from fresh_process import auto_load, digests, junk_in_new_memory, outputs
 {source}
-_result = {name}(**_arguments)
-with open(_sys.argv[2], "w", encoding="utf-8") as _file:
-    _json.dump(_result, _file)
+_result = {name}(**json.loads(Path({sent!r}).read_text(encoding="utf-8")))
+Path({received!r}).write_text(json.dumps(_result), encoding="utf-8")
 """
+
+
+def environment_of(**changes: str) -> dict[str, str]:
+    """The variables of a new process: offline, unless HF_ENDPOINT is among the changes."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "PYTHON", "PYTEST_"))}
+    support, path = os.path.dirname(__file__), changes.pop("PYTHONPATH", os.environ.get("PYTHONPATH"))
+    offline = {} if "HF_ENDPOINT" in changes else {"HF_ENDPOINT": DEAD_ENDPOINT, "HF_HUB_OFFLINE": "1"}
+    return {
+        **kept,
+        **offline,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([support, path] if path else [support]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        **changes,
+    }
+
+
+@functools.lru_cache(maxsize=2)
+def fork_server(python: str, variables: tuple[tuple[str, str], ...]) -> ForkServer:
+    return ForkServer(python, dict(variables))
 
 
 def run_fresh(
@@ -39,11 +64,11 @@ def run_fresh(
     environment: dict[str, str] | None = None,
     **arguments: Any,
 ) -> Any:
-    """Calls `function(**arguments)` in a new process and returns its result.
+    """Calls `function(**arguments)` in a new process, which has imported transformers and nothing of ours.
 
     Args:
-        function: sent as source text, so it imports what it uses; it may import this module, and it does not see the
-            test file it stands in.
+        function: sent as source text. It sees `json`, `os`, `sys`, `Path`, `torch`, `transformers` and the functions of
+            this module, imports all else that it uses, and does not see the test file it stands in.
         home: HF_HOME of the process, private to it when fresh.
         cwd: working folder; `home` by default.
         python: interpreter to run.
@@ -51,41 +76,18 @@ def run_fresh(
         arguments: anything JSON can hold, as can the result.
 
     Raises:
-        AssertionError: the process failed; says what it wrote to stderr.
+        AssertionError: the process failed, with what it wrote to stderr.
     """
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "PYTHON"))}
-    variables = {
-        **inherited,
-        "HF_HOME": str(home),
-        "HF_ENDPOINT": DEAD_ENDPOINT,
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.path.dirname(os.path.abspath(__file__)),
-        "PYTHONDONTWRITEBYTECODE": "1",
-        **(environment or {}),
-    }
-    if variables["HF_ENDPOINT"] == DEAD_ENDPOINT:
-        variables["HF_HUB_OFFLINE"] = "1"
+    variables = environment_of(**(environment or {}))
     os.makedirs(home, exist_ok=True)
-    code = CHILD.format(source=textwrap.dedent(inspect.getsource(function)), name=function.__name__)
     with tempfile.TemporaryDirectory() as folder:
-        sent, received = os.path.join(folder, "arguments.json"), os.path.join(folder, "result.json")
-        with open(sent, "w", encoding="utf-8") as file:
-            json.dump(arguments, file)
-        done = subprocess.run(
-            [python, "-c", code, sent, received],
-            cwd=cwd or home,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if done.returncode:
-            raise AssertionError(f"{function.__name__} failed in {python}:\n{done.stderr[-6000:]}")
-        with open(received, encoding="utf-8") as file:
-            return json.load(file)
+        sent, received, file = (os.path.join(folder, name) for name in ("arguments", "result", "code.py"))
+        source, name = textwrap.dedent(inspect.getsource(function)), function.__name__
+        Path(sent).write_text(json.dumps(arguments), encoding="utf-8")
+        Path(file).write_text(CHILD.format(sent=sent, received=received, source=source, name=name), encoding="utf-8")
+        server = fork_server(python, tuple(sorted(variables.items())))
+        server.run(Path(file), Path(cwd or home), Path(home), seconds=300)
+        return json.loads(Path(received).read_text(encoding="utf-8"))
 
 
 def digests(model) -> dict[str, str]:

@@ -68,11 +68,7 @@ def save_torchscript(model: torch.nn.Module, path) -> None:
             traceable.register_buffer(name, tensor)
     pixel_values = torch.randn(2, 3, model.visual.input_resolution, model.visual.input_resolution)
     input_ids = torch.randint(1, 90, (2, model.context_length))
-    inputs = {
-        "forward": (pixel_values, input_ids),
-        "encode_image": (pixel_values,),
-        "encode_text": (input_ids,),
-    }
+    inputs = {"forward": (pixel_values, input_ids), "encode_image": (pixel_values,), "encode_text": (input_ids,)}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # of shape checks in torch's own attention
         torch.jit.trace_module(traceable.eval(), inputs, check_trace=False).save(str(path))
@@ -80,17 +76,3 @@ def save_torchscript(model: torch.nn.Module, path) -> None:
 
 def _sizes_of(model: torch.nn.Module) -> dict[str, int]:
     return {"vocab_size": model.vocab_size, "context_length": model.context_length}
-
-
-def hidden_states(transformer: torch.nn.Module, run) -> list[torch.Tensor]:
-    """What enters the first block of a tower and what leaves each, (B, L, D), while `run()` runs."""
-    states = []
-    blocks = list(transformer.resblocks)
-    hooks = [blocks[0].register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))]
-    hooks += [block.register_forward_hook(lambda module, inputs, output: states.append(output)) for block in blocks]
-    try:
-        run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [state.transpose(0, 1) for state in states]  # OpenAI's blocks work on (L, B, D)

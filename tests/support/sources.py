@@ -27,6 +27,8 @@ from torch import nn
 from vit_embed.conversion.layouts.layout import SampleInputs
 
 Outputs = dict[str, torch.Tensor]
+DUAL = {"image_features", "text_features", "logits_per_image"}
+TRUNK = {"last_hidden_state", "pooler_output"}
 
 
 class Source(NamedTuple):
@@ -46,13 +48,14 @@ class Case:
     blocks: model -> the layers of its image tower, and of its text tower.
     run: (model, inputs) -> outputs, by the names of `compare.OUTPUTS`.
     model_class: ours.
+    compared: the outputs that the pipeline compares; empty where it cannot run the source's own code.
     options: that the source needs.
     back: what the way back writes, "folder" or "file"; None where there is none.
+    reload: (folder that came back, the source's model) -> the model that the package itself makes of it.
     free: keys without which it is another model and no error, by how they end.
     one_way: keys that come back with other numbers, of which the model computes the same.
-    runs: whether the pipeline can run the source's own code.
     part: how the keys of the model begin, where a file holds more than it.
-    is_keyed: whether every single key of it is tried.
+    is_keyed: whether every single key of it is tried by `make test`.
     """
 
     layout: str
@@ -61,11 +64,12 @@ class Case:
     blocks: Callable[[nn.Module], list[Iterable[nn.Module]]]
     run: Callable[[nn.Module, SampleInputs], Outputs]
     model_class: str
+    compared: set[str]
     options: dict[str, Any] = field(default_factory=dict)
     back: str | None = "folder"
+    reload: Callable[[Path, nn.Module], nn.Module] | None = None
     free: tuple[str, ...] = ()
     one_way: tuple[str, ...] = ()
-    runs: bool = True
     part: str = ""
     is_keyed: bool = True
 
@@ -119,6 +123,8 @@ def of_transformers(make: Callable[[], nn.Module], folder: Path) -> Source:
 
 def _openai(folder: Path) -> Source:
     model = openai_reference.openai_clip().float()
+    for parameter in model.parameters():
+        parameter.data += 1e-5 * torch.randn_like(parameter)  # no number that float16 could hold
     return of_file(model, folder, openai_reference.openai_state_dict(model))
 
 
@@ -138,6 +144,7 @@ OPENAI = [
         lambda model: [model.visual.transformer.resblocks, model.transformer.resblocks],
         _run_clip,
         "VitEmbedForContrastive",
+        DUAL,
         back="file",
         free=("input_resolution", "context_length", "vocab_size"),
         options={"hidden_act": "quick_gelu"},
@@ -176,6 +183,8 @@ OPEN_CLIP = [
         _open_clip_blocks,
         _run_open_clip,
         "VitEmbedForContrastive",
+        DUAL,
+        reload=lambda folder, model: open_clip_reference.open_clip_code().create_model(f"local-dir:{folder}").eval(),
         free=("logit_bias",),  # without it the model is one of CLIP's loss
         is_keyed=name in ("layer scale", "custom text", "siglip"),
     )
@@ -202,33 +211,39 @@ def _run_timm(model: nn.Module, inputs: SampleInputs) -> Outputs:
     return pooled if isinstance(model.head, nn.Identity) else {**pooled, "logits": model.forward_head(features)}
 
 
-# Registers with positions keep them: in timm's form they come back added to the tokens, and their rows are zero.
-FOLDED = ("reg_token", "pos_embed")
-TIMM = [
-    Case(
+def _timm_case(name: str, make: Callable, arguments: dict[str, Any], **fields: Any) -> Case:
+    is_trunk = arguments.get("num_classes") == 0
+    # Registers with positions keep them: in timm's form they come back added to the tokens, and their rows are zero.
+    folded = (
+        ("reg_token", "pos_embed") if name.startswith(("registers with pos", "registers alone", "test_vit")) else ()
+    )
+    return Case(
         "timm",
         name,
-        partial(_timm, arguments),
+        make,
         lambda model: [model.blocks],
         _run_timm,
-        "VitEmbedModel" if arguments.get("num_classes") == 0 else timm_reference.CLASSIFIER,
-        options={**timm_reference.TOLD, **options},
+        "VitEmbedModel" if is_trunk else "VitEmbedForImageClassification",
+        TRUNK if is_trunk else TRUNK | {"logits"},
+        reload=lambda folder, model: timm_reference.reloaded(folder),
+        one_way=folded,
+        **fields,
+    )
+
+
+TIMM = [
+    _timm_case(
+        name,
+        partial(_timm, arguments),
+        arguments,
+        options={**timm_reference.GIVEN, **options},
         free=("pos_embed",) if "image_size" in options else (),
-        one_way=FOLDED if name in ("registers with positions", "registers alone") else (),
         is_keyed=name in ("layer scale", "attention pooling", "registers with positions"),
     )
     for name, (arguments, options) in timm_reference.VARIANTS.items()
 ] + [
-    Case(
-        "timm",
-        name,
-        partial(_timm_folder, name, arguments),
-        lambda model: [model.blocks],
-        _run_timm,
-        "VitEmbedModel" if arguments.get("num_classes") == 0 else timm_reference.CLASSIFIER,
-        free=("head.weight", "head.bias"),
-        one_way=FOLDED if name.startswith("test_vit") else (),
-        is_keyed=False,
+    _timm_case(
+        name, partial(_timm_folder, name, arguments), arguments, free=("head.weight", "head.bias"), is_keyed=False
     )
     for name, arguments in timm_reference.FOLDERS.items()
 ]
@@ -293,12 +308,26 @@ def _run_hf_clip(model: nn.Module, inputs: SampleInputs) -> Outputs:
     return {ours: output[theirs] for theirs, ours in names.items() if theirs in output}
 
 
-def _our_clip_class(name: str) -> str:
+def _ours_of_hf_clip(name: str) -> tuple[str, set[str]]:
     if "Classification" in name:
-        return "VitEmbedForImageClassification"
+        return "VitEmbedForImageClassification", {"logits"}
     if "Vision" in name:
-        return "VitEmbedModelWithProjection" if "Projection" in name else "VitEmbedModel"
-    return "VitEmbedForContrastive"
+        is_projected = "Projection" in name
+        return ("VitEmbedModelWithProjection", {"image_features"}) if is_projected else ("VitEmbedModel", TRUNK)
+    return "VitEmbedForContrastive", DUAL
+
+
+def _reload_hf_clip(folder: Path, model: nn.Module) -> nn.Module:
+    back, info = type(model).from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and back.config.architectures == [type(model).__name__]
+    for tower in ("vision_config", "text_config"):
+        theirs, ours = (getattr(each.config, tower, each.config).to_dict() for each in (model, back))
+        # Of a dual encoder's text tower nothing reads the width of its own; SigLIP's special tokens are not read.
+        unread = {"projection_dim", "bos_token_id", "eos_token_id", "_name_or_path", "dtype", "torch_dtype"}
+        assert {key: ours[key] for key in ours if key not in unread} == {
+            key: theirs[key] for key in theirs if key not in unread
+        }
+    return back.eval()
 
 
 # The attention pooling of SigLIP, which its classifier has and does not read.
@@ -314,8 +343,10 @@ HF_CLIP = [
         partial(of_transformers, partial(hf_clip, name)),
         _hf_clip_blocks,
         _run_hf_clip,
-        _our_clip_class(name),
+        *_ours_of_hf_clip(name),
         back=None if "Classification" in name else "folder",
+        reload=_reload_hf_clip,
+        is_keyed=name in ("CLIPModel", "CLIPVisionModelWithProjection", "SiglipForImageClassification"),
         # A classifier reads neither the pooler nor CLIP's last norm; without the projection it is another class.
         free={
             "CLIPForImageClassification": ("post_layernorm.weight", "post_layernorm.bias"),
@@ -403,7 +434,9 @@ HF_VIT = [
         _hf_vit_blocks,
         _run_hf_vit,
         "VitEmbedForImageClassification" if "Classification" in name else "VitEmbedModel",
+        {"last_hidden_state", "logits" if "Classification" in name else "pooler_output"},
         back=None,
+        is_keyed=name == "DeiTForImageClassification",
         free=("classifier.weight",),  # without which `classifier.bias` is over
     )
     for name, make in HF_VIT_MODELS.items()
@@ -416,7 +449,9 @@ DINOV2 = [
         _hf_vit_blocks,
         _run_hf_vit,
         "VitEmbedModel",
+        TRUNK,
         back=None,
+        is_keyed="Registers" in name,
         options={} if form == "" else BARE_OPTIONS,
         # Dinov2Config(use_mask_token=False) has no mask token; without registers it is another model of Meta's.
         free=("embeddings.mask_token",) if form == "" else ("register_tokens",),
@@ -452,10 +487,10 @@ DEEPSEEK_OCR = [
         lambda model: [model.transformer.layers],
         lambda model, inputs: {"last_hidden_state": model(inputs.pixel_values)[-1]},
         "VitEmbedModel",
+        set(),  # its code comes with the weights, and is never run
         back=None,
         free=("embeddings.position_ids",),
         part="model.vision_model.",
-        runs=False,  # its code comes with the weights, and is never run
     )
 ]
 
@@ -478,16 +513,18 @@ TORCH_ENCODER = [
         lambda model: [getattr(model, "blocks", None) or model.encoder.layers],
         _run_torch_encoder,
         model_class,
+        TRUNK | {outputs} if outputs else TRUNK,
         options={name: value for name, value in vars(torch_encoder.OPTIONS[source_class]).items() if value},
         back="file",
         # A patch convolution, a final norm and a head may be there or not, with a bias or without.
         free=("proj.bias", "patch_embed.bias", "norm.weight", "norm.bias", "head.weight"),
     )
-    for source_class, model_class in (
-        (torch_encoder.ViTTiny, "VitEmbedModel"),
-        (torch_encoder.MiniViT, "VitEmbedForImageClassification"),
-        (torch_encoder.MiniViTDepth, "VitEmbedForDepthEstimation"),
+    for source_class, model_class, outputs in (
+        (torch_encoder.ViTTiny, "VitEmbedModel", None),
+        (torch_encoder.MiniViT, "VitEmbedForImageClassification", "logits"),
+        (torch_encoder.MiniViTDepth, "VitEmbedForDepthEstimation", "predicted_depth"),
     )
 ]
 
 CASES = [*OPENAI, *OPEN_CLIP, *TIMM, *HF_CLIP, *HF_VIT, *DINOV2, *DEEPSEEK_OCR, *TORCH_ENCODER]
+NAMED_CASES = {str(case): case for case in CASES}

@@ -1,7 +1,6 @@
-"""The stems, the heads that read them, and which of the two do not go together: the tables that test_stems.py crosses.
+"""The stems, the heads that read them, and which of the two do not go together.
 
-A stem needs a row here only where it needs fields that have no default; every other stem is tested as it stands in
-`options_vit_embed.STEM_TYPES`.
+A stem needs a row here only where it needs fields that have no default.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from vit_embed import (
     VitEmbedModelWithProjection,
 )
 from vit_embed.embeddings_vit_embed import POSITIONS, VitEmbedEmbeddings
-from vit_embed.options_vit_embed import GRIDLESS_STEMS, STEM_TYPES, TOKEN_CHOOSING_STEMS
+from vit_embed.options_vit_embed import STEM_TYPES
 from vit_embed.stems_vit_embed import STEMS
 from vit_embed.tokens_vit_embed import Tokens
 
@@ -33,11 +32,7 @@ RESNET = ResNetConfig(
 CONVNEXT = ConvNextConfig(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, out_features=["stage2"])
 # Strides 2, 4 and 8.
 CONVNEXT_MAPS = ConvNextConfig(
-    patch_size=2,
-    hidden_sizes=[8, 12, 16],
-    depths=[1, 1, 1],
-    num_stages=3,
-    out_features=["stage1", "stage2", "stage3"],
+    patch_size=2, hidden_sizes=[8, 12, 16], depths=[1, 1, 1], num_stages=3, out_features=["stage1", "stage2", "stage3"]
 )
 
 # stem: the fields that it cannot do without.
@@ -58,24 +53,13 @@ class Head(NamedTuple):
     """A class that reads the trunk.
 
     fields: of its config. result: what it is called for, by its name in the output. labels: what it takes besides
-    pixels. auto_class: what loads it. refuses: stems that it cannot read; message: what it then says.
+    pixels.
     """
 
     model_class: type
     fields: dict[str, Any]
     result: str
-    auto_class: str
     labels: Callable[[VitEmbedConfig, torch.Tensor], dict[str, torch.Tensor]] = lambda config, images: {}
-    refuses: tuple[str, ...] = ()
-    message: str = ""
-
-
-def class_labels(config: VitEmbedConfig, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"labels": torch.arange(len(images)) % config.num_labels}
-
-
-def texts(config: VitEmbedConfig, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"input_ids": tokens(len(images))}
 
 
 def depths(config: VitEmbedConfig, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,55 +79,36 @@ DECODER = {
     "decoder_num_attention_heads": 3,
     "decoder_intermediate_size": 28,
 }
-NO_GRID = r"is not available with stem_type='{stem}'.*use another stem_type"
+DPT = {"depth_head_type": "dpt", "max_depth": 10.0}
 HEADS = {
-    "trunk": Head(VitEmbedModel, {}, "pooler_output", "AutoModel"),
+    "trunk": Head(VitEmbedModel, {}, "pooler_output"),
     "classification": Head(
-        VitEmbedForImageClassification, {"num_labels": 5}, "logits", "AutoModelForImageClassification", class_labels
+        VitEmbedForImageClassification,
+        {"num_labels": 5},
+        "logits",
+        lambda config, images: {"labels": torch.arange(len(images)) % config.num_labels},
     ),
-    "contrastive": Head(VitEmbedForContrastive, {}, "image_embeds", "AutoModelForZeroShotImageClassification", texts),
-    "projection": Head(VitEmbedModelWithProjection, {}, "image_embeds", "AutoModel"),
-    "depth-deconv": Head(
-        VitEmbedForDepthEstimation,
-        {},
-        "predicted_depth",
-        "AutoModelForDepthEstimation",
-        depths,
-        GRIDLESS_STEMS,
-        "depth " + NO_GRID,
+    "contrastive": Head(
+        VitEmbedForContrastive, {}, "image_embeds", lambda config, images: {"input_ids": tokens(len(images))}
     ),
-    "depth-dpt": Head(
-        VitEmbedForDepthEstimation,
-        {"depth_head_type": "dpt", "max_depth": 10.0},
-        "predicted_depth",
-        "AutoModelForDepthEstimation",
-        depths,
-        GRIDLESS_STEMS,
-        "depth " + NO_GRID,
-    ),
-    "backbone": Head(
-        VitEmbedBackbone,
-        {"out_features": ["stem", "stage4"]},
-        "feature_maps",
-        "AutoBackbone",
-        refuses=GRIDLESS_STEMS,
-        message="a feature map " + NO_GRID,
-    ),
-    "masked": Head(
-        VitEmbedForMaskedImageModeling,
-        DECODER,
-        "reconstruction",
-        "AutoModelForMaskedImageModeling",
-        hidden_patches,
-        TOKEN_CHOOSING_STEMS,
-        "masked image modelling hides patches, but stem_type='{stem}' chooses its tokens itself",
-    ),
+    "projection": Head(VitEmbedModelWithProjection, {}, "image_embeds"),
+    "depth-deconv": Head(VitEmbedForDepthEstimation, {}, "predicted_depth", depths),
+    "depth-dpt": Head(VitEmbedForDepthEstimation, DPT, "predicted_depth", depths),
+    "backbone": Head(VitEmbedBackbone, {"out_features": ["stem", "stage4"]}, "feature_maps"),
+    "masked": Head(VitEmbedForMaskedImageModeling, DECODER, "reconstruction", hidden_patches),
 }
 
-# Every stem with every head that can read it; the variants, which differ in the stem alone, with one.
-PAIRS = [(stem, head) for stem in STEM_TYPES for head in HEADS if stem not in HEADS[head].refuses]
-PAIRS += [(variant, "classification") for variant in VARIANTS]
-REFUSED_PAIRS = [(stem, head) for head in HEADS for stem in HEADS[head].refuses]
+# Heads see no more of a stem than its tokens and their layout: every stem with one head, every head with one stem, and
+# those that meet in the code of both.
+PAIRS = [
+    *((stem, "classification") for stem in FAMILY),
+    *(("conv", head) for head in HEADS if head != "classification"),
+    ("adaptive", "depth-dpt"),
+    ("adaptive", "backbone"),
+    ("token_learner", "contrastive"),
+    ("overlap", "masked"),
+    ("hybrid", "masked"),
+]
 
 
 def stem_config(name: str, head: str = "trunk", **overrides) -> VitEmbedConfig:
@@ -152,17 +117,21 @@ def stem_config(name: str, head: str = "trunk", **overrides) -> VitEmbedConfig:
     return config(**{**FAMILY[name], **HEADS[head].fields, **overrides})
 
 
-def build(name: str, head: str = "trunk", **overrides) -> torch.nn.Module:
-    """A model in eval mode, every weight random. A norm's running statistics are of some images, not 0 and 1, and a
-    gate decides by what it sees, not by its bias."""
-    model = randomised(HEADS[head].model_class(stem_config(name, head, **overrides)))
-    stem = model.trunk.embeddings.patch_embedding
+def gated_by_content(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, whose adaptive stem decides by what it sees, not by a bias: some cells each way."""
     with torch.no_grad():
-        for module in getattr(stem, "gate", ()):
+        for module in getattr(model.trunk.embeddings.patch_embedding, "gate", ()):
             if isinstance(module, torch.nn.LayerNorm):
                 module.weight.fill_(1.0)
             if hasattr(module, "bias"):
                 module.bias.zero_()
+    return model
+
+
+def build(name: str, head: str = "trunk", **overrides) -> torch.nn.Module:
+    """A model in eval mode, every weight random. A norm's running statistics are of some images, not 0 and 1."""
+    model = gated_by_content(randomised(HEADS[head].model_class(stem_config(name, head, **overrides))))
+    with torch.no_grad():
         model.trunk.embeddings.train()(2 * pixels(4, seed=9) + 1)
     return model.eval()
 
@@ -190,8 +159,35 @@ def result(head: str, output) -> tuple[torch.Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-# Every config field that the trunk alone has no use for, so that one config serves all heads.
-ALL_HEADS = {"depth_head_type": "dpt", **DECODER}
+# What a user reads off an image: a head of HEADS and fields besides.
+READINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cls": ("trunk", {}),
+    "mean": ("trunk", {"pooling_type": "mean"}),
+    "map": ("trunk", {"pooling_type": "map"}),
+    "mean of normalised": ("trunk", {"pooling_type": "mean", "norm_before_pooling": True}),
+    "class attentions": ("trunk", {}),
+    "patch features": ("contrastive", {}),
+    **{head: (head, {}) for head in ("classification", "contrastive", "projection", "depth-deconv", "depth-dpt")},
+    "backbone": ("backbone", {"out_features": ["stem", "stage1", "stage2", "stage3", "stage4"]}),
+}
+
+
+def build_reading(name: str, **fields) -> torch.nn.Module:
+    """A model in eval mode with the same random weights for equal shapes, whatever the fields."""
+    head, needed = READINGS[name]
+    return gated_by_content(randomised(HEADS[head].model_class(stem_config("conv", head, **{**needed, **fields}))))
+
+
+@torch.no_grad()
+def read(name: str, model: torch.nn.Module, **inputs) -> tuple[torch.Tensor, ...]:
+    """Vectors (B, X), or maps whose last two dimensions are rows and columns."""
+    if name == "class attentions":
+        return (model.get_class_attentions(**inputs),)
+    if name == "patch features":
+        return (model.get_patch_features(**inputs).permute(0, 3, 1, 2),)
+    return result(READINGS[name][0], model(**inputs))
+
+
 # What gives a depth head the maps of a stem, by stem.
 PYRAMID = {"use_feature_pyramid": True, "depth_head_type": "dpt"}
 PYRAMID_STEMS = {
@@ -204,3 +200,20 @@ def assert_close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, 
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, **(tolerance or CLOSE))
+
+
+def assert_same_gradients(found: dict, expected: dict) -> None:
+    """Equal up to the rounding of sums in another order, which grows with the size of what is summed."""
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        bound = 1e-5 * max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_every_weight_learns(model: torch.nn.Module) -> None:
+    """Every weight that asks for a gradient has one that is finite and not 0. A key's bias shifts all scores of a query
+    alike, which softmax ignores: its gradient is 0 up to rounding."""
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    idle = [name for name, gradient in gradients.items() if gradient is None or not gradient.abs().sum() > 0]
+    assert [name for name in idle if not name.endswith("k_proj.bias")] == []
+    assert all(gradient.isfinite().all() for gradient in gradients.values())

@@ -14,11 +14,11 @@ timm = references.import_package("timm")
 
 CLASSIFIER = "VitEmbedForImageClassification"
 SIZES = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes": 5}
-# What a bare file of such a model has to be told; with a norm and a class token, how it pools besides.
-TOLD = {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
-CLS = {**TOLD, "pooling_type": "cls"}
+# Options that a bare file of such a model needs; with a norm and a class token, how it pools besides.
+GIVEN = {"num_attention_heads": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
+CLS = {**GIVEN, "pooling_type": "cls"}
 
-# What a VisionTransformer is made with, and what options its bare file needs besides TOLD.
+# What a VisionTransformer is made with, and what options its bare file needs besides GIVEN.
 VARIANTS = {
     "class token": ({}, {"pooling_type": "cls"}),
     "norm after the mean": ({"global_pool": "avg"}, {}),

@@ -134,3 +134,18 @@ def gradients_of(model: torch.nn.Module, compute) -> dict[str, torch.Tensor]:
 
 def gradients(model: torch.nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
     return gradients_of(model, lambda: score(model(**inputs)))
+
+
+def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """To 1e-5 of each gradient's largest entry: float32 sums taken in another order.
+
+    A gradient 100 times smaller than the model's largest is held to the rounding of that one: that of k_proj.bias is
+    nothing else, as softmax does not see what is added to every score.
+    """
+    assert found.keys() == expected.keys()
+    floor = 0.01 * max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        largest = max(float(gradient.abs().max()), floor)
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )

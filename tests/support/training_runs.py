@@ -1,40 +1,43 @@
-"""Runs of the recipes that tests compare: in this process, killed in the middle, or shared among two processes.
-
-What is named in `before` of a command (`commands.Commands`) is called there, in the process that trains.
-"""
+"""Runs of the recipes that tests compare: in this process, or in new ones that are killed or share the work."""
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import signal
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 import torch
-import yaml
-from commands import Commands
+from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+REPO = Path(__file__).resolve().parents[2]
+TIMEOUT = 300  # seconds
 QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
-# The keys of `accelerate config` for FSDP.
-FSDP = """
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 2
-use_cpu: true
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: FULL_STATE_DICT
-  fsdp_offload_params: false
-  fsdp_cpu_ram_efficient_loading: false
-"""
+# What `accelerate launch` makes of the fsdp_config of `accelerate config`.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "ACCELERATE_USE_CPU": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+# Imported once, by the process that the others are forked from, as they take seconds; none of them is of this project.
+PRELOADED = ["datasets", "kornia", "matplotlib.figure", "sklearn.metrics", "torch.distributed.fsdp"]
+PRELOADED += ["transformers.trainer", "transformers.models.clip.processing_clip"]
 
 
 def flags(**options: object) -> list[str]:
@@ -46,20 +49,70 @@ def flags(**options: object) -> list[str]:
     return given
 
 
-def run_here(command: ModuleType, **options: object) -> None:
-    """Runs a command of examples/ in this process."""
+def save_blank(figure: Figure, path: Path, **options: object) -> None:
+    """In place of `Figure.savefig`, which takes longer than the training of a small model."""
+    Image.new("RGB", (1, 1)).save(path, "png")
+
+
+def run_here(command: ModuleType, sheets: bool = False, **options: object) -> None:
+    """Runs a command of examples/ in this process; what it draws is blank without `sheets`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [command.__name__, *flags(**{**QUIET, **options})])
+        if not sheets:
+            patch.setattr(Figure, "savefig", save_blank)
         command.main()
 
 
-def shared_by_two(command: Commands, script: str, options: dict, output_dir: Path, *, sharded: bool = False) -> None:
-    """Runs a recipe in two processes, two rows each a step, under DistributedDataParallel or FSDP."""
-    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "save_strategy": "no"}
-    given = flags(**{**options, **sizes, "output_dir": output_dir, "use_cpu": True, "report_to": "none"})
-    before = "import training_runs as runs; runs.record_wrapper()" + "; runs.fsdp_on_cpus()" * sharded
-    ran = command(script, *given, cwd=output_dir.parent, before=before, processes=2)
-    assert ran.returncode == 0, ran.stderr[-3000:]
+def run_apart(recipe: str, options: dict, *before: Callable[[], None], processes: int = 1, status: int = 0) -> None:
+    """Runs a recipe as `python`, or torchrun with several processes, does in the folder above its output.
+
+    Args:
+        before: called first, in each process.
+        status: what the first process that fails has to end with: -9 after SIGKILL, 0 for none.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    output = Path(options["output_dir"])
+    arguments = (recipe, flags(**{**QUIET, **options}), output.parent, output.with_suffix(".log"), before)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    started = [context.Process(target=be, args=(*arguments, rank if processes > 1 else {})) for rank in ranks]
+    for process in started:
+        process.start()
+    while alive := [process.sentinel for process in started if process.is_alive()]:
+        if not multiprocessing.connection.wait(alive, TIMEOUT) or any(process.exitcode for process in started):
+            break
+    statuses = [process.exitcode for process in started]
+    for process in started:  # one that waits for another that failed, or hangs
+        process.kill()
+        process.join()
+    statuses += [process.exitcode for process in started]
+    assert next(filter(None, statuses), 0) == status, output.with_suffix(".log").read_text()[-3000:]
+
+
+def be(recipe: str, arguments: list[str], cwd: Path, log: Path, before: tuple, variables: dict[str, str]) -> None:
+    """Of a new process: what `python examples/RECIPE.py ARGUMENTS` does."""
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in any process on Linux
+    os.chdir(cwd)
+    os.environ.update(variables)
+    Figure.savefig = save_blank
+    for call in before:
+        call()
+    script = str(REPO / "examples" / f"{recipe.split()[0]}.py")
+    sys.argv, sys.path[0] = [script, *arguments], os.path.dirname(script)
+    runpy.run_path(script, run_name="__main__")
+
+
+def text_fields() -> dict:
+    """`text_config` of a small tower that reads the shipped tokenizer."""
+    shipped = json.loads((REPO / "config.json").read_text())["text_config"]
+    names = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {**tiny.TEXT, **{name: shipped[name] for name in names}}
 
 
 # --- what a run leaves ---
@@ -88,7 +141,7 @@ def assert_equal_runs(folder: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-# --- for `before` of a command ---
+# --- for `before` ---
 
 
 def kill_in_step(number: int) -> None:
@@ -133,18 +186,11 @@ def record_wrapper() -> None:
 
 
 def fsdp_on_cpus() -> None:
-    """What `accelerate launch` with FSDP sets in the environment, and `shard_on_cpus`."""
-    settings = yaml.safe_load(FSDP)["fsdp_config"]
-    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
-    os.environ.update({"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"})
-    shard_on_cpus()
-
-
-def shard_on_cpus() -> None:
-    """accelerate turns FSDP on for accelerators only: here it takes CPUs for such. All else is its and torch's own."""
+    """FSDP; accelerate, which has it for accelerators only, takes CPUs for such. All else is its and torch's own."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
+    os.environ.update(FSDP)
     init = AcceleratorState.__init__
 
     def init_as_accelerator(self, *args, **kwargs):

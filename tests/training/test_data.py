@@ -27,17 +27,13 @@ from recipes.data import (
 PICTURES = sorted((Path(__file__).resolve().parents[2] / "examples" / "pictures").glob("*.png"))[:4]
 
 
-def write_saved(folder: Path) -> None:
-    DatasetDict(train=Dataset.from_dict({"image": list(map(str, PICTURES))})).save_to_disk(folder)
-
-
-def write_saved_alone(folder: Path) -> None:
-    Dataset.from_dict({"image": list(map(str, PICTURES))}).save_to_disk(folder)
+def rows() -> Dataset:
+    return Dataset.from_dict({"image": list(map(str, PICTURES))})
 
 
 def write_parquet(folder: Path) -> None:
     folder.mkdir()
-    Dataset.from_dict({"image": list(map(str, PICTURES))}).to_parquet(folder / "train-00000.parquet")
+    rows().to_parquet(folder / "train-00000.parquet")
 
 
 def write_folder(folder: Path) -> None:
@@ -56,28 +52,33 @@ def write_shards(folder: Path) -> None:
                 shard.add(file, file.name)
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
-@pytest.mark.parametrize("write", [write_saved, write_saved_alone, write_parquet, write_folder, write_shards])
-def test_every_kind_of_dataset_opens(write, streaming, tmp_path, monkeypatch):
-    """And its rows have the names that their user knows."""
+KINDS = {
+    "saved splits": lambda folder: DatasetDict(train=rows()).save_to_disk(folder),
+    "saved rows": lambda folder: rows().save_to_disk(folder),
+    "parquet": write_parquet,
+    "folder": write_folder,
+    "shards": write_shards,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_dataset_opens(kind, tmp_path, monkeypatch):
+    """Whole or streaming, and its rows have the names that their user knows."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    write(tmp_path / "data")
-    splits = load_splits(str(tmp_path / "data"), streaming=streaming)
-    assert list(splits) == ["train"] and len(list(splits["train"])) == 4
-    row = next(iter(splits["train"]))
-    assert "text" in row or write is not write_folder
-    assert "png" in row or write is not write_shards
-    if not streaming:
-        files = [f"train/{file.name}" for file in PICTURES]
-        assert splits["train"][ROW][:] == (files if write is write_folder else [0, 1, 2, 3])
+    KINDS[kind](tmp_path / "data")
+    for streaming in (False, True):
+        splits = load_splits(str(tmp_path / "data"), streaming=streaming)
+        assert list(splits) == ["train"] and len(list(splits["train"])) == 4
+        assert {"folder": "text", "shards": "png"}.get(kind, "image") in next(iter(splits["train"]))
+    files = [f"train/{file.name}" for file in PICTURES]
+    assert load_splits(str(tmp_path / "data"))["train"][ROW][:] == (files if kind == "folder" else [0, 1, 2, 3])
 
 
 def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
-    with pytest.raises(ValueError, match="expected a folder, a .parquet or .tar file, or a name on the Hub"):
-        load_splits(str(tmp_path / "absent"))
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(ValueError, match="expected a folder"):
-        load_splits(str(tmp_path / "a.txt"))
+    for name in ("absent", "a.txt"):
+        with pytest.raises(ValueError, match="expected a folder, a .parquet or .tar file, or a name on the Hub"):
+            load_splits(str(tmp_path / name))
 
 
 def test_a_validation_split_is_held_out_where_there_is_none():
@@ -85,9 +86,8 @@ def test_a_validation_split_is_held_out_where_there_is_none():
     arguments = DataArguments(dataset="data", validation_share=0.25)
     first, again, other = (hold_out(DatasetDict(train=rows), arguments, seed) for seed in (0, 0, 1))
     assert first["validation"]["x"][:] == again["validation"]["x"][:] != other["validation"]["x"][:]
-    assert len(first["validation"]) == 5 and sorted(first["train"]["x"][:] + first["validation"]["x"][:]) == [
-        *range(20)
-    ]
+    assert len(first["validation"]) == 5
+    assert sorted(first["train"]["x"][:] + first["validation"]["x"][:]) == list(range(20))
     assert first["validation"][ROW][:] == first["validation"]["x"][:], "rows keep the numbers of the file"
     whole = DatasetDict(train=rows, validation=rows)
     assert hold_out(whole, arguments, 0) is whole

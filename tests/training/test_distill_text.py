@@ -1,6 +1,5 @@
 """The text tower's start: a small random sentence encoder as the teacher."""
 
-import json
 import re
 from pathlib import Path
 
@@ -9,13 +8,12 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, DatasetDict
-from training_runs import assert_equal_runs, losses, results, run_here, weights
+from training_runs import REPO, assert_equal_runs, losses, results, run_here, text_fields, weights
 from transformers import BertConfig, BertModel, BertTokenizerFast, TrainingArguments
 
 from recipes import distillation
-from vit_embed import VitEmbedConfig, VitEmbedForContrastive
+from vit_embed import VitEmbedForContrastive
 
-REPO = Path(__file__).resolve().parents[2]
 WORDS = ("red", "blue", "green", "cat", "dog", "house", "tree", "sun", "moon", "car")
 
 
@@ -32,23 +30,14 @@ def folder(tmp_path_factory) -> Path:
     captions = [[f"{colour} {thing}"] for colour in WORDS[:3] for thing in WORDS[3:]]
     rows = Dataset.from_dict({"captions": captions, "tags": [["sun", "moon"]] * len(captions)})
     DatasetDict(train=rows).save_to_disk(str(folder / "data"))
-    text = json.loads((REPO / "config.json").read_text())["text_config"]
-    tokens = {key: text[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    VitEmbedConfig(**tiny.VISION, projection_dim=16, text_config={**tiny.TEXT, **tokens}).save_pretrained(
-        folder / "config"
-    )
+    config = tiny.dual_config(projection_dim=16, text_config=text_fields())
+    config.save_pretrained(folder / "config")
     return folder
 
 
 def distill(folder: Path, output_dir: Path, **options: object) -> None:
     given = {"dataset": folder / "data", "tag_column": "tags", "config_name": folder / "config", "tokenizer_name": REPO}
     run_here(distill_text, **given, output_dir=output_dir, do_train=True, **options)
-
-
-def test_several_gpus_are_refused_at_once(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(ValueError, match="expected one process and at most one GPU, got 1 and 2"):
-        distill(folder, tmp_path / "run", teacher=folder / "none")
 
 
 def test_the_students_texts_come_near_the_teachers(folder, monkeypatch, tmp_path):
@@ -62,10 +51,8 @@ def test_the_students_texts_come_near_the_teachers(folder, monkeypatch, tmp_path
     model = VitEmbedForContrastive.from_pretrained(tmp_path / "run")
     assert (saved["vision_model.post_layernorm.weight"] == 1).all(), "no picture was seen"
     assert (saved["text_model.final_layer_norm.weight"] != 1).any() and model.config.projection_dim == 16
-    assert (
-        f"| cosine | {results(tmp_path / 'run', 'eval')['cosine']:.4g} |"
-        in (tmp_path / "run" / "README.md").read_text()
-    )
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| cosine | {results(tmp_path / 'run', 'eval')['cosine']:.4g} |" in card
 
 
 def test_a_run_goes_on_from_its_checkpoint(folder, tmp_path):
@@ -77,21 +64,18 @@ def test_a_run_goes_on_from_its_checkpoint(folder, tmp_path):
     assert_equal_runs(tmp_path / "resumed", tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_refusals(folder, monkeypatch, tmp_path):
+    for options, message in (
         ({}, "expected one of --teacher and --teacher_package"),
         ({"teacher_package": "no_such_package"}, "expected the package no_such_package to be installed"),
-    ],
-)
-def test_refusals(options, message, folder, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        distill(folder, tmp_path / "run", **options)
-
-
-def test_a_joint_space_wider_than_the_teachers_is_refused(folder):
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(folder, tmp_path / "run", **options)
     with pytest.raises(ValueError, match="expected projection_dim of at most the teacher's 24, got 32"):
         distillation.teacher_embeddings(str(folder / "teacher"), ["red cat", "dog"], 32)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="expected one process and at most one GPU, got 1 and 2"):
+        distill(folder, tmp_path / "run", teacher=folder / "none")
 
 
 def test_targets_are_centred_and_keep_the_strongest_directions(folder):

@@ -27,14 +27,18 @@ metrics = {"test_accuracy": 0.5 + arguments.seed / 10, "test_runtime": 3.0, "tes
 """
 
 
-def run(folder: Path, *recipe: str, seeds: tuple[str, ...] = ("0", "1", "3")) -> subprocess.CompletedProcess:
+def run(folder: Path, *recipe: str) -> subprocess.CompletedProcess:
     (folder / "recipe.py").write_text(RECIPE)
-    command = [sys.executable, str(SCRIPT), "--seeds", *seeds, "--output_dir", str(folder / "runs"), "--"]
+    command = [sys.executable, str(SCRIPT), "--seeds", "0", "1", "3", "--output_dir", str(folder / "runs"), "--"]
     return subprocess.run([*command, "python", str(folder / "recipe.py"), *recipe], capture_output=True, text=True)
 
 
-def test_table_has_mean_and_range_of_the_seeds(tmp_path):
-    result = run(tmp_path)
+def calls(folder: Path) -> list[str]:
+    return (folder / "runs" / "calls.txt").read_text().splitlines()
+
+
+def test_table_has_mean_and_range_and_a_second_stage_takes_up_its_own_seed(tmp_path):
+    result = run(tmp_path, "--model_name_or_path", "first/seed-{seed}")
     assert result.returncode == 0, result.stderr
     rows = (tmp_path / "runs" / "metrics.md").read_text().splitlines()
     assert rows[0] == "| metric | mean (least - most) | seed 0 | seed 1 | seed 3 |"
@@ -43,16 +47,10 @@ def test_table_has_mean_and_range_of_the_seeds(tmp_path):
         "| test_epochs_seen | 2.0000 (2.0000 - 2.0000) | 2.0000 | 2.0000 | 2.0000 |",
     ]
     assert rows[2] in result.stdout
+    assert calls(tmp_path) == ["0 first/seed-0", "1 first/seed-1", "3 first/seed-3"]
 
 
-def test_a_second_stage_takes_up_its_own_seed(tmp_path):
-    result = run(tmp_path, "--model_name_or_path", "first/seed-{seed}")
-    assert result.returncode == 0, result.stderr
-    calls = (tmp_path / "runs" / "calls.txt").read_text().split("\n")[:-1]
-    assert calls == ["0 first/seed-0", "1 first/seed-1", "3 first/seed-3"]
-
-
-def test_failure_is_said_and_continued(tmp_path):
+def test_a_failure_is_named_and_the_series_goes_on(tmp_path):
     result = run(tmp_path, "--failing", "1")
     assert result.returncode != 0 and "to end with 0, got 1" in result.stderr
     assert "out of luck" in (tmp_path / "runs" / "seed-1.log").read_text()
@@ -60,8 +58,7 @@ def test_failure_is_said_and_continued(tmp_path):
     assert other.returncode != 0 and "name another --output_dir" in other.stderr, "the folder is of another command"
     (tmp_path / "runs" / "seed-1" / "lucky").touch()
     assert run(tmp_path, "--failing", "1").returncode == 0
-    calls = (tmp_path / "runs" / "calls.txt").read_text().split("\n")[:-1]
-    assert calls == ["0 None", "1 None", "1 True", "3 None"]  # seed 0 is not run again
+    assert calls(tmp_path) == ["0 None", "1 None", "1 True", "3 None"], "seed 0 is not run again"
 
 
 def test_a_command_without_a_test_is_refused(tmp_path):

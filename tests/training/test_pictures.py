@@ -3,6 +3,7 @@
 import logging
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -76,41 +77,32 @@ def test_what_is_drawn_in_one_grey():
     assert [is_one_grey(read_rgba(picture)[0]) for picture in [*greys, *others]] == [True] * 3 + [False] * 4
 
 
-def pixels_of_classification(picture, path, processor) -> torch.Tensor:
-    return classification.Process(processor)({"image": picture, "labels": 0})["pixel_values"]
-
-
-def pixels_of_contrastive(picture, path, processor) -> torch.Tensor:
-    rows = Dataset.from_dict({"image": [path], "text": ["x"]}).cast_column("image", ImageFeature())
-    arguments = contrastive.DataArguments(dataset="x", caption_column="text")
-    return contrastive.evaluation_pictures(rows, arguments, processor)[0]["pixel_values"]
-
-
-def pixels_of_depth(picture, path, processor) -> torch.Tensor:
-    shape = type("Config", (), {"image_shape": (48, 48), "max_depth": None})
-    make = depth.EvaluationPair(depth.DataArguments(dataset="x"), shape, processor, None)
-    return make({"image": path, "depth": np.ones((48, 48))})["pixel_values"]
-
-
-def pixels_of_masked(picture, path, processor) -> torch.Tensor:
-    rgb = masked.TrainingPicture("image", (48, 48))({"image": picture})["rgb"].float() / 255
-    return (rgb - 0.45) / 0.27
-
-
-def pixels_of_tokens(picture, path, processor) -> torch.Tensor:
+def pixels_of(recipe: str, picture: Image.Image, path: str) -> torch.Tensor:
+    """What a recipe or viewer makes of a picture."""
+    processor = AutoImageProcessor.from_pretrained(REPO)
+    if recipe == "classification":
+        return classification.Process(processor)({"image": picture, "labels": 0})["pixel_values"]
+    if recipe == "contrastive":
+        rows = Dataset.from_dict({"image": [path], "text": ["x"]}).cast_column("image", ImageFeature())
+        arguments = contrastive.DataArguments(dataset="x", caption_column="text")
+        return contrastive.evaluation_pictures(rows, arguments, processor)[0]["pixel_values"]
+    if recipe == "depth":
+        shape = SimpleNamespace(image_shape=(48, 48), max_depth=None)
+        make = depth.EvaluationPair(depth.DataArguments(dataset="x"), shape, processor, None)
+        return make({"image": path, "depth": np.ones((48, 48))})["pixel_values"]
+    if recipe == "masked":
+        rgb = masked.TrainingPicture("image", (48, 48))({"image": picture})["rgb"].float() / 255
+        return (rgb - 0.45) / 0.27
     return tokens.read_pixels([path], processor, (48, 48))[0]
 
 
 @pytest.mark.parametrize("name", ["black", "white"])
-@pytest.mark.parametrize(
-    "pixels_of",
-    [pixels_of_classification, pixels_of_contrastive, pixels_of_depth, pixels_of_masked, pixels_of_tokens],
-)
-def test_every_recipe_and_viewer_sees_the_drawing(pixels_of, name, tmp_path):
+@pytest.mark.parametrize("recipe", ["classification", "contrastive", "depth", "masked", "tokens"])
+def test_every_recipe_and_viewer_sees_the_drawing(recipe, name, tmp_path):
     """The disc in the middle is as far from its ground as black from white."""
     picture, note = ICONS[name]
     picture.save(tmp_path / "icon.png")
-    pixels = pixels_of(picture, str(tmp_path / "icon.png"), AutoImageProcessor.from_pretrained(REPO))
+    pixels = pixels_of(recipe, picture, str(tmp_path / "icon.png"))
     middle, corner = (pixels[:, place, place].mean().item() for place in (pixels.shape[1] // 2, 1))
     assert (corner - middle if note == ON_WHITE else middle - corner) > 3
 
@@ -126,22 +118,15 @@ def test_training_on_captions_draws_it_in_any_colour_on_any_ground():
 def test_the_log_counts_what_was_changed(tmp_path, caplog):
     """For a folder that is searched, and, row by row, for what a recipe reads."""
 
-    class Model:
-        device = "cpu"
-
-        def get_image_features(self, pixel_values, normalize):
-            return pixel_values.flatten(1)[:, :2]
-
-    paths = []
-    for name, (picture, _) in ICONS.items():
-        paths.append(tmp_path / f"{name}.png")
-        picture.save(paths[-1])
-    processor = type("Processor", (), {"image_processor": AutoImageProcessor.from_pretrained(REPO)})
-    with caplog.at_level(logging.INFO):
-        kept, embeds = search.embed_files(Model(), processor, paths, batch_size=4)
+    caplog.set_level(logging.INFO)
+    paths = [tmp_path / f"{name}.png" for name in ICONS]
+    for path, (picture, _) in zip(paths, ICONS.values()):
+        picture.save(path)
+    model = SimpleNamespace(device="cpu", get_image_features=lambda pixels, normalize: pixels.flatten(1)[:, :2])
+    processor = SimpleNamespace(image_processor=AutoImageProcessor.from_pretrained(REPO))
+    kept, embeds = search.embed_files(model, processor, paths, batch_size=4)
     assert kept == paths and embeds.shape == (6, 2)
     assert f"4 of 6 pictures with {ON_WHITE}" in caplog.text and f"2 of 6 pictures with {ON_BLACK}" in caplog.text
     rows = Dataset.from_dict({"image": list(map(str, paths))}, features=Features(image=ImageFeature()))
-    with caplog.at_level(logging.INFO):
-        masked.check_pictures(data.with_row_names({"train": rows}, tmp_path)["train"], "train", "image")
+    masked.check_pictures(data.with_row_names({"train": rows}, tmp_path)["train"], "train", "image")
     assert f"split train: 2 rows with {ON_BLACK}: ['white.png', 'nearly white.png']" in caplog.text

@@ -15,13 +15,8 @@ from PIL import Image
 
 from data import render_depth_scenes, scenes
 
-SCRIPT = str(Path(__file__).resolve().parents[2] / "examples" / "data" / "render_depth_scenes.py")
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "data" / "render_depth_scenes.py"
 SIZE = 64
-
-
-@pytest.fixture(scope="module")
-def textures(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("textures")
 
 
 @pytest.fixture
@@ -31,18 +26,15 @@ def client():
     pybullet.disconnect(number)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, SCRIPT, *map(str, arguments)]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=900)
-
-
 def digests(folder: Path) -> dict[str, str]:
     """What every file of a folder holds."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def rendered(client: int, textures: Path, seed: int, number: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    camera = scenes.build_scene(client, seed, number, textures)
+    return scenes.render_scene(client, seed, number, camera, size)
 
 
 def ray_depth(client: int, camera: scenes.Camera) -> np.ndarray:
@@ -55,10 +47,9 @@ def ray_depth(client: int, camera: scenes.Camera) -> np.ndarray:
 
 
 @pytest.mark.parametrize("number", [2, 6, 10])
-def test_depth_is_that_of_rays_within_a_centimetre(number, client, textures):
-    """No outside reference but the physics engine's own collision shapes; pixels that graze an edge may fall on
-    either side of it."""
-    camera = scenes.build_scene(client, 0, number, textures, solid=True)
+def test_depth_is_that_of_rays_within_a_centimetre(number, client, tmp_path):
+    """Of the physics engine's own collision shapes; pixels that graze an edge may fall on either side of it."""
+    camera = scenes.build_scene(client, 0, number, tmp_path, solid=True)
     _, depth = scenes.render_scene(client, 0, number, camera, SIZE)
     expected = ray_depth(client, camera)
     assert ((depth > 0) != (expected > 0)).mean() < 0.005
@@ -68,26 +59,17 @@ def test_depth_is_that_of_rays_within_a_centimetre(number, client, textures):
     assert (error < 0.01).mean() > 0.99 and np.median(error) < 1e-4
 
 
-def test_a_scene_depends_on_the_seed_and_its_number_alone(client, textures):
-    def render(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
-        camera = scenes.build_scene(client, seed, number, textures)
-        return scenes.render_scene(client, seed, number, camera, SIZE)
-
-    first = render(0, 7)
-    others = [render(0, 8), render(1, 7)]
-    again = render(0, 7)
+def test_a_scene_depends_on_the_seed_and_its_number_alone(client, tmp_path):
+    """Also its textures, in a folder that serves two seeds."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    scenes_of = [("one", 1, 7), ("one", 0, 8), ("one", 0, 7), ("two", 0, 7)]
+    *others, first, again = (rendered(client, tmp_path / folder, *which) for folder, *which in scenes_of)
     assert all((one == two).all() for one, two in zip(first, again))
     assert all((first[0] != other[0]).mean() > 0.5 for other in others)
-
-
-def test_a_texture_depends_on_the_seed_and_its_number_alone(tmp_path):
-    def drawn(folder: str, seed: int, number: int) -> bytes:
-        (tmp_path / folder).mkdir(exist_ok=True)
-        return scenes.texture_file(tmp_path / folder, seed, number).read_bytes()
-
-    first = drawn("one", 0, 7)
-    assert drawn("other", 0, 8) != first == drawn("other", 0, 7)
-    assert drawn("one", 1, 7) != first == drawn("one", 0, 7), "a folder serves two seeds"
+    files = [scenes.texture_file(tmp_path / folder, *which) for folder, *which in scenes_of]
+    *others, first, again = (file.read_bytes() for file in files)
+    assert first == again and first not in others
 
 
 def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkeypatch, tmp_path):
@@ -97,37 +79,33 @@ def test_test_scenes_hold_no_mesh_and_no_texture_of_another_split(client, monkey
 
     def created(*args, **kwargs):
         if "fileName" in kwargs:
-            loaded.setdefault("meshes", set()).add(int(Path(kwargs["fileName"]).stem))
+            loaded["meshes"].add(int(Path(kwargs["fileName"]).stem))
         return create(*args, **kwargs)
 
     def texture(path, **kwargs):
-        loaded.setdefault("textures", set()).add(int(Path(path).stem.split("-")[1]))
+        loaded["textures"].add(int(Path(path).stem.split("-")[1]))
         return load(path, **kwargs)
 
     monkeypatch.setattr(pybullet, "createVisualShape", created)
     monkeypatch.setattr(pybullet, "loadTexture", texture)
-    seen = {}
     for split, numbers in {"test": range(0, 200, 10), "validation": range(1, 200, 10), "train": range(2, 9)}.items():
-        loaded = {}
+        loaded |= {"meshes": set(), "textures": set()}
         for number in numbers:
             assert scenes.split_of(number) == split
             scenes.build_scene(client, 0, number, tmp_path)
-        seen[split] = loaded
-        for kind, found in loaded.items():
-            assert {scenes.split_of(number) for number in found} == {split}, kind
-    assert all(len(kinds["meshes"]) > 20 and len(kinds["textures"]) > 5 for kinds in seen.values())
-    shares = [len(scenes.numbers_of(split, 1000)) for split in ("train", "validation", "test")]
-    assert shares == [800, 100, 100]
+        assert len(loaded["meshes"]) > 20 and len(loaded["textures"]) > 5
+        assert {scenes.split_of(number) for found in loaded.values() for number in found} == {split}
+    assert [len(scenes.numbers_of(split, 1000)) for split in ("train", "validation", "test")] == [800, 100, 100]
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    arguments = ["--num_scenes", 60, "--size", SIZE]
-    assert run("--output_dir", whole, "--num_processes", 2, *arguments).returncode == 0
-    partial = tmp_path / "broken.partial"
-    process = subprocess.Popen(
-        command("--output_dir", broken, *arguments), stderr=subprocess.DEVNULL, start_new_session=True
-    )
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path, caplog):
+    def render(folder: Path, seed: int = 0, processes: int = 1) -> None:
+        render_depth_scenes.render_scenes(folder, 60, SIZE, seed, processes)
+
+    whole, broken, partial = (tmp_path / name for name in ("whole", "broken", "broken.partial"))
+    render(whole, processes=2)
+    asked = [sys.executable, SCRIPT, "--output_dir", broken, "--num_scenes", "60", "--size", str(SIZE)]
+    process = subprocess.Popen(asked, stderr=subprocess.DEVNULL, start_new_session=True)
     while len(list(partial.glob("*/depths/*.png"))) < 12:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.02)
@@ -135,27 +113,23 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(tmp_path):
     process.wait()
     assert partial.exists() and not broken.exists(), "a folder has its name only when it is complete"
     (partial / "test" / "depths" / "000000.99.tmp").write_bytes(b"half a picture")
-    other_seed = run("--output_dir", broken, *arguments, "--seed", 1)
-    assert other_seed.returncode != 0 and "give the same settings" in other_seed.stderr
-    resumed = run("--output_dir", broken, *arguments)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "60 of 60 scenes to render" not in resumed.stderr
+    with pytest.raises(ValueError, match="give the same settings"):
+        render(broken, seed=1)
+    caplog.set_level("INFO")
+    render(broken)
+    assert "of 60 scenes to render" in caplog.text and "60 of 60" not in caplog.text
     assert digests(broken) == digests(whole) and not partial.exists()
     names = [len(list((whole / split / "images").iterdir())) for split in ("train", "validation", "test")]
     assert names == [48, 6, 6]
     depth = np.asarray(Image.open(whole / "test" / "depths" / "000010.png"))
     assert depth.dtype == np.uint16 and depth.shape == (SIZE, SIZE) and 300 < np.median(depth[depth > 0]) < 10_000
-    again = run("--output_dir", whole, *arguments)
-    assert again.returncode != 0 and "not to exist, it does" in again.stderr
+    with pytest.raises(ValueError, match="not to exist, it does"):
+        render(whole)
 
 
-def test_a_floor_alone_does_not_give_the_depth_away(client, textures):
+def test_a_floor_alone_does_not_give_the_depth_away(client, tmp_path):
     """The best picture-blind answer, the mean depth of each pixel, is far from what is asked of a model (0.08)."""
-    depths = []
-    for number in range(2, 42):
-        camera = scenes.build_scene(client, 0, number, textures)
-        depths.append(scenes.render_scene(client, 0, number, camera, 32)[1])
-    depths = np.stack(depths)
+    depths = np.stack([rendered(client, tmp_path, 0, number, 32)[1] for number in range(2, 42)])
     measured = depths > 0
     mean = depths.sum(0) / measured.sum(0).clip(min=1)
     error = np.abs(mean - depths)[measured] / depths[measured]

@@ -1,10 +1,10 @@
-"""The commands that look at pictures: search_pictures.py and show_tokens.py, run as a user runs them, on little."""
+"""The commands that look at pictures: search_pictures.py and show_tokens.py."""
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-import pictures
 import pytest
 import search_pictures
 import show_tokens
@@ -39,11 +39,22 @@ def some_pictures(tmp_path) -> Path:
     return folder
 
 
-def test_the_search_writes_a_sheet_and_names_what_it_cannot_read(some_pictures, command, tmp_path):
-    asked = ["--pictures", some_pictures, "--queries", "animal", "costs $_$ a lot", "--output", "new/sheet.png"]
-    ran = command("examples/search_pictures.py", *asked, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert "broken.png is left out" in ran.stderr and "12 pictures searched" in ran.stderr
+@pytest.fixture
+def stock_clip(tmp_path) -> Path:
+    tiny.clip_model().save_pretrained(tmp_path / "clip")
+    write_tokenizer(tmp_path / "clip")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(**size).save_pretrained(tmp_path / "clip")
+    return tmp_path / "clip"
+
+
+@pytest.mark.parametrize("model", ["the shipped one", "a stock CLIP"])
+def test_the_search_writes_a_sheet_and_names_what_it_cannot_read(model, some_pictures, stock_clip, tmp_path, caplog):
+    asked = ["--pictures", some_pictures, "--queries", "cat", "costs $_$ a lot", "--output", tmp_path / "new/sheet.png"]
+    asked += ["--model", stock_clip] if model == "a stock CLIP" else []
+    caplog.set_level(logging.INFO)
+    search_pictures.main(list(map(str, asked)))
+    assert "broken.png is left out" in caplog.text and "12 pictures searched" in caplog.text
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width > 600 and sheet.height > 200
     assert colours(tmp_path / "new" / "sheet.png") > 500, "it shows pictures and attention, not blank axes"
@@ -60,54 +71,23 @@ def write_damaged(path: Path) -> None:
 
 
 def test_damaged_and_huge_pictures_are_left_out_of_a_search(tmp_path, monkeypatch, caplog):
-    class Model:
-        device = "cpu"
-
-        def get_image_features(self, pixel_values, normalize):
-            return pixel_values.flatten(1)[:, :2]
-
+    model = SimpleNamespace(device="cpu", get_image_features=lambda pixels, normalize: pixels.flatten(1)[:, :2])
     Image.new("RGB", (9, 9)).save(tmp_path / "fine.png")
     write_damaged(tmp_path / "damaged.png")
     Image.new("1", (900, 900)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 300_000)
-    processor = type("Processor", (), {"image_processor": CLIPImageProcessor()})
-    kept, _ = embed_files(Model(), processor, sorted(tmp_path.iterdir()), batch_size=4)
+    processor = SimpleNamespace(image_processor=CLIPImageProcessor())
+    kept, _ = embed_files(model, processor, sorted(tmp_path.iterdir()), batch_size=4)
     assert [path.name for path in kept] == ["fine.png"]
     assert "damaged.png is left out" in caplog.text and "huge.png is left out" in caplog.text
 
 
-def test_a_stock_clip_searches_too(some_pictures, tmp_path, caplog):
-    tiny.clip_model().save_pretrained(tmp_path / "clip")
-    write_tokenizer(tmp_path / "clip")
-    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    CLIPImageProcessor(**size).save_pretrained(tmp_path / "clip")
-    asked = ["--model", tmp_path / "clip", "--pictures", some_pictures, "--queries", "cat"]
-    asked += ["--output", tmp_path / "sheet.png"]
-    with caplog.at_level(logging.INFO):
-        search_pictures.main(list(map(str, asked)))
-    assert "12 pictures searched" in caplog.text and (tmp_path / "sheet.png").stat().st_size > 10_000
-
-
-def test_the_search_says_what_is_wrong_with_an_empty_folder(tmp_path):
+def test_a_folder_without_pictures_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--pictures must be a folder with .png"):
         search_pictures.main(["--pictures", str(tmp_path)])
 
 
 # --- tokens ---
-
-
-@pytest.fixture
-def photos(tmp_path) -> list[Path]:
-    """Crops of two photos as files: one with transparency, one grey, one of another shape."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    crops = [crop for name in ("astronaut", "flower") for crop in pictures.crops(name, 2, size=60)]
-    crops[1].putalpha(100)
-    crops[2] = crops[2].convert("L")
-    crops[3] = crops[3].crop((0, 0, 60, 40))
-    for i, crop in enumerate(crops):
-        crop.save(folder / f"{i}.png")
-    return sorted(folder.iterdir())
 
 
 @pytest.fixture
@@ -124,13 +104,13 @@ def checkpoints(tmp_path) -> dict[str, Path]:
     return {kind: tmp_path / kind for kind in made}
 
 
-def test_the_sheet_of_tokens(photos, checkpoints, command, tmp_path):
+def test_the_sheet_of_tokens(photos, checkpoints, tmp_path, caplog):
     asked = [part for kind, folder in checkpoints.items() for part in (f"--{kind}", folder)]
     asked += ["--adaptive_size", 48, 64, "--merged_size", 64, "--token_merge_size", 3, "--mask_ratio", 0.6]
-    asked += ["--output", "new/sheet.png"]
-    ran = command("examples/show_tokens.py", "--pictures", *photos, *asked, cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    assert "4 pictures shown" in ran.stderr
+    asked += ["--output", tmp_path / "new" / "sheet.png", "--pictures", *(photos / f"{n}.png" for n in range(4))]
+    caplog.set_level(logging.INFO)
+    show_tokens.main(list(map(str, asked)))
+    assert "4 pictures shown" in caplog.text
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.width > 1400 and sheet.height > 700
     assert colours(tmp_path / "new" / "sheet.png") > 100, "it shows pictures, not blank axes"
@@ -149,7 +129,7 @@ def test_the_sheet_of_tokens(photos, checkpoints, command, tmp_path):
 def test_what_cannot_be_shown_is_refused(arguments, message, photos, checkpoints, monkeypatch, capsys):
     monkeypatch.chdir(checkpoints["merged"].parent)
     with pytest.raises((ValueError, SystemExit)) as refusal:
-        show_tokens.main(["--pictures", str(photos[0]), *arguments])
+        show_tokens.main(["--pictures", str(photos / "0.png"), *arguments])
     assert message in capsys.readouterr().err + str(refusal.value)
 
 
