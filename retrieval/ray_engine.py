@@ -282,7 +282,7 @@ def _plain_errors() -> Iterator[None]:
         cause: BaseException | None = error
         while isinstance(cause, ray.exceptions.RayError):
             cause = getattr(cause, "cause", None) or cause.__cause__
-        if missing := re.search(r"No module named '[\w.]+'", str(error)):
+        if missing := re.search(r"No module named '[\w.]+'", f"{error} {cause}"):
             raise ImportError(f"{missing[0]}: install what this machine has on every one of the Ray cluster") from error
         if isinstance(cause, ValueError | OSError | ImportError):
             raise cause from error
