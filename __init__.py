@@ -4,6 +4,8 @@ Importing it registers config and models with the Auto classes, so that `AutoMod
 `backbone_config` of transformers' dense models need no `trust_remote_code`.
 """
 
+from typing import Any
+
 import transformers
 
 from . import modeling_vit_embed
@@ -46,3 +48,12 @@ def _register_with_auto_classes() -> None:
 
 
 _register_with_auto_classes()
+
+
+def __getattr__(name: str) -> Any:
+    """`vit_embed.embed`, whose packages (pyarrow, fsspec) only those who call it have to wait for."""
+    if name == "embed":
+        from vit_embed.retrieval.callables import embed
+
+        return embed
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,12 +39,13 @@ class Failure(NamedTuple):
 class Read(NamedTuple):
     """An item as the model takes it.
 
-    pixels: (3, H, W) uint8 as the processor cropped them, or float32 where it does not rescale and normalise.
+    pixels: (3, H, W) uint8 as the processor cropped them, or float32 where it does not rescale and normalise; None once
+        they are embedded.
     width, height: of the picture, upright, before anything is done to it. sha256: of its file, where asked for.
     """
 
     item: Item
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     width: int
     height: int
     sha256: str | None = None
@@ -163,11 +164,15 @@ class PictureEmbedder:
             item.key.encode()
         except UnicodeEncodeError:
             return Failure(item, "the name is not UTF-8; rename the file")
+        side = self.side if self.reduced else None
         try:
+            if isinstance(item.content, Image.Image):
+                picture, size = read_reduced(item.content, side)
+                return Read(item, self._processed(picture, size), *size)
             with open_content(item.content) as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest() if self.hashed else None
                 file.seek(0)
-                picture, size = read_reduced(file, self.side if self.reduced else None)
+                picture, size = read_reduced(file, side)
             return Read(item, self._processed(picture, size), *size, sha256)
         except (*UNREADABLE, MemoryError) as error:
             return Failure(item, _reason(error))
@@ -175,17 +180,15 @@ class PictureEmbedder:
     def _processed(self, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
         """What the processor makes of a picture that was `size`, (width, height), in its file.
 
-        Its shortest edge fixes the other one, rounded down: of a reduced picture that can be a pixel more or less, which
-        moves the crop. So the size that the whole picture would get is asked for.
+        Its shortest edge fixes the other one, rounded down: of a reduced picture that can be a pixel more or less,
+        which moves the crop. So the size that the whole picture would get is asked for.
         """
         options = {"return_tensors": "np"}
         if self.is_plain:
             options.update(do_rescale=False, do_normalize=False)
         edge = dict(self.processor.size).get("shortest_edge")
         if edge and edge * edge * max(size) > Image.MAX_IMAGE_PIXELS * min(size):
-            raise ValueError(
-                f"{size[0]} x {size[1]} pixels would become gigabytes where the shorter side is made {edge}"
-            )
+            raise ValueError(f"{size[0]} x {size[1]} pixels would become gigabytes with the shorter side made {edge}")
         if edge and picture.size != size:
             width, height = (edge * side // min(size) for side in size)
             options["size"] = {"height": height, "width": width}
@@ -211,6 +214,8 @@ class PictureEmbedder:
                     patches[place] = grid
         width = 0 if good else self.model.config.projection_dim
         stacked = np.stack(embeddings) if good else np.zeros((0, width), np.float32)
+        # A shard of rows waits to be written, or travels: its pixels and files would be gigabytes.
+        good = [each._replace(pixels=None, item=each.item._replace(content=b"")) for each in good]
         return Rows(good, failures, stacked, patches if self.patches else None)
 
     def _normalised(self, pixels: torch.Tensor) -> torch.Tensor:

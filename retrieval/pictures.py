@@ -62,8 +62,8 @@ def read_rgb(picture: Source) -> tuple[Image.Image, list[str]]:
     return rgb, [*notes, ON_WHITE]
 
 
-def read_reduced(file: BinaryIO, side: int | None) -> tuple[Image.Image, tuple[int, int]]:
-    """A picture's file -> RGB as of `read_rgb`, and its (width, height), upright, in the file.
+def read_reduced(file: BinaryIO | Image.Image, side: int | None) -> tuple[Image.Image, tuple[int, int]]:
+    """A picture or its file -> RGB as of `read_rgb`, and its (width, height), upright, in the file.
 
     Args:
         side: a picture of LEAST_REDUCED pixels or more is made smaller on the way, by a whole factor, and no side below
@@ -72,13 +72,14 @@ def read_reduced(file: BinaryIO, side: int | None) -> tuple[Image.Image, tuple[i
     Raises:
         as read_rgba.
     """
-    picture = Image.open(file)
+    picture = file if isinstance(file, Image.Image) else Image.open(file)
     width, height = picture.size
     if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # lies on its side
         width, height = height, width
     if side is None or width * height < LEAST_REDUCED:
         return read_rgb(picture)[0], (width, height)
-    picture.draft(None, (side, side))
+    if picture is not file:  # a caller's picture stays as it is
+        picture.draft(None, (side, side))
     rgb = read_rgb(picture)[0]
     factor = min(rgb.size) // (2 * side)  # a mean over blocks shows more than the decoder's own way
     smaller = (rgb.width // factor, rgb.height // factor) if factor > 1 else rgb.size

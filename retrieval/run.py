@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 from vit_embed.retrieval.embedder import PictureEmbedder, TextEmbedder
 from vit_embed.retrieval.local import Clock, batches, embed_items
 from vit_embed.retrieval.sources import Item, Source
-from vit_embed.retrieval.store import Counts, Known, Store
+from vit_embed.retrieval.store import Counts, Known, Store, plain_key
 
 logger = logging.getLogger(__name__)
 
@@ -20,15 +21,15 @@ SAID = 5
 
 
 class Share:
-    """Which items of a source are one process's: every `of`-th batch."""
+    """Which items of a source are one process's: by their keys, so that processes may list it at different times."""
 
     def __init__(self, rank: int = 0, of: int = 1):
         self.rank, self.of = rank, of
 
-    def items(self, source: Source, size: int) -> Iterator[Item]:
-        for number, batch in enumerate(batches(source.items(), size)):
-            if number % self.of == self.rank:
-                yield from batch
+    def items(self, source: Source) -> Iterator[Item]:
+        for item in source.items():
+            if self.of == 1 or zlib.crc32(plain_key(item.key).encode()) % self.of == self.rank:
+                yield item
 
 
 def embed_into(
@@ -57,12 +58,12 @@ def embed_into(
     has_replaced = False
     with store.locked():
         known = store.known(retry_errors)
-        if known.has_replaced():
+        if share.of == 1 and known.has_replaced():
             store.drop_replaced()
         clock = Clock()
         total = source.total()
         with tqdm(total=total and total // share.of, unit="image", smoothing=0.05, dynamic_ncols=True) as bar:
-            todo = _new(share.items(source, batch_size), known, bar)
+            todo = _new(share.items(source), known, bar)
             for shard in batches(todo, shard_size):
                 has_replaced = has_replaced or any(known.had(item) for item in shard)
                 rows = []
@@ -74,6 +75,8 @@ def embed_into(
                     bar.update(len(batch.read) + len(batch.failures))
                     bar.set_postfix_str(clock.shares(), refresh=False)
                 store.write(rows)
+        if share.of > 1:  # what others have replaced, too; not while they write
+            has_replaced = store.is_last() and store.known().has_replaced()
         if has_replaced:
             store.drop_replaced()
     return Counts(embedded, unreadable)

@@ -40,12 +40,12 @@ class Item(NamedTuple):
     """A picture or text that is to be embedded.
 
     key: its name in the source, unique there. stamp: changes when the item does; empty where that cannot be seen.
-    content: a path, an address, a part of a file, bytes; or a text.
+    content: a path, an address, a part of a file, bytes, a PIL picture; or a text.
     """
 
     key: str
     stamp: str
-    content: str | Address | Part | bytes
+    content: Any
 
 
 class Address(NamedTuple):

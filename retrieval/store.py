@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,8 @@ NAMES = {"model", "source", "split", "column"}
 # Of a shard's metadata: what its embeddings are of, and when it was written.
 ABOUT, WRITTEN = b"vit_embed", b"written"
 DIGEST_BYTES = 16  # 12 in base64
+# How long a process waits for the first one of its run.
+SECONDS_TO_JOIN = 10
 VECTOR_DTYPES = {"float16": pa.float16(), "float32": pa.float32()}
 ERRORS = pa.schema([("path", pa.string()), ("stamp", pa.string()), ("reason", pa.string())])
 
@@ -49,7 +51,8 @@ class Store:
 
     Args:
         path: a folder, whose name ends in .parquet. about: of the model and the processing, see `Embedder.about`.
-        vector_dtype: of VECTOR_DTYPES. rank: of this process, where several write a share each.
+        vector_dtype: of VECTOR_DTYPES. rank: of this process, where several write a share each; run: the same for all
+            of these, and another for every other run.
 
     Raises:
         ValueError: what is there is no store, or of another model or processing.
@@ -57,9 +60,14 @@ class Store:
     """
 
     def __init__(
-        self, path: str | os.PathLike, about: dict[str, Any], vector_dtype: str = "float16", rank: int | None = None
+        self,
+        path: str | os.PathLike,
+        about: dict[str, Any],
+        vector_dtype: str = "float16",
+        rank: int | None = None,
+        run: str = "",
     ):
-        self.path, self.rank = Path(path), rank
+        self.path, self.rank, self.run = Path(path), rank, run
         if self.path.suffix != ".parquet":
             raise ValueError(f"expected --output to end in .parquet, got {path}")
         if self.path.is_file():
@@ -84,24 +92,47 @@ class Store:
             ValueError: another run writes here.
         """
         with contextlib.ExitStack() as stack:
-            # Processes of one run share the lock of the store, and each has one of its own.
-            kinds = {f".{self.path.name}": fcntl.LOCK_EX if self.rank is None else fcntl.LOCK_SH}
-            kinds.setdefault(self.hidden, fcntl.LOCK_EX)
-            for name, kind in kinds.items():
-                lock = stack.enter_context(open(self.path.with_name(f"{name}.lock"), "w"))
-                try:
-                    fcntl.flock(lock, kind | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ValueError(
-                        f"another run writes to {self.path}; wait for it, or name another --output"
-                    ) from error
-            shutil.rmtree(self.aside, ignore_errors=True)  # of a run that was killed
+            self._lock = stack.enter_context(open(self.path.with_name(f".{self.path.name}.lock"), "a+"))
+            self._enter_run()
+            if self.rank is not None:
+                own = stack.enter_context(open(self.path.with_name(f"{self.hidden}.lock"), "a+"))
+                if not _locks(own, fcntl.LOCK_EX):
+                    raise self._busy()
             self.errors.mkdir(exist_ok=True)
             self.aside.mkdir()
             try:
                 yield
             finally:
                 shutil.rmtree(self.aside, ignore_errors=True)
+
+    def _enter_run(self) -> None:
+        """Takes the lock of the store: alone, or together with the other processes of this run."""
+        deadline = time.monotonic() + SECONDS_TO_JOIN
+        while True:
+            if is_first := _locks(self._lock, fcntl.LOCK_EX):
+                for number in ("", ".[0-9]*"):  # of runs that were killed
+                    for aside in self.path.parent.glob(f".{self.path.name}{number}.partial"):
+                        shutil.rmtree(aside, ignore_errors=True)
+                self._lock.truncate(0)
+                self._lock.write(self.run)
+                self._lock.flush()
+            if self.rank is None and is_first:
+                return
+            if self.rank is not None and _locks(self._lock, fcntl.LOCK_SH):
+                self._lock.seek(0)
+                if self._lock.read() == self.run:
+                    return
+                raise self._busy()
+            if self.rank is None or time.monotonic() > deadline:
+                raise self._busy()
+            time.sleep(0.05)  # the first process has the lock for itself until it has written which run it is of
+
+    def is_last(self) -> bool:
+        """Whether no other process of this run is left; then the store is this one's. Its part of the lock ends."""
+        return self.rank is None or _locks(self._lock, fcntl.LOCK_EX)
+
+    def _busy(self) -> ValueError:
+        return ValueError(f"another run writes to {self.path}; wait for it, or name another --output")
 
     def shards(self) -> list[Path]:
         return sorted(self.path.glob("part-*.parquet"))
@@ -128,12 +159,16 @@ class Store:
         return Known(*(np.sort(np.concatenate(each or nothing)) for each in (digests, keys)))
 
     def write(self, rows: Sequence[Rows]) -> Path:
-        """A shard of batches, whole or not at all; its name comes after those that are there."""
+        """A shard of batches, whole or not at all."""
+        failures = [failure for batch in rows for failure in batch.failures]
+        return self.write_tables(rows_table(rows, self.about, self.element), error_table(failures))
+
+    def write_tables(self, rows: pa.Table, errors: pa.Table) -> Path:
+        """A shard of rows (as of `rows_table`) and its errors; its name comes after those that are there."""
         numbers = [int(shard.stem.rpartition("-")[2]) for shard in self.path.glob(f"{self.prefix}*.parquet")]
         name = f"{self.prefix}{max(numbers, default=-1) + 1:05d}.parquet"
-        failures = [failure for batch in rows for failure in batch.failures]
-        self._put(self.errors / name, _error_table(failures))
-        self._put(self.path / name, self._table(rows))
+        self._put(self.errors / name, errors)
+        self._put(self.path / name, rows.replace_schema_metadata(_metadata(self.about)))
         return self.path / name
 
     def drop_replaced(self) -> int:
@@ -166,9 +201,6 @@ class Store:
         finally:
             os.close(folder)
 
-    def _table(self, rows: Sequence[Rows]) -> pa.Table:
-        return rows_table(rows, self.about, self.element)
-
 
 class Known(NamedTuple):
     """Items that a store has, as sorted digests of 16 bytes, so that millions fit: of key and stamp, and of the key."""
@@ -186,6 +218,15 @@ class Known(NamedTuple):
     def has_replaced(self) -> bool:
         """Whether an item is here twice, as a run was killed before it took the older row out."""
         return bool((self.keys[1:] == self.keys[:-1]).any())
+
+
+def _locks(file: TextIO, kind: int) -> bool:
+    """Whether a file could be locked, or its lock changed, without waiting; a lock that it had may be gone if not."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _among(sorted_digests: np.ndarray, wanted: bytes) -> bool:
@@ -234,8 +275,11 @@ def rows_table(rows: Sequence[Rows], about: dict[str, Any], element: pa.DataType
         offsets = np.cumsum([0, *(grid.shape[0] * grid.shape[1] for grid in grids)])
         flat = np.concatenate([grid.reshape(-1, vectors.shape[1]) for grid in grids] or [vectors])
         columns["patches"] = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), _vectors(flat, element))
-    metadata = {ABOUT: json.dumps(about, sort_keys=True), WRITTEN: str(time.time_ns())}
-    return pa.table(columns).replace_schema_metadata(metadata)
+    return pa.table(columns).replace_schema_metadata(_metadata(about))
+
+
+def _metadata(about: dict[str, Any]) -> dict[bytes, str]:
+    return {ABOUT: json.dumps(about, sort_keys=True), WRITTEN: str(time.time_ns())}
 
 
 def _vectors(vectors: np.ndarray, element: pa.DataType) -> pa.Array:
@@ -243,7 +287,7 @@ def _vectors(vectors: np.ndarray, element: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
 
 
-def _error_table(failures: Iterable[Failure]) -> pa.Table:
+def error_table(failures: Iterable[Failure]) -> pa.Table:
     rows = [(plain_key(failure.item.key), failure.item.stamp, failure.reason) for failure in failures]
     return pa.Table.from_arrays([pa.array(column, pa.string()) for column in zip(*rows)] or [[]] * 3, schema=ERRORS)
 

@@ -180,7 +180,7 @@ def test_a_reduced_picture_is_cropped_where_the_whole_one_is(size):
     reduced, whole = (load_embedder(str(REPO), "float32", reduced=reduced) for reduced in (True, False))
     assert reduced.embed([reduced.read(item)]).embeddings[0] @ whole([item]).embeddings[0] > 0.999
     pixels = [each.read(item).pixels.astype(int) for each in (reduced, whole)]
-    assert np.abs(pixels[0] - pixels[1]).mean() < 2.0
+    assert np.abs(pixels[0] - pixels[1]).mean() < 4.0  # of noise; a crop that is off by half a pixel gives 20
 
 
 def test_a_picture_below_a_megapixel_is_read_whole():
@@ -326,7 +326,7 @@ def spoil(folder: Path) -> dict[str, str]:
     (folder / "bomb.png").write_bytes(bomb)
     Path(os.fsdecode(bytes(folder) + b"/name\xff.png")).write_bytes(encoded(picture(1)))
     Image.fromarray(np.ones((4, 4), np.float32)).save(folder / "float.tif")
-    Image.new("RGB", (1, 60_000)).save(folder / "thread.png")
+    Image.new("RGB", (1, 100_000)).save(folder / "thread.png")
     return {
         "truncated.jpg": "truncated",
         "truncated.png": "",
@@ -337,7 +337,7 @@ def spoil(folder: Path) -> dict[str, str]:
         "bomb.png": "decompression bomb",
         "name\\udcff.png": "not UTF-8",
         "float.tif": "floating point",
-        "thread.png": "1 x 60000 pixels would become gigabytes",
+        "thread.png": "1 x 100000 pixels would become gigabytes",
     }
 
 
