@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import AutoImageProcessor
 
 from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification, VitEmbedTextModel
@@ -401,6 +403,11 @@ class Stub:
 ABOUT = {"input": "pictures", "weights": "none", "model": "stub"}
 
 
+def run_stub_in_child(folder: Path, output: Path) -> None:
+    tqdm.set_lock(threading.RLock())  # that of tqdm is shared with forks: killed, one would keep it
+    run_stub(folder, output)
+
+
 def run_stub(folder: Path, output: Path) -> None:
     store = Store(output, ABOUT)
     embed_into(store, find_source(str(folder)), Stub(), batch_size=5, shard_size=20, workers=2)
@@ -416,7 +423,7 @@ def test_a_run_that_is_killed_twenty_times_ends_like_an_unbroken_one(tmp_path):
     process = multiprocessing.get_context("fork")
     kills = 0
     while kills < 20:
-        child = process.Process(target=run_stub, args=(folder, tmp_path / "killed.parquet"))
+        child = process.Process(target=run_stub_in_child, args=(folder, tmp_path / "killed.parquet"))
         child.start()
         child.join(chance.uniform(0.01, 0.2))
         if child.exitcode == 0:  # done already: start afresh with what is left of the kills
