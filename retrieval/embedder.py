@@ -6,7 +6,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from vit_embed.retrieval.sources import Item, open_content
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MODEL = "model"
 # bfloat16 has to be this much faster than float32 to be worth its rounding.
 WORTH = 1.2
 
@@ -61,6 +64,25 @@ class Rows(NamedTuple):
     failures: list[Failure]
     embeddings: np.ndarray
     patches: np.ndarray | None = None
+
+
+class Clock:
+    """Seconds of each part of the work, summed over threads, which may run side by side."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def times(self, part: str) -> Iterator[None]:
+        start = time.thread_time() if part != MODEL else time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] += (time.thread_time() if part != MODEL else time.perf_counter()) - start
+
+    def shares(self) -> str:
+        total = sum(self.seconds.values())
+        return ", ".join(f"{seconds / total:.0%} {part}" for part, seconds in self.seconds.items()) if total else ""
 
 
 def load_model(name: str, dtype: str = "auto", device: str | None = None) -> torch.nn.Module:
@@ -147,6 +169,7 @@ class PictureEmbedder:
         self.model, self.processor = model, processor
         self.patches, self.hashed, self.reduced = patches, hashed, reduced
         self.device, self.dtype = model.device, model.dtype
+        self.clock = Clock()
         self.side = _least_side(processor)
         self.is_plain = processor.do_rescale and processor.do_normalize
         if self.is_plain:
@@ -164,18 +187,23 @@ class PictureEmbedder:
             item.key.encode()
         except UnicodeEncodeError:
             return Failure(item, "the name is not UTF-8; rename the file")
-        side = self.side if self.reduced else None
         try:
-            if isinstance(item.content, Image.Image):
-                picture, size = read_reduced(item.content, side)
-                return Read(item, self._processed(picture, size), *size)
-            with open_content(item.content) as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest() if self.hashed else None
-                file.seek(0)
-                picture, size = read_reduced(file, side)
-            return Read(item, self._processed(picture, size), *size, sha256)
+            with self.clock.times("decode"):
+                picture, size, sha256 = self._decoded(item.content)
+            with self.clock.times("process"):
+                return Read(item, self._processed(picture, size), *size, sha256)
         except (*UNREADABLE, MemoryError) as error:
             return Failure(item, _reason(error))
+
+    def _decoded(self, content: Any) -> tuple[Image.Image, tuple[int, int], str | None]:
+        """A picture in RGB, its (width, height) before it was reduced, and the hash of its file."""
+        side = self.side if self.reduced else None
+        if isinstance(content, Image.Image):
+            return *read_reduced(content, side), None
+        with open_content(content) as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest() if self.hashed else None
+            file.seek(0)
+            return *read_reduced(file, side), sha256
 
     def _processed(self, picture: Image.Image, size: tuple[int, int]) -> np.ndarray:
         """What the processor makes of a picture that was `size`, (width, height), in its file.
@@ -206,12 +234,13 @@ class PictureEmbedder:
         embeddings: list[Any] = [None] * len(good)
         patches: list[Any] = [None] * len(good)
         for places in by_shape.values():
-            pixels = self._normalised(torch.from_numpy(np.stack([good[place].pixels for place in places])))
-            for place, vector in zip(places, self._vectors(pixels).float().cpu().numpy()):
-                embeddings[place] = vector
-            if self.patches:
-                for place, grid in zip(places, self.model.get_patch_features(pixels).float().cpu().numpy()):
-                    patches[place] = grid
+            pixels = torch.from_numpy(np.stack([good[place].pixels for place in places]))
+            with self.clock.times(MODEL):
+                pixels = self._normalised(pixels)
+                vectors = self._vectors(pixels).float().cpu().numpy()
+                grids = self.model.get_patch_features(pixels).float().cpu().numpy() if self.patches else vectors
+            for place, vector, grid in zip(places, vectors, grids):
+                embeddings[place], patches[place] = vector, grid
         width = 0 if good else self.model.config.projection_dim
         stacked = np.stack(embeddings) if good else np.zeros((0, width), np.float32)
         # A shard of rows waits to be written, or travels: its pixels and files would be gigabytes.
@@ -265,6 +294,7 @@ class TextEmbedder:
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, *, truncate: bool = False):
         self.model, self.tokenizer = model, tokenizer
+        self.clock = Clock()
         config = getattr(model.config, "text_config", None) or model.config
         self.limit = config.max_position_embeddings
         self.truncate = {"truncation": True, "max_length": self.limit} if truncate else {}
@@ -284,7 +314,9 @@ class TextEmbedder:
         failures = [each for each in read if isinstance(each, Failure)]
         if not good:
             return Rows([], failures, np.zeros((0, self.model.config.projection_dim), np.float32))
-        return Rows(good, failures, self.vectors([item.content for item in good]).cpu().numpy())
+        with self.clock.times(MODEL):
+            vectors = self.vectors([item.content for item in good]).cpu().numpy()
+        return Rows(good, failures, vectors)
 
     @torch.inference_mode()
     def vectors(self, texts: list[str]) -> torch.Tensor:

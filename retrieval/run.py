@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vit_embed.retrieval.embedder import PictureEmbedder, TextEmbedder
-from vit_embed.retrieval.local import Clock, batches, embed_items
+from vit_embed.retrieval.embedder import PictureEmbedder, Rows, TextEmbedder
+from vit_embed.retrieval.local import embed_items
 from vit_embed.retrieval.sources import Item, Source
 from vit_embed.retrieval.store import Counts, Known, Store, plain_key
 
@@ -55,29 +55,31 @@ def embed_into(
     """
     share = share or Share()
     embedded = unreadable = 0
-    has_replaced = False
     with store.locked():
         known = store.known(retry_errors)
         if share.of == 1 and known.has_replaced():
             store.drop_replaced()
-        clock = Clock()
         total = source.total()
         with tqdm(total=total and total // share.of, unit="image", smoothing=0.05, dynamic_ncols=True) as bar:
             todo = _new(share.items(source), known, bar)
-            for shard in batches(todo, shard_size):
-                has_replaced = has_replaced or any(known.had(item) for item in shard)
-                rows = []
-                for batch in embed_items(embedder, shard, batch_size, workers, clock):
-                    rows.append(batch)
-                    for failure in batch.failures[: max(SAID - unreadable, 0)]:
-                        tqdm.write(f"left out: {failure.item.key!r}: {failure.reason}")
-                    embedded, unreadable = embedded + len(batch.read), unreadable + len(batch.failures)
-                    bar.update(len(batch.read) + len(batch.failures))
-                    bar.set_postfix_str(clock.shares(), refresh=False)
+            rows: list[Rows] = []
+            held = 0
+            for batch in embed_items(embedder, todo, batch_size, workers):
+                rows.append(batch)
+                for failure in batch.failures[: max(SAID - unreadable, 0)]:
+                    tqdm.write(f"left out: {failure.item.key!r}: {failure.reason}")
+                embedded, unreadable = embedded + len(batch.read), unreadable + len(batch.failures)
+                bar.update(len(batch.read) + len(batch.failures))
+                bar.set_postfix_str(embedder.clock.shares(), refresh=False)
+                held += len(batch.read) + len(batch.failures)
+                if held >= shard_size:  # a batch is never cut, so that a run which goes on has the same ones
+                    store.write(rows)
+                    rows, held = [], 0
+            if rows:
                 store.write(rows)
-        if share.of > 1:  # what others have replaced, too; not while they write
-            has_replaced = store.is_last() and store.known().has_replaced()
-        if has_replaced:
+        # Not while other processes write.
+        had_rows = len(known.keys) > 0 or share.of > 1
+        if had_rows and store.is_last() and store.known().has_replaced():
             store.drop_replaced()
     return Counts(embedded, unreadable)
 

@@ -30,7 +30,7 @@ from transformers import AutoImageProcessor
 
 from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification, VitEmbedTextModel
 from vit_embed.retrieval.embed_command import EXIT_ERROR, EXIT_UNREADABLE, main
-from vit_embed.retrieval.embedder import Failure, Read, Rows, load_embedder
+from vit_embed.retrieval.embedder import Clock, Failure, Read, Rows, load_embedder
 from vit_embed.retrieval.pictures import LEAST_REDUCED, read_reduced
 from vit_embed.retrieval.run import embed_into
 from vit_embed.retrieval.sources import Item, find_source
@@ -388,6 +388,8 @@ def test_new_and_changed_files_alone_are_embedded(photos, model, tmp_path, capsy
 
 class Stub:
     """Embeds by arithmetic, so that a killed run costs no model."""
+
+    clock = Clock()
 
     def read(self, item: Item):
         time.sleep(0.001)
