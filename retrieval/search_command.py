@@ -157,7 +157,7 @@ def write_hits(found: Answer, form: str) -> None:
         writer.writerows((hit.path, f"{hit.cosine:.4f}") for hit in found.hits)
     else:
         for hit in found.hits:
-            print(f"{hit.cosine:.3f}  {hit.path}")
+            print(f"{hit.cosine:.2f}  {hit.path}")
 
 
 def write_groups(groups: list[list[str]], form: str) -> None:
