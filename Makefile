@@ -77,10 +77,10 @@ $(VENV)/demo-ready: requirements-demo.txt setup.cfg pyproject.toml
 	$(BIN)/pip install $(PIP_OPTIONS) --quiet --no-deps --editable .
 	touch $@
 
-$(VENV)/ready: $(VENV)/demo-ready requirements.txt requirements-references.txt
-	@echo "Installing what the tests need into $(VENV): 50 packages more, 1.2 GB on disk, in two or three minutes."
+$(VENV)/ready: $(VENV)/demo-ready requirements.txt requirements-references.txt requirements-page.txt
+	@echo "Installing what the tests need into $(VENV): 80 packages more, 1.6 GB on disk, in two or three minutes."
 	$(BIN)/pip install $(PIP_OPTIONS) -r requirements.txt
-	$(BIN)/pip install $(PIP_OPTIONS) --no-deps -r requirements-references.txt
+	$(BIN)/pip install $(PIP_OPTIONS) --no-deps -r requirements-references.txt -r requirements-page.txt
 	touch $@
 
 # transformers' tests of its own models, which its source distribution has.

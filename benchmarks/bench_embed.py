@@ -137,31 +137,31 @@ def sentence_side(model_folder: Path, folder: Path, dtype: torch.dtype, scratch:
 def clip_retrieval_side(
     model_folder: Path, folder: Path, dtype: torch.dtype, workers: int
 ) -> Callable[[], torch.Tensor]:
-    """clip-retrieval's reader of files before the same model."""
-    from clip_retrieval.clip_inference.reader import FilesReader, folder_to_keys
-
+    """clip-retrieval's own reader of files before the same model."""
     model = CLIPModel.from_pretrained(model_folder, dtype=dtype).eval()
     processor = AutoImageProcessor.from_pretrained(model_folder)
-    keys, text_files, image_files, metadata_files = folder_to_keys(str(folder), enable_text=False)
+    reader = clip_retrieval_reader()
 
-    class Sampler:
-        def __call__(self, all_keys):
-            return all_keys
+    def processed(picture: Image.Image) -> torch.Tensor:
+        return processor(picture.convert("RGB"), return_tensors="pt").pixel_values[0]
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
-        reader = FilesReader(
-            Sampler(),
-            lambda picture: processor(picture.convert("RGB"), return_tensors="pt").pixel_values[0],
-            None,
-            str(folder),
-            BATCH,
-            workers,
-            enable_text=False,
-        )
-        return torch.cat([_vectors(model.get_image_features(batch["image_tensor"].to(dtype))) for batch in reader])
+        options = {"enable_text": False, "enable_image": True, "enable_metadata": False}
+        dataset = reader.get_image_dataset()(processed, None, str(folder), **options)
+        loader = reader.dataset_to_dataloader(dataset, BATCH, workers, "files")
+        return torch.cat([_vectors(model.get_image_features(batch["image_tensor"].to(dtype))) for batch in loader])
 
     return run
+
+
+def clip_retrieval_reader():
+    """The module alone: the package imports its web server."""
+    folder = Path(importlib.util.find_spec("clip_retrieval").submodule_search_locations[0])
+    spec = importlib.util.spec_from_file_location("clip_reader", folder / "clip_inference" / "reader.py")
+    sys.modules["clip_reader"] = module = importlib.util.module_from_spec(spec)  # its workers are forks
+    spec.loader.exec_module(module)
+    return module
 
 
 def measure_speed(options: argparse.Namespace) -> None:
