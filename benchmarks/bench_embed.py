@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import resource
 import statistics
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +31,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timing import interleave, timed
+from timing import interleave, machine, timed
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -44,6 +46,7 @@ from vit_embed.retrieval.store import Store
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower", "motorcycle", "retina", "hubble_deep_field")
 SIZES = {"12 megapixels": (4000, 3000), "640 x 480": (640, 480)}
 BATCH = 32
+COLUMNS = ("size", "side", "rate", "ratio", "lowest", "highest")
 
 
 def photos() -> list[Image.Image]:
@@ -167,6 +170,7 @@ def clip_retrieval_reader():
 def measure_speed(options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype)
     print("| pictures | side | pictures a second | ratio to transformers | range |\n| --- | --- | --- | --- | --- |")
+    measured = []
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as scratch:
             model_folder, folder = Path(scratch) / "model", Path(scratch) / "pictures"
@@ -190,8 +194,34 @@ def measure_speed(options: argparse.Namespace) -> None:
             for name, seconds in times.items():
                 ratios = [whole / own for whole, own in zip(times["transformers"], seconds)]
                 rate = options.count / statistics.median(seconds)
-                measured = f"{rate:.1f} | {statistics.median(ratios):.2f} | {min(ratios):.2f} - {max(ratios):.2f}"
-                print(f"| {options.count} of {size}, {options.dtype} | {name} | {measured} |", flush=True)
+                found = (size, name, rate, statistics.median(ratios), min(ratios), max(ratios))
+                measured.append(dict(zip(COLUMNS, found)))
+                figures = f"{rate:.1f} | {found[3]:.2f} | {found[4]:.2f} - {found[5]:.2f}"
+                print(f"| {options.count} of {size}, {options.dtype} | {name} | {figures} |", flush=True)
+    if options.chart:
+        what = f"{options.count} pictures, ViT-B/32 in {options.dtype}, {options.rounds} rounds"
+        about = f"{machine()}; {what}, {date.today()}"
+        options.chart.with_suffix(".json").write_text(json.dumps({"about": about, "measured": measured}, indent=1))
+        draw_chart(options.chart)
+
+
+def draw_chart(target: Path) -> None:
+    """Pictures a second of each side, a panel for each size of picture, from the measurements beside the chart."""
+    import matplotlib.pyplot as plt
+
+    stored = json.loads(target.with_suffix(".json").read_text())
+    sizes = list(dict.fromkeys(row["size"] for row in stored["measured"]))
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4.6 * len(sizes), 2.6), squeeze=False)
+    for axis, size in zip(axes[0], sizes):
+        rows = [row for row in stored["measured"] if row["size"] == size][::-1]
+        colours = ["tab:blue" if row["side"] == "vit_embed" else "lightgrey" for row in rows]
+        bars = axis.barh([row["side"] for row in rows], [row["rate"] for row in rows], color=colours)
+        axis.bar_label(bars, [f"{row['rate']:.0f}  ({row['ratio']:.2f} x)" for row in rows], padding=3)
+        axis.set_xlim(0, 1.5 * max(row["rate"] for row in rows))
+        axis.set_title(f"JPEGs of {size}, a second", fontsize=11)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
 
 
 # --- accuracy ---
@@ -352,6 +382,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="speed")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="speed: of every side that has them")
     parser.add_argument("--rounds", type=int, default=7, help="speed")
+    parser.add_argument("--chart", type=Path, help="speed: picture to draw; the measurements are stored beside it")
     parser.add_argument("--models", nargs="+", default=["."], help="accuracy: folders")
     parser.add_argument("--rows", type=int, default=1_000_000, help="memory, search: the largest number of rows")
     parser.add_argument("--vectors", help="search: real vectors, of embed_images")

@@ -21,7 +21,7 @@ import torch
 from vit_embed.retrieval.sources import Item, find_source
 from vit_embed.retrieval.store import read_about
 
-# Vectors that one query reads in well under a second.
+# Vectors that one query reads in about a second on two cores.
 EXACT_LIMIT = 1_000_000
 # Rows of a product, which is all that is held in float32.
 BLOCK = 65_536

@@ -1,6 +1,7 @@
 """embed_images: every source and every unreadable file, killed at any moment, run again, refused where it must be."""
 
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from pathlib import Path
 import datasets
 import fsspec
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -120,6 +122,31 @@ def test_a_folder_becomes_the_models_own_vectors(photos, model, tmp_path, capsys
         f"part-0000{n}.parquet" for n in range(3)
     ]
     assert json.loads(table.schema.metadata[b"vit_embed"])["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("vector_dtype", ["float16", "float32"])
+def test_the_files_open_in_every_data_tool(photos, model, tmp_path, vector_dtype):
+    output = tmp_path / "out.parquet"
+    assert embed(photos, output, model, "--vector_dtype", vector_dtype) == 0
+    expected, files = np.stack(list(rows(output).values())).astype(np.float32), f"{output}/*.parquet"
+    readers = {
+        "pandas": lambda: pandas.read_parquet(output)["embedding"].tolist(),
+        "datasets": lambda: datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))[
+            "embedding"
+        ][:],
+    }
+    if polars := importlib.util.find_spec("polars") and importlib.import_module("polars"):
+        readers["polars"] = lambda: polars.read_parquet(files)["embedding"].to_numpy()
+    if duckdb := importlib.util.find_spec("duckdb") and importlib.import_module("duckdb"):
+        readers["duckdb"] = lambda: [
+            row[0] for row in duckdb.sql(f"select embedding from '{files}' order by filename").fetchall()
+        ]
+    if faiss := importlib.util.find_spec("faiss") and importlib.import_module("faiss"):
+        index = faiss.IndexFlatIP(expected.shape[1])
+        index.add(expected)
+        assert index.search(expected, 1)[1][:, 0].tolist() == list(range(len(expected)))
+    for name, read in readers.items():
+        np.testing.assert_allclose(np.array(read(), np.float32), expected, err_msg=name)
 
 
 def test_patches_come_along(photos, model, tmp_path):
