@@ -139,15 +139,16 @@ def report(store: Store, before: Counts, added: Counts, seconds: float) -> int:
     done = sum(added)
     kept = f"{before.embedded:,} were there; " if before.embedded else ""
     rate = f" at {done / seconds:.0f} a second" if done else ""
-    unreadable = f", {added.unreadable:,} could not be read, see {store.errors}" if added.unreadable else ""
+    failed = store.counts().unreadable  # of earlier runs, too: they are not tried again
+    unreadable = f", {failed:,} could not be read, see {store.errors}" if failed else ""
     print(f"{kept}{added.embedded:,} embedded{rate} into {store.path}{unreadable}")
-    return EXIT_UNREADABLE if added.unreadable else 0
+    return EXIT_UNREADABLE if failed else 0
 
 
 def named(options: argparse.Namespace) -> dict[str, Any]:
     """Of what is written about a store: where model and pictures lie."""
     source = absolute(options.texts or options.source)
-    return {"model": options.model, "source": source, "split": options.split, "column": options.column}
+    return {"model": absolute(options.model), "source": source, "split": options.split, "column": options.column}
 
 
 def facts(embedder: PictureEmbedder | TextEmbedder) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from transformers import AutoImageProcessor, AutoTokenizer
 
 import vit_embed
-from vit_embed.retrieval.pictures import UNREADABLE, read_reduced
+from vit_embed.retrieval.pictures import read_reduced
 from vit_embed.retrieval.sources import Item, open_content
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,10 @@ def load_model(name: str, dtype: str = "auto", device: str | None = None) -> tor
             "`python -m vit_embed.convert_checkpoint` converts SigLIP, ViT, DINOv2, timm and open_clip"
         )
     model = getattr(vit_embed, class_name).from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
-    model = model.to(device)
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used here: {error}") from error
     return model.to(fastest_dtype(model) if dtype == "auto" else DTYPES[dtype])
 
 
@@ -170,6 +173,8 @@ class PictureEmbedder:
         self.patches, self.hashed, self.reduced = patches, hashed, reduced
         self.device, self.dtype = model.device, model.dtype
         self.clock = Clock()
+        joint = hasattr(model, "get_image_features")
+        self.width = model.config.projection_dim if joint else model.config.hidden_size
         self.side = _least_side(processor)
         self.is_plain = processor.do_rescale and processor.do_normalize
         if self.is_plain:
@@ -192,7 +197,7 @@ class PictureEmbedder:
                 picture, size, sha256 = self._decoded(item.content)
             with self.clock.times("process"):
                 return Read(item, self._processed(picture, size), *size, sha256)
-        except (*UNREADABLE, MemoryError) as error:
+        except Exception as error:  # damaged metadata and remote stores raise errors of many kinds
             return Failure(item, _reason(error))
 
     def _decoded(self, content: Any) -> tuple[Image.Image, tuple[int, int], str | None]:
@@ -241,8 +246,7 @@ class PictureEmbedder:
                 grids = self.model.get_patch_features(pixels).float().cpu().numpy() if self.patches else vectors
             for place, vector, grid in zip(places, vectors, grids):
                 embeddings[place], patches[place] = vector, grid
-        width = 0 if good else self.model.config.projection_dim
-        stacked = np.stack(embeddings) if good else np.zeros((0, width), np.float32)
+        stacked = np.stack(embeddings) if good else np.zeros((0, self.width), np.float32)
         # A shard of rows waits to be written, or travels: its pixels and files would be gigabytes.
         good = [each._replace(pixels=None, item=each.item._replace(content=b"")) for each in good]
         return Rows(good, failures, stacked, patches if self.patches else None)
@@ -303,6 +307,10 @@ class TextEmbedder:
         return self.embed([self.read(item) for item in items])
 
     def read(self, item: Item) -> Any:
+        try:
+            item.content.encode()
+        except UnicodeEncodeError:
+            return Failure(item, "the text is not UTF-8; write the file in it")
         length = len(self.tokenizer(item.content, **self.truncate).input_ids)
         if length > self.limit:
             return Failure(item, f"{length} tokens, the model takes {self.limit}; --truncate cuts")
@@ -339,6 +347,8 @@ def load_embedder(
         raise ValueError(f"expected a model with a {kind} tower, {name} is a {type(model).__name__}")
     if texts:
         return TextEmbedder(model, AutoTokenizer.from_pretrained(name), **options)
+    if options.get("patches") and not hasattr(model, "get_patch_features"):
+        raise ValueError(f"--patches needs a model with a joint space, {name} is a {type(model).__name__}")
     return PictureEmbedder(model, load_image_processor(name), **options)
 
 

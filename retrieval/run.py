@@ -78,8 +78,7 @@ def embed_into(
             if rows:
                 store.write(rows)
         # Not while other processes write.
-        had_rows = len(known.keys) > 0 or share.of > 1
-        if had_rows and store.is_last() and store.known().has_replaced():
+        if store.is_last() and store.known().has_replaced():
             store.drop_replaced()
     return Counts(embedded, unreadable)
 

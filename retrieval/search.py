@@ -7,6 +7,7 @@ built (`build_index`); docs/embed-folders.md has the measured recall.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from vit_embed.retrieval.sources import Item, find_source
-from vit_embed.retrieval.store import read_about
+from vit_embed.retrieval.store import read_about, written
 
 # Vectors that one query reads in about a second on two cores.
 EXACT_LIMIT = 1_000_000
@@ -75,15 +76,23 @@ def load_vectors(path: str | os.PathLike) -> Vectors:
     about = read_about(shards[0])
     paths: list[str] = []
     parts = []
-    for shard in shards:
-        if read_about(shard)["weights"] != about["weights"]:
+    for shard in sorted(shards, key=written):
+        there = read_about(shard)
+        if there["weights"] != about["weights"]:
             raise ValueError(f"{shard} is of another model than {shards[0]}")
+        about = {**about, "source": there.get("source")}  # the newest: a folder may have been moved
         table = pq.read_table(shard, columns=["path", "embedding"])
-        paths += table["path"].to_pylist()
-        parts.append(_matrix(table["embedding"].combine_chunks()))
+        if table.num_rows:
+            paths += table["path"].to_pylist()
+            parts.append(_matrix(table["embedding"].combine_chunks()))
     if not paths:
         raise ValueError(f"{path} has no embeddings: none of its pictures could be read")
-    return Vectors(path, paths, np.concatenate(parts), about)
+    embeddings = np.concatenate(parts)
+    newest = {path: place for place, path in enumerate(paths)}
+    if len(newest) < len(paths):  # a run was stopped before it took out the older rows of what changed
+        places = sorted(newest.values())
+        paths, embeddings = [paths[place] for place in places], embeddings[places]
+    return Vectors(path, paths, embeddings, about)
 
 
 def _matrix(column: pa.Array) -> np.ndarray:
@@ -127,7 +136,8 @@ def search(vectors: Vectors, query: torch.Tensor, count: int = 20) -> Answer:
         cosines, places = nearest(vectors.embeddings, query, count)
     else:
         cosines, places = (torch.from_numpy(each) for each in index.search(query.numpy(), count))
-    hits = [Hit(vectors.paths[place], cosine) for place, cosine in zip(places[0].tolist(), cosines[0].tolist())]
+    found = zip(places[0].tolist(), cosines[0].tolist())
+    hits = [Hit(vectors.paths[place], cosine) for place, cosine in found if place >= 0]  # -1: the index has no more
     return Answer(hits, _stands_out(vectors.embeddings, query, hits))
 
 
@@ -180,23 +190,29 @@ def build_index(vectors: Vectors) -> Path:
     aside = target.with_name(f".{target.name}.partial")
     faiss.write_index(index, str(aside))
     os.replace(aside, target)
+    index_path(vectors, ".sha256").write_text(_digest(vectors))
     return target
 
 
-def index_path(vectors: Vectors) -> Path:
-    return vectors.path.with_suffix(f".{INDEX_FILE}")
+def _digest(vectors: Vectors) -> str:
+    """Changes when rows come, go or change."""
+    digest = hashlib.sha256("\0".join(vectors.paths).encode())
+    digest.update(np.ascontiguousarray(vectors.embeddings))
+    return digest.hexdigest()
+
+
+def index_path(vectors: Vectors, ending: str = "") -> Path:
+    return vectors.path.with_suffix(f".{INDEX_FILE}{ending}")
 
 
 def index_of(vectors: Vectors) -> Any | None:
-    """The index of a store, or None where none was built, or since then rows have come."""
-    path = index_path(vectors)
-    if not path.exists():
+    """The index of a store, or None where none was built, or since then rows have come or changed."""
+    path, digest = index_path(vectors), index_path(vectors, ".sha256")
+    if not path.exists() or not digest.exists() or digest.read_text() != _digest(vectors):
         return None
     import faiss
 
     index = faiss.read_index(str(path))
-    if index.ntotal != len(vectors.paths):
-        return None
     index.nprobe = max(1, index.nlist // 32)
     return index
 
@@ -210,7 +226,7 @@ def open_pictures(vectors: Vectors, keys: Sequence[str]) -> dict[str, Item]:
     about = vectors.about
     source = find_source(about["source"], split=about["split"], column=about["column"])
     folder = Path(about["source"])
-    if folder.is_dir():
+    if folder.is_dir() and not any((folder / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
         return {key: Item(key, "", str(folder / key)) for key in keys}
     wanted, found = set(keys), {}
     for item in source.items():

@@ -46,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--model", help="where the model lies now; default: where it lay when the pictures were embedded"
     )
+    parser.add_argument("--source", help="for --sheet: where the pictures lie now; default: where they were embedded")
     query = parser.add_argument_group("the query: all of these are added up")
     query.add_argument("--query", nargs="+", default=[], metavar="TEXT", help="words")
     query.add_argument("--query_image", nargs="+", default=[], metavar="FILE", help="pictures")
@@ -85,6 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.build_index:
             print(f"the index is {build_index(vectors)}")
             return 0
+        if options.source:
+            vectors.about["source"] = options.source
+        if options.sheet and vectors.about["input"] == "texts":
+            raise ValueError(f"{vectors.path} holds texts, which have no sheet; leave --sheet out")
         if options.filter:
             vectors = vectors.select(options.filter)
         if options.duplicates is not None:
@@ -94,6 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
         return answer(vectors, options)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
         return EXIT_ERROR
 
 
@@ -125,6 +132,8 @@ def answer(vectors: Vectors, options: argparse.Namespace) -> int:
 def embed_texts(model: torch.nn.Module, options: argparse.Namespace, texts: list[str]) -> torch.Tensor:
     if not texts:
         return torch.zeros(0, 1)
+    if not hasattr(model, "get_text_features"):
+        raise ValueError(f"words need a model with a text tower, {model.name_or_path} is a {type(model).__name__}")
     embedder = TextEmbedder(model, AutoTokenizer.from_pretrained(model.name_or_path))
     rows = embedder([Item(text, "", text) for text in texts])
     return _whole(rows.embeddings, rows.failures)

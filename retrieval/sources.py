@@ -11,6 +11,7 @@ import io
 import os
 import stat
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
@@ -54,6 +55,12 @@ class Address(NamedTuple):
     url: str
 
 
+class Broken(NamedTuple):
+    """What could not even be listed; opening it says why."""
+
+    reason: str
+
+
 class Part(NamedTuple):
     """A part of a file here, as a tar holds its members."""
 
@@ -69,12 +76,14 @@ class Source(NamedTuple):
     total: Callable[[], int | None]
 
 
-def open_content(content: str | Address | Part | bytes) -> BinaryIO:
+def open_content(content: str | Address | Broken | Part | bytes) -> BinaryIO:
     """The bytes of an item.
 
     Raises:
         OSError: they cannot be read, or belong to no regular file, which could block for ever.
     """
+    if isinstance(content, Broken):
+        raise OSError(content.reason)
     if isinstance(content, bytes):
         return io.BytesIO(content)
     if isinstance(content, Address):
@@ -101,8 +110,12 @@ def find_source(name: str, *, split: str = "train", column: str | None = None) -
     Raises:
         ValueError: it is none of LAYOUTS, or holds no picture.
     """
+    if not name:
+        raise ValueError("expected a source of pictures, got an empty name")
     is_address = "://" in name
     path = Path(name)
+    if name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
+        raise ValueError(f"{name} is compressed, so its pictures cannot be read one by one; unpack it, or to a .tar")
     if not is_address and path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return _dataset(name, split, column)
@@ -115,6 +128,11 @@ def find_source(name: str, *, split: str = "train", column: str | None = None) -
         return _checked(Source(lambda: _listed(name), lambda: sum(1 for _ in _lines(name))), name)
     if suffix == ".parquet":
         files = _files(name)
+        for file in files:
+            try:
+                pq.read_metadata(file)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{file} cannot be read as parquet: {error}") from error
         return _checked(
             Source(lambda: _parquet(files, column), lambda: sum(pq.read_metadata(f).num_rows for f in files)), name
         )
@@ -135,10 +153,14 @@ def text_source(path: str) -> Source:
     _must_exist(path)
 
     def items() -> Iterator[Item]:
-        for number, line in enumerate(_lines(path), 1):
-            yield Item(str(number), line, line)
+        with fsspec.open(path, "r", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if text := line.rstrip("\r\n"):
+                    yield Item(str(number), f"{zlib.crc32(text.encode('utf-8', 'surrogateescape')):08x}", text)
 
-    return Source(items, lambda: sum(1 for _ in _lines(path)))
+    if next(items(), None) is None:
+        raise ValueError(f"expected texts in {path}, a line each; it has none")
+    return Source(items, lambda: sum(1 for _ in items()))
 
 
 def _checked(source: Source, name: str) -> Source:
@@ -196,15 +218,13 @@ def _listed(name: str) -> Iterator[Item]:
     """Paths of a list; relative ones start at the list's folder."""
     folder = os.path.dirname(name)
     for line in _lines(name):
-        if "://" in line:
-            yield Item(line, "", Address(line))
-        else:
-            yield _file(os.path.join(folder, line), line)
+        path = line if "://" in line else os.path.join(folder, line)
+        yield Item(line, "", Address(path)) if "://" in path else _file(path, line)
 
 
 def _globbed(pattern: str) -> Iterator[Item]:
     """Files of a glob; keys start at the last folder that the pattern names in full."""
-    if not glob.has_magic(pattern):
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
         yield _file(pattern, os.path.basename(pattern))
         return
     top = pattern
@@ -235,7 +255,8 @@ def _addresses(pattern: str) -> Source:
 
 def _files(name: str) -> list[str]:
     """Files of a name that may be a glob."""
-    files = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+    is_glob = glob.has_magic(name) and not os.path.exists(name)
+    files = sorted(glob.glob(name, recursive=True)) if is_glob else [name]
     if not files:
         raise ValueError(f"expected files at {name}, found none")
     for each in files:
@@ -245,12 +266,24 @@ def _files(name: str) -> list[str]:
 
 def _tars(files: list[str]) -> Iterator[Item]:
     """Pictures of tars, by tar and name; they are read from where they lie in it."""
-    for file in files:
-        with tarfile.open(file, "r:") as tar:
-            for member in tar:
-                if member.isfile() and member.name.lower().endswith(PICTURE_SUFFIXES):
-                    key = f"{os.path.basename(file)}/{member.name}"
-                    yield Item(key, f"{member.size}-{member.mtime}", Part(file, member.offset_data, member.size))
+    for file, name in zip(files, _names(files)):
+        try:
+            with tarfile.open(file, "r:") as tar:
+                for member in tar:
+                    if member.name.lower().endswith(PICTURE_SUFFIXES) and (member.isfile() or member.islnk()):
+                        target = tar.getmember(member.linkname) if member.islnk() else member
+                        part = Part(file, target.offset_data, target.size)
+                        yield Item(f"{name}/{member.name}", f"{target.size}-{member.mtime}", part)
+                if os.path.getsize(file) < tar.offset + tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("it has no end mark")
+        except (tarfile.TarError, OSError, KeyError) as error:  # the other tars can be read
+            yield Item(f"{name}/", "", Broken(f"the tar cannot be read to its end: {error}"))
+
+
+def _names(files: list[str]) -> list[str]:
+    """What tells files apart: their paths below the folder that all lie in."""
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+    return [os.path.relpath(os.path.abspath(file), top).replace(os.sep, "/") for file in files]
 
 
 def _column(columns: list[str], wanted: str | None, place: str) -> str:
@@ -275,7 +308,8 @@ def _cell(value: Any, folder: str) -> str | Address | bytes:
 
 
 def _parquet(files: list[str], column: str | None) -> Iterator[Item]:
-    for file in files:
+    for file, file_name in zip(files, _names(files)):
+        own_stamp = _file(file, file).stamp
         with pq.ParquetFile(file) as parquet:
             columns = parquet.schema_arrow.names
             image = _column(columns, column, file)
@@ -286,9 +320,10 @@ def _parquet(files: list[str], column: str | None) -> Iterator[Item]:
                 for row in rows.to_pylist():
                     content = _cell(row[image], os.path.dirname(file))
                     name = row[key] if key is not None and isinstance(row[key], str | int) else number
-                    prefix = f"{os.path.basename(file)}/" if len(files) > 1 or name is number else ""
+                    prefix = f"{file_name}/" if len(files) > 1 or name is number else ""
                     number += 1
-                    yield Item(f"{prefix}{name}", "", content)
+                    stamp = _file(content, content).stamp if isinstance(content, str) else own_stamp
+                    yield Item(f"{prefix}{name}", stamp, content)
 
 
 def _dataset(name: str, split: str, column: str | None) -> Source:
@@ -298,6 +333,8 @@ def _dataset(name: str, split: str, column: str | None) -> Source:
     try:
         if Path(name).is_dir():
             found = datasets.load_from_disk(name)
+            if isinstance(found, datasets.DatasetDict) and split not in found:
+                raise ValueError(f"there is no split {split!r}; --split is one of {', '.join(found)}")
             rows = found[split] if isinstance(found, datasets.DatasetDict) else found
         else:
             rows = datasets.load_dataset(name, split=split)
@@ -313,6 +350,6 @@ def _dataset(name: str, split: str, column: str | None) -> Source:
 
     def items() -> Iterator[Item]:
         for number, row in enumerate(rows.select_columns([image])):
-            yield Item(str(number), "", _cell(row[image], ""))
+            yield Item(str(number), rows._fingerprint, _cell(row[image], ""))
 
     return Source(items, lambda: len(rows))

@@ -83,6 +83,7 @@ class Store:
             raise PermissionError(f"--output {path} cannot be written to")
         for shard in self.shards():
             check_about(shard, self.about)
+        self._check_source()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -134,6 +135,13 @@ class Store:
     def _busy(self) -> ValueError:
         return ValueError(f"another run writes to {self.path}; wait for it, or name another --output")
 
+    def _check_source(self) -> None:
+        """ValueError where the store is of another source, which is still there: names of both would be mixed up."""
+        shard = next(iter(self.shards()), None)
+        before, now = (read_about(shard) if shard else {}).get("source"), self.about.get("source")
+        if before and now and before != now and os.path.exists(before):
+            raise ValueError(f"{self.path} holds embeddings of {before}, which is still there; name another --output")
+
     def shards(self) -> list[Path]:
         return sorted(self.path.glob("part-*.parquet"))
 
@@ -147,16 +155,17 @@ class Store:
 
     def known(self, again: bool = False) -> Known:
         """What is here already, errors among it unless they are to be tried `again`."""
-        digests, keys = [], []
+        digests, keys, embedded = [_digests(())], [_digests(())], [_digests(())]
         for shard in self.shards():
             for file in (shard, self.errors / shard.name):
                 if file.exists():
                     rows = pq.read_table(file, columns=["path", "stamp"]).to_pylist()
                     keys.append(_digests((row["path"], "") for row in rows))
-                    if not (again and file.parent == self.errors):
+                    if file is shard:
+                        embedded.append(keys[-1])
+                    if not again or file is shard:
                         digests.append(_digests((row["path"], row["stamp"]) for row in rows))
-        nothing = [_digests(())]
-        return Known(*(np.sort(np.concatenate(each or nothing)) for each in (digests, keys)))
+        return Known(*(np.sort(np.concatenate(each)) for each in (digests, keys, embedded)))
 
     def write(self, rows: Sequence[Rows]) -> Path:
         """A shard of batches, whole or not at all."""
@@ -172,20 +181,20 @@ class Store:
         return self.path / name
 
     def drop_replaced(self) -> int:
-        """Takes out the older rows of items that stand in a later shard, too, as they had changed; their number."""
+        """Takes out all but the last row of each item: older ones of items that changed, doubles. Their number."""
         seen: set[bytes] = set()
         dropped = 0
-        for shard in sorted(self.shards(), key=_written, reverse=True):
-            own: set[bytes] = set()
+        for shard in sorted(self.shards(), key=written, reverse=True):
             for file in (shard, self.errors / shard.name):
                 if file.exists():
                     table = pq.read_table(file)
                     keys = [digest(key, "") for key in table["path"].to_pylist()]
-                    own.update(keys)
-                    if replaced := [key in seen for key in keys].count(True):
-                        self._put(file, table.filter(pa.array([key not in seen for key in keys])))
-                        dropped += replaced
-            seen |= own
+                    last = {key: place for place, key in enumerate(keys)}
+                    kept = [key not in seen and last[key] == place for place, key in enumerate(keys)]
+                    if not all(kept):
+                        self._put(file, table.filter(pa.array(kept)))
+                        dropped += kept.count(False)
+                    seen.update(keys)
         return dropped
 
     def _put(self, target: Path, table: pa.Table) -> None:
@@ -203,20 +212,21 @@ class Store:
 
 
 class Known(NamedTuple):
-    """Items that a store has, as sorted digests of 16 bytes, so that millions fit: of key and stamp, and of the key."""
+    """Items that a store has, as sorted digests of 16 bytes, so that millions fit: of key and stamp, of the key, and of
+    the key of what is embedded."""
 
     digests: np.ndarray
     keys: np.ndarray
+    embedded: np.ndarray
 
     def has(self, item: Item) -> bool:
-        return _among(self.digests, digest(item.key, item.stamp))
-
-    def had(self, item: Item) -> bool:
-        """Whether the item is here as it is now or as it was before it changed."""
-        return _among(self.keys, digest(item.key, ""))
+        """Whether the item is here as it is now. One without a stamp cannot be seen: what was embedded of it stays."""
+        if _among(self.digests, digest(item.key, item.stamp)):
+            return True
+        return not item.stamp and _among(self.embedded, digest(item.key, ""))
 
     def has_replaced(self) -> bool:
-        """Whether an item is here twice, as a run was killed before it took the older row out."""
+        """Whether an item is here twice: it changed, or its source names it twice."""
         return bool((self.keys[1:] == self.keys[:-1]).any())
 
 
@@ -243,8 +253,8 @@ def digest(key: str, stamp: str) -> bytes:
     return base64.b64encode(hashlib.blake2b(text, digest_size=12).digest())  # NumPy's bytes end at a zero
 
 
-def _written(shard: Path) -> int:
-    return int(pq.read_schema(shard).metadata[WRITTEN])
+def written(shard: Path) -> int:
+    return int(pq.read_schema(shard).metadata.get(WRITTEN, 0))
 
 
 def plain_key(key: str) -> str:
@@ -262,7 +272,6 @@ def rows_table(rows: Sequence[Rows], about: dict[str, Any], element: pa.DataType
     columns["stamp"] = pa.array([item.stamp for item in items], pa.string())
     if about["input"] == "texts":
         columns["text"] = pa.array([item.content for item in items], pa.string())
-        columns["stamp"] = pa.array([""] * len(items), pa.string())
     else:
         columns["width"] = pa.array([each.width for each in read], pa.int32())
         columns["height"] = pa.array([each.height for each in read], pa.int32())

@@ -384,7 +384,8 @@ def test_every_unreadable_file_is_a_row_with_its_reason_and_stops_nothing(photos
     assert "10 embedded" in last and f"{len(expected)} could not be read" in last
     # Nothing is tried twice, but on request.
     (photos / "text.png").unlink()
-    assert embed(photos, tmp_path / "out.parquet", model) == 0
+    assert embed(photos, tmp_path / "out.parquet", model) == EXIT_UNREADABLE
+    assert "0 embedded into" in (last := capsys.readouterr().out) and f"{len(expected)} could not be read" in last
     assert embed(photos, tmp_path / "out.parquet", model, "--retry_errors") == EXIT_UNREADABLE
     assert len(rows(tmp_path / "out.parquet")) == 10 and len(reasons(tmp_path / "out.parquet")) == len(expected)
 
@@ -411,6 +412,91 @@ def test_new_and_changed_files_alone_are_embedded(photos, model, tmp_path, capsy
     assert after.keys() == {*before, "new.png"}
     changed = [path for path in before if not np.array_equal(before[path], after[path])]
     assert changed == ["inner/deep/1.png"]
+
+
+def test_what_cannot_be_reached_for_a_while_keeps_its_rows(photos, model, tmp_path):
+    (tmp_path / "list.txt").write_text("photos/0.png\nphotos/2.png\n")
+    output = tmp_path / "out.parquet"
+    assert embed(tmp_path / "list.txt", output, model) == 0
+    photos.rename(tmp_path / "unmounted")
+    assert embed(tmp_path / "list.txt", output, model) == 0
+    assert list(rows(output)) == ["photos/0.png", "photos/2.png"]
+
+
+def test_what_a_source_names_twice_is_one_row_and_known_afterwards(photos, model, tmp_path, capsys):
+    (tmp_path / "list.txt").write_text("photos/0.png\n" * 9)
+    for embedded in (9, 0):
+        assert embed(tmp_path / "list.txt", tmp_path / "out.parquet", model) == 0
+        assert f"{embedded} embedded" in capsys.readouterr().out
+        assert list(rows(tmp_path / "out.parquet")) == ["photos/0.png"]
+
+
+def test_tars_of_one_name_in_two_folders_are_told_apart_and_a_torn_one_stops_nothing(model, tmp_path):
+    for name, seed in (("a", 0), ("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", {f"{n}.png": encoded(picture(seed + n)) for n in range(3)})
+    torn = (tmp_path / "b" / "0.tar").read_bytes()
+    (tmp_path / "b" / "0.tar").write_bytes(torn[: len(torn) // 2])
+    assert embed(f"{tmp_path}/*/0.tar", tmp_path / "out.parquet", model) == EXIT_UNREADABLE
+    found = rows(tmp_path / "out.parquet")
+    assert {"a/0.tar/0.png", "a/0.tar/2.png", "c/0.tar/0.png", "c/0.tar/2.png"} <= found.keys()
+    assert "cannot be read to its end" in reasons(tmp_path / "out.parquet")["b/0.tar/"]
+    with pytest.raises(ValueError, match="compressed"):
+        find_source("pictures.tar.gz")
+
+
+def test_a_hard_link_in_a_tar_is_a_picture(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(0).save(tmp_path / "a.png") if name == "a.png" else os.link(tmp_path / "a.png", tmp_path / name)
+    with tarfile.open(tmp_path / "links.tar", "w") as tar:
+        tar.add(tmp_path / "a.png", "a.png")
+        tar.add(tmp_path / "b.png", "b.png")
+    items = list(find_source(str(tmp_path / "links.tar")).items())
+    assert [item.key for item in items] == ["links.tar/a.png", "links.tar/b.png"]
+    assert items[0].content == items[1].content
+
+
+def test_a_changed_cell_of_parquet_is_embedded_again(model, tmp_path, capsys):
+    for seed in (0, 1):
+        pq.write_table(pa.table({"bytes": [encoded(picture(seed))]}), tmp_path / "cells.parquet")
+        assert embed(tmp_path / "cells.parquet", tmp_path / "out.parquet", model) == 0
+        assert "1 embedded" in capsys.readouterr().out
+    assert len(rows(tmp_path / "out.parquet")) == 1
+
+
+def test_texts_that_are_there_are_not_embedded_again(tmp_path, capsys):
+    (tmp_path / "captions.txt").write_bytes(b"a cat\n\na dog\n" + b"caf\xe9\n")
+    given = ["--texts", str(tmp_path / "captions.txt"), "--dtype", "float32", "--output", str(tmp_path / "a.parquet")]
+    for embedded in (2, 0):
+        assert main(given) == EXIT_UNREADABLE
+        assert f"{embedded} embedded" in capsys.readouterr().out
+    assert list(rows(tmp_path / "a.parquet")) == ["1", "3"] and "UTF-8" in reasons(tmp_path / "a.parquet")["4"]
+
+
+def test_a_batch_of_which_nothing_can_be_read_has_the_models_width(photos, tmp_path):
+    folder = tmp_path / "model"
+    VitEmbedForImageClassification(tiny.vision_config(num_labels=3)).save_pretrained(folder)
+    (photos / "0.png").write_text("no picture")
+    assert embed(photos, tmp_path / "out.parquet", str(folder), "--batch_size", "1") == EXIT_UNREADABLE
+    assert len(rows(tmp_path / "out.parquet")) == 9
+
+
+def test_damaged_metadata_is_a_reason(photos, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda picture: abs("not a number"))
+    assert embed(photos, tmp_path / "out.parquet", model) == EXIT_UNREADABLE
+    assert len(reasons(tmp_path / "out.parquet")) == 10
+
+
+def test_another_source_does_not_go_into_the_same_output(photos, model, tmp_path, capsys):
+    assert embed(photos, tmp_path / "out.parquet", model) == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    picture(50).save(other / "0.png")
+    assert embed(other, tmp_path / "out.parquet", model) == EXIT_ERROR
+    assert "which is still there; name another --output" in capsys.readouterr().err
+    photos.rename(tmp_path / "moved")  # the same pictures, elsewhere
+    assert embed(tmp_path / "moved", tmp_path / "out.parquet", model) == 0
+    assert "10 were there; 0 embedded" in capsys.readouterr().out
 
 
 class Stub:

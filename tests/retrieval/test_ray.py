@@ -40,7 +40,7 @@ STORE_BYTES = 100 * 2**20
 
 def known_items(*known: str) -> Known:
     digests = np.sort(np.array([digest(key, "") for key in known], "S16"))
-    return Known(digests, digests)
+    return Known(digests, digests, digests)
 
 
 def test_what_ray_maps_gives_the_rows_of_the_local_engine(tmp_path):
