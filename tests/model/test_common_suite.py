@@ -196,7 +196,9 @@ def heavy(test):
 def suite_of(name: str, model_class: type, config_class: type, prefix: str) -> type:
     case, members = CASES[name], {}
     if name != "VitEmbedForContrastive":
-        members.update({test: heavy(getattr(Suite, test)) for test in dir(Suite) if test.startswith(SLOW)})
+        slow = {test: getattr(Suite, test) for test in dir(Suite) if test.startswith(SLOW)}
+        # `parameterized` leaves None under the name of what it has made into several.
+        members.update({each: heavy(test) for each, test in slow.items() if test is not None})
     members.update({test: skipped(reason) for test, reason in case.skips.items()})
     members.update(case=case, config_class=config_class, all_model_classes=(model_class,), __module__=__name__)
     return type(f"{prefix}{name}", (Suite, unittest.TestCase), members)
