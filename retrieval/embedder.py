@@ -346,7 +346,7 @@ def load_embedder(
     if not hasattr(model, tower):
         raise ValueError(f"expected a model with a {kind} tower, {name} is a {type(model).__name__}")
     if texts:
-        return TextEmbedder(model, AutoTokenizer.from_pretrained(name), **options)
+        return TextEmbedder(model, load_tokenizer(name), **options)
     if options.get("patches") and not hasattr(model, "get_patch_features"):
         raise ValueError(f"--patches needs a model with a joint space, {name} is a {type(model).__name__}")
     return PictureEmbedder(model, load_image_processor(name), **options)
@@ -364,3 +364,20 @@ def load_image_processor(name: str) -> Any:
         raise ValueError(
             f"expected {name} to have a preprocessor_config.json, which says how pictures are resized: {error}"
         ) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a folder or Hub id.
+
+    Raises:
+        ValueError: it has none; transformers makes one without a vocabulary of a folder that has no tokenizer files.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"expected {name} to have a tokenizer, as its model takes texts: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"expected {name} to have a tokenizer; copy its files, as tokenizer.json, from where the model came from"
+        )
+    return tokenizer

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from vit_embed.retrieval.embedder import (
     Failure,
@@ -19,6 +18,7 @@ from vit_embed.retrieval.embedder import (
     fingerprint,
     load_image_processor,
     load_model,
+    load_tokenizer,
 )
 from vit_embed.retrieval.search import (
     EXACT_LIMIT,
@@ -134,7 +134,7 @@ def embed_texts(model: torch.nn.Module, options: argparse.Namespace, texts: list
         return torch.zeros(0, 1)
     if not hasattr(model, "get_text_features"):
         raise ValueError(f"words need a model with a text tower, {model.name_or_path} is a {type(model).__name__}")
-    embedder = TextEmbedder(model, AutoTokenizer.from_pretrained(model.name_or_path))
+    embedder = TextEmbedder(model, load_tokenizer(model.name_or_path))
     rows = embedder([Item(text, "", text) for text in texts])
     return _whole(rows.embeddings, rows.failures)
 

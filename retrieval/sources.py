@@ -238,6 +238,8 @@ def _globbed(pattern: str) -> Iterator[Item]:
 def _addresses(pattern: str) -> Source:
     """Files at an address, in order of name. The listing of a bucket is kept: names and sizes alone."""
     system, path = fsspec.url_to_fs(pattern)
+    if not glob.has_magic(path) and system.isdir(path):
+        path = f"{path.rstrip('/')}/**"
     found = system.glob(path, detail=True) if glob.has_magic(path) else {path: system.info(path)}
     found = {
         name: info for name, info in found.items() if info["type"] == "file" and name.lower().endswith(PICTURE_SUFFIXES)

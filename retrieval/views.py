@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoTokenizer
 
 from vit_embed import VitEmbedForDepthEstimation
 from vit_embed.options_vit_embed import GRIDLESS_STEMS
@@ -27,6 +26,7 @@ from vit_embed.retrieval.embedder import (
     fingerprint,
     load_image_processor,
     load_model,
+    load_tokenizer,
 )
 from vit_embed.retrieval.pictures import UNREADABLE, read_reduced
 from vit_embed.retrieval.search import Vectors, combine, load_vectors, open_pictures, search
@@ -300,15 +300,8 @@ def load_views(model: str | None, store: str | os.PathLike | None, source: str |
     loaded = load_model(name, vectors.about["dtype"] if vectors is not None else "auto")
     if not hasattr(loaded, "trunk"):
         raise ValueError(f"expected a model that takes pictures, {name} is a {type(loaded).__name__}")
-    tokenizer = _load_tokenizer(name) if hasattr(loaded, "get_text_features") else None
+    tokenizer = load_tokenizer(name) if hasattr(loaded, "get_text_features") else None
     return Views(loaded, load_image_processor(name), tokenizer, vectors)
-
-
-def _load_tokenizer(name: str) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"expected {name} to have a tokenizer, as its model takes texts: {error}") from error
 
 
 def _check_store(model: torch.nn.Module, vectors: Vectors) -> None:

@@ -667,6 +667,25 @@ def test_a_model_that_cannot_embed_is_refused(photos, tmp_path, capsys):
     assert not (tmp_path / "out.parquet").exists()
 
 
+def test_a_folder_without_a_tokenizer_is_named(model, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a cat\n")
+    given = ["--texts", str(tmp_path / "captions.txt"), "--model", model, "--output", str(tmp_path / "a.parquet")]
+    assert main(given) == EXIT_ERROR
+    assert "to have a tokenizer" in capsys.readouterr().err and not (tmp_path / "a.parquet").exists()
+
+
+def test_dtype_auto_says_what_it_measured(photos, model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert main([str(photos), "--output", str(tmp_path / "out.parquet"), "--model", model]) == 0
+    assert "--dtype auto: torch." in caplog.text and "times as fast as float32 here" in caplog.text
+
+
+def test_an_address_of_a_folder_may_have_a_dot(tmp_path):
+    fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/v1.2/a.png", encoded(picture(0)))
+    (item,) = find_source(f"memory://{tmp_path.name}/v1.2").items()
+    assert item.key.endswith("v1.2/a.png")
+
+
 def test_no_source_or_two_is_a_usage_error(tmp_path, capsys):
     for given in ([], ["photos", "--texts", "captions.txt"]):
         with pytest.raises(SystemExit):
