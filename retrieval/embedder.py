@@ -374,7 +374,7 @@ def load_tokenizer(name: str) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"expected {name} to have a tokenizer, as its model takes texts: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(

