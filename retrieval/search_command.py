@@ -72,6 +72,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     has_query = bool(options.query or options.query_image or options.minus or options.minus_image)
     if has_query + (options.duplicates is not None) + options.build_index != 1:
         parser.error("give a query (--query, --query_image, ...), or --duplicates, or --build_index")
+    if options.sheet and options.sheet.suffix.lower() != ".png":
+        parser.error(f"--sheet must end in .png, got {options.sheet}")
     if options.top < 1:
         parser.error(f"--top must be at least 1, got {options.top}")
     return options
@@ -112,9 +114,10 @@ def answer(vectors: Vectors, options: argparse.Namespace) -> int:
         raise ValueError(
             f"{vectors.path} was embedded by other weights than {model.name_or_path} has; --model names the right ones"
         )
+    is_reduced = vectors.about.get("reduced", True)
     query = combine(
-        [*embed_texts(model, options, options.query), *embed_pictures(model, options, options.query_image)],
-        [*embed_texts(model, options, options.minus), *embed_pictures(model, options, options.minus_image)],
+        [*embed_texts(model, options.query), *embed_pictures(model, is_reduced, options.query_image)],
+        [*embed_texts(model, options.minus), *embed_pictures(model, is_reduced, options.minus_image)],
     )
     found = search(vectors, query, options.top)
     found = found._replace(hits=[hit for hit in found.hits if hit.cosine >= options.least])
@@ -129,7 +132,7 @@ def answer(vectors: Vectors, options: argparse.Namespace) -> int:
     return 0
 
 
-def embed_texts(model: torch.nn.Module, options: argparse.Namespace, texts: list[str]) -> torch.Tensor:
+def embed_texts(model: torch.nn.Module, texts: list[str]) -> torch.Tensor:
     if not texts:
         return torch.zeros(0, 1)
     if not hasattr(model, "get_text_features"):
@@ -139,10 +142,11 @@ def embed_texts(model: torch.nn.Module, options: argparse.Namespace, texts: list
     return _whole(rows.embeddings, rows.failures)
 
 
-def embed_pictures(model: torch.nn.Module, options: argparse.Namespace, files: list[str]) -> torch.Tensor:
+def embed_pictures(model: torch.nn.Module, is_reduced: bool, files: list[str]) -> torch.Tensor:
     if not files:
         return torch.zeros(0, 1)
-    rows = PictureEmbedder(model, load_image_processor(model.name_or_path))([Item(file, "", file) for file in files])
+    embedder = PictureEmbedder(model, load_image_processor(model.name_or_path), reduced=is_reduced)
+    rows = embedder([Item(file, "", file) for file in files])
     return _whole(rows.embeddings, rows.failures)
 
 

@@ -72,6 +72,21 @@ def test_a_picture_finds_itself_and_its_copy(store, capsys):
     assert hits[0][1] == pytest.approx(1, abs=2e-3)  # float16
 
 
+@pytest.mark.parametrize("options", [[], ["--full_size"]])
+def test_a_query_picture_is_read_as_the_stores_pictures_were(options, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8))
+    noise.resize((1600, 1200), Image.Resampling.BILINEAR).save(folder / "large.jpg")
+    output = tmp_path / "out.parquet"
+    assert (
+        embed([str(folder), "--output", str(output), "--dtype", "float32", "--vector_dtype", "float32", *options]) == 0
+    )
+    capsys.readouterr()
+    ((_, cosine),) = found(capsys, output, "--query_image", folder / "large.jpg")
+    assert cosine == pytest.approx(1, abs=1e-5)
+
+
 def test_words_and_pictures_are_added_and_subtracted(store, capsys):
     picture = store.parent / "pictures" / "cat.png"
     plain = dict(found(capsys, store, "--query_image", picture, "--top", "20"))
@@ -194,7 +209,12 @@ def test_a_bad_search_is_an_error(store, arguments, message, tmp_path, capsys):
 
 
 def test_a_usage_error_says_what_could_be_given(store, capsys):
-    for given in ([], ["--query", "a", "--duplicates", "0.9"], ["--query", "a", "--top", "0"]):
+    for given, message in (
+        ([], "give a query"),
+        (["--query", "a", "--duplicates", "0.9"], "give a query"),
+        (["--query", "a", "--top", "0"], "at least 1"),
+        (["--query", "a", "--sheet", "hits.jpg"], "must end in .png"),
+    ):
         with pytest.raises(SystemExit):
             main([str(store), *given])
-        assert "give a query" in (message := capsys.readouterr().err) or "at least 1" in message
+        assert message in capsys.readouterr().err
