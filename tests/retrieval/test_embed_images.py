@@ -466,6 +466,20 @@ def test_dtype_auto_says_what_it_measured(photos, model, tmp_path, caplog):
     assert "--dtype auto: torch." in caplog.text and "times as fast as float32 here" in caplog.text
 
 
+def test_options_that_the_model_or_the_machine_has_not_are_refused(photos, model, tmp_path, capsys):
+    folder = tmp_path / "classifier"
+    VitEmbedForImageClassification(tiny.vision_config(num_labels=3)).save_pretrained(folder)
+    for given, message in (
+        ((str(folder), "--patches"), "--patches needs a model with a joint space"),
+        ((model, "--device", "nonsense"), "--device nonsense cannot be used here"),
+    ):
+        assert embed(photos, tmp_path / "out.parquet", *given) == EXIT_ERROR
+        assert message in capsys.readouterr().err
+    assert embed("", tmp_path / "out.parquet", model) == EXIT_ERROR
+    assert "got an empty name" in capsys.readouterr().err
+    assert not (tmp_path / "out.parquet").exists()
+
+
 def test_no_source_or_two_is_a_usage_error(tmp_path, capsys):
     for given in ([], ["photos", "--texts", "captions.txt"]):
         with pytest.raises(SystemExit):

@@ -125,6 +125,16 @@ def test_a_sheet_shows_the_hits(store, tmp_path):
     assert all(drawn)
 
 
+def test_texts_have_no_sheet_and_a_folder_that_was_moved_is_named(store, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("a cat\n")
+    assert embed(["--texts", str(tmp_path / "captions.txt"), "--output", str(tmp_path / "t.parquet")]) == 0
+    sheet = ["--query", "a cat", "--sheet", str(tmp_path / "s.png")]
+    assert main([str(tmp_path / "t.parquet"), *sheet]) == EXIT_ERROR
+    assert "which have no sheet" in capsys.readouterr().err
+    assert main([str(store), *sheet, "--source", str(tmp_path / "nowhere" / "at all")]) == EXIT_ERROR
+    assert main([str(store), *sheet, "--source", str(store.parent / "pictures")]) == 0
+
+
 def test_nothing_near_is_said(store, capsys):
     assert main([str(store), "--query", "a rocket", "--least", "0.99"]) == EXIT_NOTHING
     assert "nothing is at 0.99 or nearer" in capsys.readouterr().err

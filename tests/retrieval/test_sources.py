@@ -170,3 +170,17 @@ def test_an_address_of_a_folder_may_have_a_dot(tmp_path):
     fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/v1.2/a.png", encoded(picture(0)))
     (item,) = find_source(f"memory://{tmp_path.name}/v1.2").items()
     assert item.key.endswith("v1.2/a.png")
+
+
+def test_a_file_that_is_there_is_no_glob(tmp_path):
+    picture(0).save(tmp_path / "p[1].png")
+    (item,) = find_source(str(tmp_path / "p[1].png")).items()
+    assert item.key == "p[1].png"
+
+
+def test_a_data_set_has_the_same_stamps_each_time_and_names_its_splits(tmp_path):
+    folder = saved_dataset(tmp_path)
+    stamps = [[item.stamp for item in find_source(folder).items()] for _ in range(2)]
+    assert stamps[0] == stamps[1] and all(stamps[0])
+    with pytest.raises(ValueError, match="--split is one of train, test"):
+        find_source(folder, split="absent")
