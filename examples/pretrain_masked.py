@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from recipes.arguments import parse
-from recipes.data import SeededRows, hold_out, load_splits, require_splits, wanted_splits
+from recipes.data import SeededRows, hold_out, require_splits, wanted_splits
 from recipes.drawing import as_colours, spread_over
 from recipes.masked import (
     NUM_SHOWN,
@@ -27,6 +27,7 @@ from recipes.masked import (
     ModelArguments,
     TrainingPicture,
     check_pictures,
+    load_pictures,
 )
 from recipes.models import image_processor_of, load_model, prepare
 from recipes.reconstructions import draw_reconstructions, masked_pictures
@@ -40,18 +41,16 @@ def main() -> None:
     model = load_model(VitEmbedForMaskedImageModeling, model_arguments)
     processor = image_processor_of(model)
     prepare(model, recipe)
-    splits = load_splits(data.dataset)
+    splits = load_pictures(data)
     if training.do_eval:
         splits = hold_out(splits, data, training.seed)
     wanted = wanted_splits(data, training)
     require_splits(splits, wanted, data.dataset)
-    checked = {split: check_pictures(splits[split], split, data.image_column) for split in wanted}
-    judged = {
-        split: EvaluationPictures(rows, data.image_column, processor, model.config) for split, rows in checked.items()
-    }
+    checked = {split: check_pictures(splits[split], split) for split in wanted}
+    judged = {split: EvaluationPictures(rows, processor, model.config) for split, rows in checked.items()}
     trained = None
     if training.do_train:
-        make = TrainingPicture(data.image_column, model.config.image_shape)
+        make = TrainingPicture(model.config.image_shape)
         trained = SeededRows(checked[data.train_split], make, training.seed)
 
     def reconstruct(prefix: str) -> dict[str, np.ndarray]:

@@ -16,8 +16,8 @@ import torch
 from transformers import CLIPImageProcessor
 
 from recipes.arguments import parse
-from recipes.data import SeededRows, load_splits, require_splits, wanted_splits
-from recipes.masked import Collator, DataArguments, TrainingPicture, check_pictures
+from recipes.data import SeededRows, require_splits, wanted_splits
+from recipes.masked import Collator, DataArguments, TrainingPicture, check_pictures, load_pictures
 from recipes.models import image_processor_of, prepare
 from recipes.trainer import RecipeTrainer, run
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
@@ -62,10 +62,10 @@ def main() -> None:
     model = VitEmbedForDepthEstimation(config)
     processor = image_processor_of(model)
     prepare(model, recipe)
-    splits = load_splits(data.dataset)
+    splits = load_pictures(data)
     require_splits(splits, wanted_splits(data, training), data.dataset)
-    rows = check_pictures(splits[data.train_split], data.train_split, data.image_column)
-    make = TrainingPicture(data.image_column, config.image_shape)
+    rows = check_pictures(splits[data.train_split], data.train_split)
+    make = TrainingPicture(config.image_shape)
     trainer = RecipeTrainer(
         recipe,
         data=data.dataset,

@@ -37,7 +37,6 @@ from recipes.classification import (
     ModelArguments,
     Process,
     Vary,
-    check_class_folders,
     check_columns,
     check_label_sets,
     check_labelled,
@@ -45,10 +44,12 @@ from recipes.classification import (
     classification_metrics,
     label_names,
     load_classifier,
+    load_labelled,
     stratified_rows,
 )
-from recipes.data import SeededRows, hold_out, load_splits, require_splits, wanted_splits
+from recipes.data import SeededRows, hold_out, require_splits, wanted_splits
 from recipes.models import image_processor_of
+from recipes.reading.labels import LABEL
 from recipes.trainer import RecipeTrainer, run
 from vit_embed import VitEmbedConfig
 
@@ -56,13 +57,12 @@ from vit_embed import VitEmbedConfig
 def main() -> None:
     """Parse the command line, then train, evaluate and test as asked."""
     model_arguments, data, recipe, training = parse(ModelArguments, DataArguments, description=__doc__)
-    splits = load_splits(data.dataset)
-    check_class_folders(data, splits)
+    splits = load_labelled(data)
     wanted = wanted_splits(data, training)
     for split in {*wanted, data.train_split} & set(splits):
         check_columns(splits[split], split, data)
     if training.do_eval:
-        splits = hold_out(splits, data, training.seed, partial(stratified_rows, column=data.label_column))
+        splits = hold_out(splits, data, training.seed, partial(stratified_rows, column=LABEL))
     require_splits(splits, wanted, data.dataset)
     source = model_arguments.config_name or model_arguments.model_name_or_path or SHIPPED_CHECKPOINT
     names = label_names(splits, data, VitEmbedConfig.from_pretrained(source))

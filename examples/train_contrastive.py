@@ -29,14 +29,16 @@ from recipes.contrastive import (
     check_pairs,
     check_streaming,
     evaluation_pictures,
+    load_captioned,
     load_two_towers,
     random_groups,
     training_item,
     training_stream,
     undecoded,
 )
-from recipes.data import SeededRows, hold_out, load_splits, require_splits, wanted_splits
+from recipes.data import SeededRows, hold_out, require_splits, wanted_splits
 from recipes.models import prepare
+from recipes.reading.captions import CAPTIONS
 from recipes.retrieval import DrawFound, retrieval_metrics
 from recipes.trainer import RecipeTrainer, run
 
@@ -47,7 +49,7 @@ def main() -> None:
     training.label_names = ["group_ids"]  # what the metrics compare pairs by
     model, processor = load_two_towers(model_arguments)
     prepare(model, recipe)
-    splits = load_splits(data.dataset, data.streaming)
+    splits = load_captioned(data)
     wanted = wanted_splits(data, training)
     for split in {*wanted, data.train_split} & set(splits):
         check_columns(splits[split], split, data)
@@ -58,7 +60,7 @@ def main() -> None:
     for split in wanted:
         rows = splits[split]
         if data.streaming and split in (*data.validation_split, data.test_split):  # metrics need all of it
-            rows = Dataset.from_list(list(undecoded(rows, data)), features=rows.features)
+            rows = Dataset.from_list(list(undecoded(rows)), features=rows.features)
         if isinstance(rows, Dataset):
             checked[split] = check_pairs(rows, split, data, processor.tokenizer)
     # A margin keeps detail where a picture is enlarged.
@@ -71,14 +73,14 @@ def main() -> None:
         check_captions_differ(checked[data.train_split], data.train_split, data)
         make = partial(training_item, arguments=data, tokenizer=processor.tokenizer, canvas=canvas)
         trained = SeededRows(Groups(checked[data.train_split], data.group_column), make, training.seed)
-    judged = {split: evaluation_pictures(rows, data, processor.image_processor) for split, rows in checked.items()}
+    judged = {split: evaluation_pictures(rows, processor.image_processor) for split, rows in checked.items()}
     validation = {split: judged[split] for split in data.validation_split * training.do_eval}
     is_one = len(validation) == 1
     sheets = {"eval" if is_one else f"eval_{split}": checked[split] for split in validation}
     sheets["test"] = checked.get(data.test_split)
     trainer = RecipeTrainer(
         recipe,
-        draw=DrawFound(sheets, data.image_column, lambda row: as_list(row[data.caption_column])[0]),
+        draw=DrawFound(sheets, lambda row: as_list(row[CAPTIONS])[0]),
         data=data.dataset,
         model=model,
         args=training,

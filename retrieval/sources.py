@@ -23,7 +23,10 @@ from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
 LIST_SUFFIXES = (".txt", ".lst")
 # Columns of parquet files and data sets that hold pictures, the first that is there.
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "path", "image_path", "file_name")
+IMAGE_COLUMNS = (
+    *("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_path", "img_path", "filepath"),
+    *("file_path", "path", "file_name", "filename", "image_file", "file"),
+)
 KEY_COLUMNS = ("key", "id", "path", "file_name")
 ROWS_AT_A_TIME = 256
 LAYOUTS = (

@@ -36,8 +36,23 @@ class ModelArguments:
 class DataArguments:
     """Which pictures, and which part of them is for what."""
 
-    dataset: str = field(metadata={"help": "folder of pictures, of a saved dataset, of parquet, or a name on the Hub"})
-    image_column: str = field(default="image", metadata={"help": "column of the pictures"})
+    streaming = False  # for recipes that cannot
+
+    dataset: str = field(metadata={"help": "a folder, a file, or a name on the Hub; docs/your-data.md has the layouts"})
+    image_column: str | None = field(
+        default=None,
+        metadata={"help": "column of the pictures; default: the first of image, img, path, file_name, ..."},
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "folder that the paths in a table start at; default: found beside the table"}
+    )
+    separator: str | None = field(
+        default=None,
+        metadata={"help": "what separates the cells of a table, as '\\t'; default: found in its first line"},
+    )
+    check_only: bool = field(
+        default=False, metadata={"help": "read, count and name the rows, draw some as the model sees them, and stop"}
+    )
     train_split: str = field(default="train", metadata={"help": "split that is trained on"})
     validation_split: str = field(default="validation", metadata={"help": "split that picks the best checkpoint"})
     test_split: str = field(default="test", metadata={"help": "split for --do_predict, never seen before"})
@@ -46,6 +61,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not 0 < self.validation_share < 1:
             raise ValueError(f"expected --validation_share in (0, 1), got {self.validation_share}")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits, as the user gave them."""
+        return (self.train_split, *self.validation_splits, self.test_split)
 
     @property
     def validation_splits(self) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -11,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
-from datasets import Image as ImageFeature
+from datasets import ClassLabel, Dataset, DatasetDict
 from kornia import augmentation
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, confusion_matrix, f1_score
@@ -23,16 +21,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from recipes import arguments as base
 from recipes.arguments import SHIPPED_CHECKPOINT, RecipeArguments
 from recipes.data import (
-    ROW,
     Finding,
     check_rows,
-    columns_of,
     picture_findings,
     require_columns,
-    require_pictures,
 )
 from recipes.drawing import draw_picture, save_figure, short
 from recipes.models import load_model, prepare
+from recipes.reading.labels import LABEL, LABEL_COLUMNS, LAYOUTS
+from recipes.reading.layouts import read_splits
+from recipes.reading.tables import IMAGE, PROBLEM, ROW, Target
 from recipes.trainer import asks_for_fsdp
 from vit_embed import VitEmbedConfig, VitEmbedForImageClassification
 from vit_embed.retrieval.pictures import as_rgb
@@ -69,7 +67,9 @@ class ModelArguments(base.ModelArguments):
 class DataArguments(base.DataArguments):
     """Which pictures and labels, and how pictures are varied while training."""
 
-    label_column: str = field(default="label", metadata={"help": "column of the labels: numbers or names"})
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of the labels, numbers or names; default: label, class, category, ..."}
+    )
     rotation: float = field(default=10.0, metadata={"help": "largest rotation, degrees"})
     shift: float = field(default=0.1, metadata={"help": "largest shift, share of a side"})
     zoom: float = field(default=0.1, metadata={"help": "largest relative change of size, 0 to 1"})
@@ -82,40 +82,20 @@ class DataArguments(base.DataArguments):
 # --- labels ---
 
 
-def check_class_folders(arguments: DataArguments, splits: dict[str, Dataset]) -> None:
-    """ValueError where labels come from folders and the folders of one split do not lie beside each other.
-
-    `datasets` labels a picture by its last folder alone, so `cat/small/1.jpg` would be trained on as "small"; and it
-    gives no labels at all where pictures lie at several depths.
-    """
-    for split, rows in splits.items():
-        if not isinstance(rows.features.get(arguments.image_column), ImageFeature) or ROW not in rows.column_names:
-            continue
-        by_folder = set(columns_of(rows)) in ({"image"}, {"image", "label"})
-        names = rows[ROW][:]
-        if not by_folder or not names or not isinstance(names[0], str):  # no folder of pictures alone
-            continue
-        folders = sorted({os.path.dirname(name) for name in names})
-        if len({os.path.dirname(folder) for folder in folders}) > 1:
-            shown = ", ".join(folder or "the folder itself" for folder in folders[:6])
-            raise ValueError(
-                f"expected a folder of pictures for each label, beside each other, in split {split!r} of "
-                f"{arguments.dataset}, found pictures in {shown}{' ...' if len(folders) > 6 else ''}; move them up to "
-                "the folder of their label, or list them in metadata.jsonl with --label_column"
-            )
+def load_labelled(arguments: DataArguments) -> DatasetDict:
+    """The splits of --dataset with the columns IMAGE, LABEL where pictures have labels, and ROW."""
+    return read_splits(LAYOUTS, arguments, Target(LABEL, arguments.label_column, LABEL_COLUMNS, "--label_column"))[1]
 
 
 def check_columns(rows: Dataset, split: str, arguments: DataArguments) -> None:
     """ValueError where a column is missing or is not what it should be."""
-    flags = {"--image_column": arguments.image_column, "--label_column": arguments.label_column}
-    require_columns(rows, split, flags)
-    require_pictures(rows, split, arguments.image_column)
-    feature = rows.features[arguments.label_column]
+    require_columns(rows, split, {"--label_column": LABEL})
+    feature = rows.features[LABEL]
     dtype = getattr(feature, "dtype", None)
     if dtype is None or dtype.startswith("float"):
         raise ValueError(
-            f"expected one label a picture in column {arguments.label_column!r}, as a number or a name; it has "
-            f"{feature}; set --label_column"
+            f"expected one label a picture in column {arguments.label_column or LABEL!r}, as a number or a name; "
+            f"it has {feature}; set --label_column"
         )
 
 
@@ -155,19 +135,19 @@ def label_names(splits: dict[str, Dataset], arguments: DataArguments, config: Vi
             )
         return known
     rows = splits[arguments.train_split]
-    feature = rows.features[arguments.label_column]
+    feature = rows.features[LABEL]
     if isinstance(feature, ClassLabel):
         names = list(feature.names)
     else:
-        names = [str(label) for label in sorted(set(rows[arguments.label_column]) - {None})]
+        names = [str(label) for label in sorted(set(rows[LABEL]) - {None})]
     if len(names) < 2:
-        raise ValueError(f"expected at least two labels in column {arguments.label_column!r}, found {names}")
+        raise ValueError(f"expected at least two labels in column {arguments.label_column or LABEL!r}, found {names}")
     return known if set(known) == set(names) else names
 
 
 def numbered(rows: Dataset, arguments: DataArguments, names: list[str]) -> list[int | None]:
     """The label of every row as the number of its output; None where it has none or one outside `names`."""
-    feature = rows.features[arguments.label_column]
+    feature = rows.features[LABEL]
     place = {name: number for number, name in enumerate(names)}
     declared = feature.names if isinstance(feature, ClassLabel) else None
 
@@ -176,24 +156,22 @@ def numbered(rows: Dataset, arguments: DataArguments, names: list[str]) -> list[
             return None
         return place.get(str(label) if declared is None else declared[label])
 
-    return [number(label) for label in rows[arguments.label_column]]
+    return [number(label) for label in rows[LABEL]]
 
 
 def check_labelled(rows: Dataset, split: str, arguments: DataArguments, names: list[str]) -> Dataset:
     """The usable rows as columns `image`, `labels` and ROW; the others are named in the log."""
-    column = arguments.image_column
-    labels, given = numbered(rows, arguments, names), rows[arguments.label_column][:]
-    pictures = rows.select_columns([column])
+    labels, given = numbered(rows, arguments, names), rows[LABEL][:]
+    pictures = rows.select_columns([IMAGE])
 
     def examine(row: int) -> Iterator[Finding]:
         if labels[row] is None:
             none = given[row] in (None, -1)
             yield Finding("no label" if none else f"a label outside the {len(names)} known")
-        yield from picture_findings(lambda: pictures[row][column])
+        yield from picture_findings(lambda: pictures[row][IMAGE])
 
-    kept = rows.select_columns([column, ROW]).add_column("labels", labels)
-    kept = check_rows(kept, split, examine)
-    return kept if column == "image" else kept.rename_column(column, "image")
+    kept = [name for name in (IMAGE, ROW, PROBLEM) if name in rows.column_names]
+    return check_rows(rows.select_columns(kept).add_column("labels", labels), split, examine)
 
 
 def check_label_sets(checked: dict[str, Dataset], arguments: DataArguments, names: list[str]) -> None:

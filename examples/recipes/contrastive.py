@@ -10,23 +10,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
 from datasets import Image as ImageFeature
 from kornia import augmentation
 from PIL import ImageOps
 from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, TrainingArguments
 
 from recipes import arguments as base
-from recipes.data import (
-    Finding,
-    check_rows,
-    picture_findings,
-    require_columns,
-    require_pictures,
-    seeded,
-)
+from recipes.data import Finding, check_rows, picture_findings, require_columns, seeded
 from recipes.embedding import token_ids
 from recipes.models import image_processor_of, load_model
+from recipes.reading.captions import CAPTION_COLUMNS, CAPTIONS, LAYOUTS
+from recipes.reading.layouts import read_splits
+from recipes.reading.tables import IMAGE, Target
 from recipes.retrieval import caption_id
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedTextConfig
 from vit_embed.retrieval.pictures import UNREADABLE, as_rgb, is_one_grey, read_rgba
@@ -75,12 +71,14 @@ class ModelArguments(base.ModelArguments):
 class DataArguments(base.DataArguments):
     """Which pictures and captions, and how they are varied while training."""
 
-    dataset: str = field(metadata={"help": "saved dataset, or folder of parquet, tar shards or images, or a Hub name"})
     validation_split: list[str] = field(
         default_factory=lambda: ["validation"], metadata={"help": "splits that pick the best checkpoint"}
     )
     streaming: bool = field(default=False, metadata={"help": "read rows as they come; needs --max_steps"})
-    caption_column: str = field(default="captions", metadata={"help": "column of a caption or of a list of captions"})
+    caption_column: str | None = field(
+        default=None,
+        metadata={"help": "column of a caption or of a list of captions; default: captions, text, title, txt, ..."},
+    )
     tag_column: str | None = field(
         default=None, metadata={"help": "column of lists of words that say more about the picture beside a caption"}
     )
@@ -139,12 +137,16 @@ def draw_fitting(captions: list[str], tags: list[str], arguments: DataArguments,
 # --- what is wrong with the data ---
 
 
+def load_captioned(arguments: DataArguments, needs_pictures: bool = True) -> DatasetDict | IterableDatasetDict:
+    """The splits of --dataset with the columns IMAGE (where there are pictures), CAPTIONS and ROW."""
+    target = Target(CAPTIONS, arguments.caption_column, CAPTION_COLUMNS, "--caption_column")
+    return read_splits(LAYOUTS, arguments, target, needs_pictures)[1]
+
+
 def check_columns(dataset: Dataset | IterableDataset, split: str, arguments: DataArguments) -> None:
     """ValueError where a column is missing or is not what it should be."""
-    texts = {"--caption_column": arguments.caption_column, "--tag_column": arguments.tag_column}
-    flags = {"--image_column": arguments.image_column, **texts, "--group_column": arguments.group_column}
-    require_columns(dataset, split, flags)
-    require_pictures(dataset, split, arguments.image_column)
+    texts = {"--caption_column": CAPTIONS, "--tag_column": arguments.tag_column}
+    require_columns(dataset, split, {**texts, "--group_column": arguments.group_column})
     for flag, column in texts.items():
         feature = dataset.features[column] if column else Value("string")
         if getattr(feature, "feature", feature) not in TEXT:
@@ -156,15 +158,14 @@ def check_columns(dataset: Dataset | IterableDataset, split: str, arguments: Dat
 def check_pairs(dataset: Dataset, split: str, arguments: DataArguments, tokenizer: CLIPTokenizer) -> Dataset:
     """Drop rows with an unreadable picture or no caption, count captions that will be cut, and name them in the log."""
     check_columns(dataset, split, arguments)
-    column, all_captions = arguments.image_column, dataset[arguments.caption_column][:]
-    pictures = dataset.select_columns([column])
+    all_captions, pictures = dataset[CAPTIONS][:], dataset.select_columns([IMAGE])
 
     def examine(row: int) -> Iterator[Finding]:
         problem = caption_problem(as_list(all_captions[row]), tokenizer)
         if problem is not None:
             yield Finding(problem, drop=problem == EMPTY)
         if problem != EMPTY:
-            yield from picture_findings(lambda: pictures[row][column])
+            yield from picture_findings(lambda: pictures[row][IMAGE])
 
     return check_rows(dataset, split, examine)
 
@@ -174,11 +175,11 @@ def check_captions_differ(dataset: Dataset, split: str, arguments: DataArguments
 
     Pairs of equal first captions are not each other's negatives, so a batch may hold none.
     """
-    counts = Counter(caption_id(as_list(captions)[0]) for captions in dataset[arguments.caption_column][:])
+    counts = Counter(caption_id(as_list(captions)[0]) for captions in dataset[CAPTIONS][:])
     if len(counts) < 2:
         raise ValueError(
             f"expected at least two different captions in split {split!r}, all {len(dataset)} rows have the same in "
-            f"column {arguments.caption_column!r}; set --caption_column"
+            f"column {arguments.caption_column or CAPTIONS!r}; set --caption_column"
         )
     shared = sum(count for count in counts.values() if count > 1)
     if 2 * shared > len(dataset):
@@ -202,8 +203,8 @@ def training_item(row: dict, arguments: DataArguments, tokenizer: CLIPTokenizer,
 
     Grey with alpha ("LA") counts as one grey whatever its shades: so the icon data set stores drawings of one colour.
     """
-    picture = row[arguments.image_column]
-    captions = as_list(row[arguments.caption_column])
+    picture = row[IMAGE]
+    captions = as_list(row[CAPTIONS])
     tags = list(filter(None, as_list(row[arguments.tag_column]))) if arguments.tag_column else []
     rgba, _ = read_rgba(picture)
     is_mono = picture.mode == "LA" or is_one_grey(rgba)
@@ -248,12 +249,12 @@ class Groups:
         return self.dataset[random.choice(self.rows[index])]
 
 
-def evaluation_pictures(dataset: Dataset, arguments: DataArguments, image_processor: CLIPImageProcessor) -> Dataset:
+def evaluation_pictures(dataset: Dataset, image_processor: CLIPImageProcessor) -> Dataset:
     """Give every row its pixels (C, H, W) through the stock processor, the first of its captions, and its id."""
 
     def transform(rows: dict[str, list]) -> dict[str, list]:
-        flat = [as_rgb(picture) for picture in rows[arguments.image_column]]
-        captions = [as_list(captions)[0] for captions in rows[arguments.caption_column]]
+        flat = [as_rgb(picture) for picture in rows[IMAGE]]
+        captions = [as_list(captions)[0] for captions in rows[CAPTIONS]]
         return {
             "pixel_values": list(image_processor(flat, return_tensors="pt").pixel_values),
             "caption": captions,
@@ -287,32 +288,32 @@ def check_streaming(data: DataArguments, training: TrainingArguments) -> None:
     training.accelerator_config.dispatch_batches = False  # texts of a batch are as long as the longest of it
 
 
-def undecoded(dataset: IterableDataset, arguments: DataArguments) -> IterableDataset:
+def undecoded(dataset: IterableDataset) -> IterableDataset:
     """A stream whose pictures are bytes or paths, so that one that cannot be read does not end it."""
-    return dataset.cast_column(arguments.image_column, ImageFeature(decode=False))
+    return dataset.cast_column(IMAGE, ImageFeature(decode=False))
 
 
 def training_stream(dataset: IterableDataset, arguments: DataArguments, tokenizer, canvas: int, seed: int):
     """Training items of a stream, shuffled in a buffer; rows that cannot be used are skipped and named."""
-    column, columns = arguments.image_column, dataset.column_names
+    columns = dataset.column_names
 
     def make(rows: dict[str, list], places: list[int]) -> dict[str, list]:
         """One row as lists of length one -> a training item likewise, or lists of length zero."""
         row = {name: values[0] for name, values in rows.items()}
-        problem = caption_problem(as_list(row[arguments.caption_column]), tokenizer)
+        problem = caption_problem(as_list(row[CAPTIONS]), tokenizer)
         item = None
         try:
             if problem != EMPTY:
-                picture = ImageFeature().decode_example(row[column])
+                picture = ImageFeature().decode_example(row[IMAGE])
                 with seeded(seed, places[0]):
-                    item = training_item({**row, column: picture}, arguments, tokenizer, canvas)
+                    item = training_item({**row, IMAGE: picture}, arguments, tokenizer, canvas)
         except UNREADABLE as error:
             problem = f"an unreadable picture ({error})"
         if problem is not None:
             logger.warning("stream: row %d with %s", row[PLACE], problem)
         return {name: [] if item is None else [item[name]] for name in ITEM}
 
-    dataset = undecoded(dataset, arguments).map(lambda row, place: {PLACE: place}, with_indices=True)
+    dataset = undecoded(dataset).map(lambda row, place: {PLACE: place}, with_indices=True)
     dataset = dataset.shuffle(seed=seed, buffer_size=1000)
     return dataset.map(make, with_indices=True, batched=True, batch_size=1, remove_columns=[*columns, PLACE])
 

@@ -1,105 +1,40 @@
-"""Rows of a data set for the recipes: opening, holding out, checking, and drawing at random.
+"""Rows of a data set for the recipes: holding out, checking, and drawing at random. `reading/` opens data sets.
 
-Rows are named as their user knows them, by the number in their split or by the file, in the log and in sheets: the
-column ROW is added when a data set is opened and stays with its row through every selection.
+Rows are named as their user knows them in the log and in sheets: the column ROW stays with its row through every
+selection.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
-from datasets import Image as ImageFeature
+from datasets import Dataset, DatasetDict
 from PIL import Image
 from tqdm import tqdm
 from transformers import TrainingArguments
 
 from recipes.arguments import DataArguments
+from recipes.reading.tables import PROBLEM, ROW
 from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
 
 logger = logging.getLogger(__name__)
 
 NUM_NAMED = 10  # rows that the log names for each finding
-ROW = "__row__"
 
 
-# --- opening ---
-
-
-def load_splits(path: str, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """Open a data set by the reader that `datasets` has for it; each split gets the column ROW, a stream does not.
-
-    Args:
-        path: a folder written by `save_to_disk`, a folder of parquet files, of tar shards (WebDataset) or of pictures
-            (with a folder for each label or with `metadata.jsonl`), one such file, or a name on the Hub.
-        streaming: read rows as they are needed, with no copy in the cache.
-
-    Raises:
-        ValueError: nothing is there.
-    """
-    with PartialState().main_process_first():  # one process fills the cache, the others read it
-        splits = _open(Path(path), path, streaming)
-    return splits if streaming else with_row_names(splits, Path(path))
-
-
-def _open(location: Path, path: str, streaming: bool) -> DatasetDict | IterableDatasetDict:
-    if (location / "dataset_dict.json").exists() or (location / "dataset_info.json").exists():
-        saved = load_from_disk(path)
-        splits = DatasetDict(train=saved) if isinstance(saved, Dataset) else saved
-        if not streaming:
-            return splits
-        return IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in splits.items()})
-    for suffix, reader in ((".parquet", "parquet"), (".tar", "webdataset")):
-        if location.is_file() and location.suffix == suffix:
-            return load_dataset(reader, data_files=path, streaming=streaming)
-        if location.is_dir() and any(location.rglob(f"*{suffix}")):
-            return load_dataset(reader, data_dir=path, streaming=streaming)
-    if location.is_dir():
-        return load_dataset("imagefolder", data_dir=path, streaming=streaming)
-    if location.exists() or path.startswith((".", "/", "~")):
-        raise ValueError(f"expected a folder, a .parquet or .tar file, or a name on the Hub, got {path}")
-    return load_dataset(path, streaming=streaming)
-
-
-def with_row_names(splits: DatasetDict, folder: Path) -> DatasetDict:
-    """Adds the column ROW: the path of a row's picture in `folder` where it lies there, else the number of the row."""
-    named = DatasetDict()
-    for split, rows in splits.items():
-        names = _paths_in(folder, rows) or list(range(len(rows)))
-        named[split] = rows if ROW in rows.column_names else rows.add_column(ROW, names)
-    return named
-
-
-def _paths_in(folder: Path, rows: Dataset) -> list[str] | None:
-    """The paths of the pictures below `folder`, or None where one is not there or stands inside the data set."""
-    feature = rows.features.get("image") if rows.features else None
-    if not folder.is_dir() or not isinstance(feature, ImageFeature) or not len(rows):
-        return None
-    start = f"{folder.resolve()}{os.sep}"
-    stored = rows.select_columns(["image"]).cast_column("image", ImageFeature(decode=False))
-    if not _is_below(stored[0]["image"], start):  # looks at one row before it reads all of them
-        return None
-    cells = stored["image"][:]
-    return [cell["path"].removeprefix(start) for cell in cells] if all(_is_below(c, start) for c in cells) else None
-
-
-def _is_below(cell: dict | None, start: str) -> bool:
-    return cell is not None and cell["bytes"] is None and (cell["path"] or "").startswith(start)
+# --- columns ---
 
 
 def columns_of(rows: Dataset) -> list[str]:
     """The columns that the user knows."""
-    return [name for name in rows.column_names or () if name != ROW]
+    return [name for name in rows.column_names or () if name not in (ROW, PROBLEM)]
 
 
 def require_columns(rows: Dataset, split: str, flags: dict[str, str | None]) -> None:
@@ -112,16 +47,6 @@ def require_columns(rows: Dataset, split: str, flags: dict[str, str | None]) -> 
     if missing:
         raise ValueError(
             f"expected columns {missing} in split {split!r}, found {columns_of(rows)}; set {', '.join(flags)}"
-        )
-
-
-def require_pictures(rows: Dataset, split: str, column: str) -> None:
-    """ValueError where a column holds no pictures."""
-    feature = (rows.features or {}).get(column)
-    if not isinstance(feature, ImageFeature):
-        raise ValueError(
-            f"expected pictures in column {column!r} of split {split!r}, it has {feature}; set --image_column, or cast "
-            "it to datasets.Image()"
         )
 
 
@@ -200,10 +125,11 @@ def check_rows(rows: Dataset, split: str, examine: Callable[[int], Iterable[Find
         ValueError: no row is of use.
     """
     names = rows[ROW][:] if ROW in rows.column_names else range(len(rows))
+    problems = rows[PROBLEM][:] if PROBLEM in rows.column_names else [None] * len(rows)
     found: dict[Finding, list[int | str]] = defaultdict(list)
     kept = []
     for number in tqdm(range(len(rows)), desc=f"check {split}", disable=not logger.isEnabledFor(logging.INFO)):
-        findings = list(examine(number))
+        findings = [Finding(problems[number])] if problems[number] else list(examine(number))
         for finding in findings:
             found[finding].append(names[number])
         if not any(finding.drop for finding in findings):

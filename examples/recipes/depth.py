@@ -20,17 +20,19 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from recipes import arguments as base
 from recipes.arguments import SHIPPED_CHECKPOINT
-from recipes.data import ROW, Finding, SeededRows, check_rows, load_splits, require_columns
+from recipes.data import Finding, SeededRows, check_rows, require_columns
 from recipes.drawing import as_colours, picture_sheet, save_figure, short, spread_over
 from recipes.models import image_processor_of, load_model
+from recipes.reading.depths import DEPTH, DEPTH_COLUMNS, LAYOUTS
+from recipes.reading.layouts import read_splits
+from recipes.reading.tables import IMAGE, ROW, Target
 from recipes.trainer import RecipeTrainer
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
 from vit_embed.depth_vit_embed import resize_depth
-from vit_embed.retrieval.pictures import PICTURE_SUFFIXES, UNREADABLE, as_rgb, read_rgb
+from vit_embed.retrieval.pictures import UNREADABLE, as_rgb, read_rgb
 
 logger = logging.getLogger(__name__)
 
-DEPTH_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 # Medians in metres outside of which a depth map is more likely in another unit than of such a place.
 PLAUSIBLE_MEDIAN = (0.01, 1000.0)
 # Metres that 8 bits must reach to be taken for depth and not for a picture of depth.
@@ -75,8 +77,9 @@ class ModelArguments(base.ModelArguments):
 class DataArguments(base.DataArguments):
     """Which pictures and depths, and how they are varied while training."""
 
-    dataset: str = field(metadata={"help": "folder with images/ and depths/, of a saved dataset, or a name on the Hub"})
-    depth_column: str = field(default="depth", metadata={"help": "column of the depths: pictures or arrays"})
+    depth_column: str | None = field(
+        default=None, metadata={"help": "column of the depths, pictures or arrays; default: depth, depth_map, ..."}
+    )
     depth_scale: float = field(default=1000.0, metadata={"help": "divides whole numbers, which gives metres"})
     smallest_crop: float = field(
         default=0.6, metadata={"help": "smallest share of a picture's area in a crop, in (0, 1]; 1 does not crop"}
@@ -98,41 +101,9 @@ class DataArguments(base.DataArguments):
 # --- pairs ---
 
 
-def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, str]:
-    """The files below `folder` with one of these suffixes, by their path in it without the suffix."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in suffixes:
-            continue
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            raise ValueError(f"expected one file of the name {name!r} in {folder}, found {found[name]} and {path}")
-        found[name] = str(path)
-    return found
-
-
-def paired_rows(folder: Path, arguments: DataArguments) -> Dataset:
-    """A row for each name in `images/` or `depths/` of `folder`: the name (ROW), both paths, None for a missing one."""
-    images = files_by_name(folder / "images", PICTURE_SUFFIXES)
-    depths = files_by_name(folder / "depths", DEPTH_SUFFIXES)
-    names = sorted({*images, *depths})
-    columns = {arguments.image_column: images, arguments.depth_column: depths}
-    return Dataset.from_dict(
-        {ROW: names, **{column: [files.get(name) for name in names] for column, files in columns.items()}}
-    )
-
-
 def load_pairs(arguments: DataArguments) -> DatasetDict:
-    """Every split of `--dataset`: rows of a picture and a depth, each a path or what `datasets` makes of a cell."""
-    folder = Path(arguments.dataset)
-    if (folder / "images").is_dir() and (folder / "depths").is_dir():
-        return DatasetDict({arguments.train_split: paired_rows(folder, arguments)})
-    parts = [path.parent for path in sorted(folder.glob("*/images")) if (path.parent / "depths").is_dir()]
-    if parts:
-        return DatasetDict({part.name: paired_rows(part, arguments) for part in parts})
-    if (folder / "images").is_dir() or any(folder.glob("*/images")):
-        raise ValueError(f"expected a folder depths/ beside images/ in {folder}, found none; name it so")
-    return load_splits(arguments.dataset)
+    """Every split of --dataset: rows of IMAGE and DEPTH, each a path or what `datasets` makes of a cell, and ROW."""
+    return read_splits(LAYOUTS, arguments, Target(DEPTH, arguments.depth_column, DEPTH_COLUMNS, "--depth_column"))[1]
 
 
 def open_depth(cell: str | Image.Image | list | np.ndarray) -> np.ndarray:
@@ -217,9 +188,7 @@ def check_pairs(
     Raises:
         ValueError: no column of that name, no row of use, or every depth looks wrongly scaled.
     """
-    require_columns(
-        dataset, split, {"--image_column": arguments.image_column, "--depth_column": arguments.depth_column}
-    )
+    require_columns(dataset, split, {"--image_column": IMAGE, "--depth_column": DEPTH})
     sizes, medians, suspicious = Counter(), [], 0
 
     def examine(row: int) -> Iterator[Finding]:
@@ -229,7 +198,7 @@ def check_pairs(
         except UNREADABLE:
             yield Finding("an unreadable picture or depth")
             return
-        image, cell = pair[arguments.image_column], pair[arguments.depth_column]
+        image, cell = pair[IMAGE], pair[DEPTH]
         if image is None or cell is None:
             yield Finding("a picture without a depth" if cell is None else "a depth without a picture")
             return
@@ -302,8 +271,8 @@ class TrainingPair:
         return tuple(round(side * min(max(finest, 1.0), 1.25)) for side in self.shape)
 
     def __call__(self, row: dict) -> dict[str, torch.Tensor]:
-        picture = as_rgb(row[self.arguments.image_column])
-        depth = read_depth(row[self.arguments.depth_column], self.arguments.depth_scale, self.max_depth)
+        picture = as_rgb(row[IMAGE])
+        depth = read_depth(row[DEPTH], self.arguments.depth_scale, self.max_depth)
         canvas = self.canvas(picture)
         if picture.size != canvas[::-1]:
             picture = picture.resize(canvas[::-1], Image.Resampling.BICUBIC)
@@ -335,8 +304,8 @@ class EvaluationPair:
         self.label_shape = label_shape or config.image_shape
 
     def __call__(self, row: dict) -> dict[str, torch.Tensor]:
-        picture = as_rgb(row[self.arguments.image_column])
-        depth = read_depth(row[self.arguments.depth_column], self.arguments.depth_scale, self.max_depth)
+        picture = as_rgb(row[IMAGE])
+        depth = read_depth(row[DEPTH], self.arguments.depth_scale, self.max_depth)
         return {
             "pixel_values": self.processor(picture, return_tensors="pt").pixel_values[0],
             "labels": torch.from_numpy(resize_labels(depth, self.label_shape)),

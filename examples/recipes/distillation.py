@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer, EvalPrediction
 
-from recipes.contrastive import SENTENCES, as_list
-from recipes.data import load_splits
+from recipes.arguments import DataArguments
+from recipes.contrastive import SENTENCES, as_list, load_captioned
 from recipes.embedding import token_ids
+from recipes.reading.captions import CAPTIONS
 from recipes.trainer import RecipeTrainer
 
 logger = logging.getLogger(__name__)
@@ -26,13 +27,14 @@ WORD = re.compile(r"[a-z]{3,}</w>")  # of the tokenizer's vocabulary
 
 
 @dataclass
-class TextArguments:
+class TextArguments(DataArguments):
     """Which texts, and whose embeddings of them."""
 
-    dataset: str = field(metadata={"help": "dataset with a train split, as train_contrastive.py reads it"})
     teacher: str | None = field(default=None, metadata={"help": "folder or Hub id of a sentence-transformers encoder"})
     teacher_package: str | None = field(default=None, metadata={"help": "Python package with such a folder, `model`"})
-    caption_column: str = field(default="captions", metadata={"help": "column of a caption or of a list of captions"})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "column of a caption or of a list of captions; default: captions, text, ..."}
+    )
     tag_column: str | None = field(default=None, metadata={"help": "column of lists of words"})
 
 
@@ -54,9 +56,9 @@ def find_teacher(arguments: TextArguments) -> str:
 
 def read_texts(arguments: TextArguments, tokenizer: CLIPTokenizer) -> list[str]:
     """Every caption and tag of the training split once, and the whole words that the tokenizer has a token for."""
-    rows = load_splits(arguments.dataset)["train"]
+    rows = load_captioned(arguments, needs_pictures=False)[arguments.train_split]
     texts = dict.fromkeys(word.removesuffix("</w>") for word in tokenizer.get_vocab() if WORD.fullmatch(word))
-    for column in filter(None, (arguments.caption_column, arguments.tag_column)):
+    for column in filter(None, (CAPTIONS, arguments.tag_column)):
         for captions in rows[column][:]:
             texts.update(dict.fromkeys(as_list(captions)))
     short = [text for text in texts if 2 < len(tokenizer(text).input_ids) <= LONGEST]

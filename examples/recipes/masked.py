@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from kornia import augmentation
 from PIL import ImageOps
 from transformers import CLIPImageProcessor
 
 from recipes import arguments as base
-from recipes.data import check_rows, picture_findings, require_columns, require_pictures, seeded
+from recipes.data import check_rows, picture_findings, seeded
+from recipes.reading.layouts import read_splits
+from recipes.reading.pictures import LAYOUTS
+from recipes.reading.tables import IMAGE
 from vit_embed import VitEmbedConfig
 from vit_embed.retrieval.pictures import as_rgb
 
@@ -42,22 +45,25 @@ class DataArguments(base.DataArguments):
     mirror: float = field(default=0.5, metadata={"help": "chance of a mirrored picture, 0 to 1"})
 
 
-def check_pictures(rows: Dataset, split: str, column: str) -> Dataset:
+def load_pictures(arguments: base.DataArguments) -> DatasetDict:
+    """The splits of --dataset with the columns IMAGE and ROW."""
+    return read_splits(LAYOUTS, arguments)[1]
+
+
+def check_pictures(rows: Dataset, split: str) -> Dataset:
     """Drop rows with an unreadable picture, and name them in the log."""
-    require_columns(rows, split, {"--image_column": column})
-    require_pictures(rows, split, column)
-    pictures = rows.select_columns([column])
-    return check_rows(rows, split, lambda row: picture_findings(lambda: pictures[row][column]))
+    pictures = rows.select_columns([IMAGE])
+    return check_rows(rows, split, lambda row: picture_findings(lambda: pictures[row][IMAGE]))
 
 
 class TrainingPicture:
     """A row -> the middle of its picture as uint8 (3, h, w), MARGIN larger than the model's, and a key for its crop."""
 
-    def __init__(self, column: str, image_shape: tuple[int, int]) -> None:
-        self.column, self.shape = column, tuple(round(MARGIN * side) for side in image_shape)
+    def __init__(self, image_shape: tuple[int, int]) -> None:
+        self.shape = tuple(round(MARGIN * side) for side in image_shape)
 
     def __call__(self, row: dict) -> dict[str, object]:
-        picture = as_rgb(row[self.column])
+        picture = as_rgb(row[IMAGE])
         if picture.size != self.shape[::-1]:
             picture = ImageOps.fit(picture, self.shape[::-1])
         return {"rgb": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "key": random.getrandbits(32)}
@@ -66,14 +72,14 @@ class TrainingPicture:
 class EvaluationPictures(torch.utils.data.Dataset):
     """The middle of each picture as the model takes it, and patches to hide that depend on its number alone."""
 
-    def __init__(self, rows: Dataset, column: str, processor: CLIPImageProcessor, config: VitEmbedConfig) -> None:
-        self.rows, self.column, self.processor, self.config = rows, column, processor, config
+    def __init__(self, rows: Dataset, processor: CLIPImageProcessor, config: VitEmbedConfig) -> None:
+        self.rows, self.processor, self.config = rows, processor, config
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        picture = as_rgb(self.rows[index][self.column])
+        picture = as_rgb(self.rows[index][IMAGE])
         rows, columns = self.config.grid_size
         order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(index))
         return {

@@ -11,6 +11,7 @@ from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from recipes.drawing import draw_label, draw_picture, frame, new_sheet, save_figure, spread_over
+from recipes.reading.tables import IMAGE
 from vit_embed.retrieval.pictures import as_rgb
 
 RECALL_AT = (1, 5, 10)
@@ -54,8 +55,8 @@ class DrawFound:
         rows_of: {what the sheet's name begins with: (pictures and captions of that split by number of the row)}.
     """
 
-    def __init__(self, rows_of: dict, image_column: str, name_of) -> None:
-        self.rows_of, self.image_column, self.name_of = rows_of, image_column, name_of
+    def __init__(self, rows_of: dict, name_of) -> None:
+        self.rows_of, self.name_of = rows_of, name_of
 
     def __call__(self, output: EvalLoopOutput, path: Path) -> None:
         rows = self.rows_of[path.name.rsplit("-", 1)[0]]
@@ -66,7 +67,7 @@ class DrawFound:
         for line, query, found in zip(axes, queries, best, strict=True):
             draw_label(line[0], self.name_of(rows[query]))
             for axis, index in zip(line[1:], map(int, found)):
-                draw_picture(axis, as_rgb(rows[index][self.image_column]))
+                draw_picture(axis, as_rgb(rows[index][IMAGE]))
                 if output.label_ids[index] == output.label_ids[query]:
                     frame(axis, "tab:green")
         save_figure(figure, path)

@@ -1,10 +1,7 @@
-"""recipes/data.py: data sets of every kind, names of rows, what is held out, what is checked, and what is drawn."""
+"""recipes/data.py: names of rows, what is held out, what is checked, and what is drawn."""
 
-import json
 import logging
 import random
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,67 +15,10 @@ from recipes.data import (
     SeededRows,
     check_rows,
     hold_out,
-    load_splits,
     require_splits,
     seeded,
     wanted_splits,
 )
-
-PICTURES = sorted((Path(__file__).resolve().parents[2] / "examples" / "pictures").glob("*.png"))[:4]
-
-
-def rows() -> Dataset:
-    return Dataset.from_dict({"image": list(map(str, PICTURES))})
-
-
-def write_parquet(folder: Path) -> None:
-    folder.mkdir()
-    rows().to_parquet(folder / "train-00000.parquet")
-
-
-def write_folder(folder: Path) -> None:
-    (folder / "train").mkdir(parents=True)
-    for file in PICTURES:
-        (folder / "train" / file.name).write_bytes(file.read_bytes())
-    lines = [json.dumps({"file_name": file.name, "text": file.stem}) for file in PICTURES]
-    (folder / "train" / "metadata.jsonl").write_text("\n".join(lines))
-
-
-def write_shards(folder: Path) -> None:
-    folder.mkdir()
-    for number in range(2):
-        with tarfile.open(folder / f"shard-{number}.tar", "w") as shard:
-            for file in PICTURES[number::2]:
-                shard.add(file, file.name)
-
-
-KINDS = {
-    "saved splits": lambda folder: DatasetDict(train=rows()).save_to_disk(folder),
-    "saved rows": lambda folder: rows().save_to_disk(folder),
-    "parquet": write_parquet,
-    "folder": write_folder,
-    "shards": write_shards,
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_dataset_opens(kind, tmp_path, monkeypatch):
-    """Whole or streaming, and its rows have the names that their user knows."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    KINDS[kind](tmp_path / "data")
-    for streaming in (False, True):
-        splits = load_splits(str(tmp_path / "data"), streaming=streaming)
-        assert list(splits) == ["train"] and len(list(splits["train"])) == 4
-        assert {"folder": "text", "shards": "png"}.get(kind, "image") in next(iter(splits["train"]))
-    files = [f"train/{file.name}" for file in PICTURES]
-    assert load_splits(str(tmp_path / "data"))["train"][ROW][:] == (files if kind == "folder" else [0, 1, 2, 3])
-
-
-def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
-    (tmp_path / "a.txt").write_text("")
-    for name in ("absent", "a.txt"):
-        with pytest.raises(ValueError, match="expected a folder, a .parquet or .tar file, or a name on the Hub"):
-            load_splits(str(tmp_path / name))
 
 
 def test_a_validation_split_is_held_out_where_there_is_none():

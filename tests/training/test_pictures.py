@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features
+from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from recipes import classification, contrastive, data, depth, masked, search, tokens
+from recipes import classification, contrastive, depth, masked, search, tokens
 from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
 
 REPO = Path(__file__).resolve().parents[2]
@@ -83,15 +83,14 @@ def pixels_of(recipe: str, picture: Image.Image, path: str) -> torch.Tensor:
     if recipe == "classification":
         return classification.Process(processor)({"image": picture, "labels": 0})["pixel_values"]
     if recipe == "contrastive":
-        rows = Dataset.from_dict({"image": [path], "text": ["x"]}).cast_column("image", ImageFeature())
-        arguments = contrastive.DataArguments(dataset="x", caption_column="text")
-        return contrastive.evaluation_pictures(rows, arguments, processor)[0]["pixel_values"]
+        rows = Dataset.from_dict({"image": [path], "captions": ["x"]}).cast_column("image", ImageFeature())
+        return contrastive.evaluation_pictures(rows, processor)[0]["pixel_values"]
     if recipe == "depth":
         shape = SimpleNamespace(image_shape=(48, 48), max_depth=None)
         make = depth.EvaluationPair(depth.DataArguments(dataset="x"), shape, processor, None)
         return make({"image": path, "depth": np.ones((48, 48))})["pixel_values"]
     if recipe == "masked":
-        rgb = masked.TrainingPicture("image", (48, 48))({"image": picture})["rgb"].float() / 255
+        rgb = masked.TrainingPicture((48, 48))({"image": picture})["rgb"].float() / 255
         return (rgb - 0.45) / 0.27
     return tokens.read_pixels([path], processor, (48, 48))[0]
 
@@ -127,6 +126,5 @@ def test_the_log_counts_what_was_changed(tmp_path, caplog):
     kept, embeds = search.embed_files(model, processor, paths, batch_size=4)
     assert kept == paths and embeds.shape == (6, 2)
     assert f"4 of 6 pictures with {ON_WHITE}" in caplog.text and f"2 of 6 pictures with {ON_BLACK}" in caplog.text
-    rows = Dataset.from_dict({"image": list(map(str, paths))}, features=Features(image=ImageFeature()))
-    masked.check_pictures(data.with_row_names({"train": rows}, tmp_path)["train"], "train", "image")
-    assert f"split train: 2 rows with {ON_BLACK}: ['white.png', 'nearly white.png']" in caplog.text
+    masked.check_pictures(masked.load_pictures(masked.DataArguments(str(tmp_path)))["train"], "train")
+    assert f"split train: 2 rows with {ON_BLACK}: ['nearly white.png', 'white.png']" in caplog.text

@@ -37,7 +37,7 @@ def test_pretraining_leaves_a_trunk_and_pictures_of_what_it_fills_in(photos, tmp
 def test_every_evaluation_hides_the_same_patches(photos):
     rows = Dataset.from_dict({"image": list(map(str, sorted(photos.iterdir())))}).cast_column("image", ImageFeature())
     model = VitEmbedForMaskedImageModeling(tiny.vision_config(mask_ratio=0.5))
-    judged = EvaluationPictures(rows, "image", image_processor_of(model), model.config)
+    judged = EvaluationPictures(rows, image_processor_of(model), model.config)
     first, again = ([judged[row]["bool_masked_pos"] for row in range(10)] for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, again))
     assert {int(mask.sum()) for mask in first} == {8} and len({tuple(mask.tolist()) for mask in first}) > 5

@@ -26,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from data import build_digits_dataset
 from recipes import classification
-from recipes.data import ROW, hold_out, load_splits
+from recipes.data import ROW, hold_out
 from vit_embed import VitEmbedForImageClassification, VitEmbedModel
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -197,14 +197,15 @@ def test_labels_outside_the_label_set(trunks, tmp_path, caplog):
 
 def test_a_validation_share_is_stratified_and_seeded(tmp_path):
     labels = [0] * 20 + [1] * 10 + [2]
-    splits = load_splits(str(saved(tmp_path / "data", ClassLabel(names=["a", "b", "c"]), train=labels)))
-    arguments = classification.DataArguments("", validation_share=0.2, **NAMED)
-    choose = partial(classification.stratified_rows, column="kind")
+    data = saved(tmp_path / "data", ClassLabel(names=["a", "b", "c"]), train=labels)
+    arguments = classification.DataArguments(str(data), validation_share=0.2, **NAMED)
+    splits = classification.load_labelled(arguments)
+    choose = partial(classification.stratified_rows, column="label")
     taken = [hold_out(splits, arguments, seed, choose) for seed in (0, 0, 1)]
     rows = [parts["validation"][ROW][:] for parts in taken]
     assert rows[0] == rows[1] != rows[2]
-    assert sorted(taken[0]["validation"]["kind"]) == [0] * 4 + [1] * 2
-    assert 2 in taken[0]["train"]["kind"], "a label with one picture stays in training"
+    assert sorted(taken[0]["validation"]["label"]) == [0] * 4 + [1] * 2
+    assert 2 in taken[0]["train"]["label"], "a label with one picture stays in training"
     assert len(taken[0]["train"]) + len(taken[0]["validation"]) == 31
 
 
@@ -227,18 +228,6 @@ def test_refusals(feature, labels, options, message, trunks, tmp_path):
     data = saved(tmp_path / "data", feature, train=labels, validation=labels)
     with pytest.raises(ValueError, match=message):
         train(data, trunks["still"], tmp_path / "run", **{"do_train": True, **options})
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_folders_of_pictures_at_several_depths_are_refused(split, digits, trunks, tmp_path):
-    """`datasets` would take the last folder for the label, or no labels at all."""
-    data = tmp_path / "data"
-    shutil.copytree(digits, data)
-    path = next((data / split).rglob("*.png"))
-    (path.parent / "small").mkdir()
-    path.rename(path.parent / "small" / path.name)
-    with pytest.raises(ValueError, match="beside each other"):
-        train(data, trunks["still"], tmp_path / "run", **ONE_STEP)
 
 
 def test_digits_data_set_script(monkeypatch, tmp_path, capsys):

@@ -180,7 +180,7 @@ def test_one_caption_for_all_is_refused_before_the_first_step(small, tmp_path):
         ({"tag_column": "words"}, r"expected columns \['words'\] in split 'train', found \['image', 'captions',"),
         ({"image_column": "group"}, "expected pictures in column 'group'"),
         ({"streaming": True, "group_column": "group"}, "--group_column picks from rows that are all known"),
-        ({"caption_column": "image"}, "expected texts or lists of texts in column 'image' of .*; set --caption_column"),
+        ({"caption_column": "image"}, "expected a column 'image', found columns .*; set --caption_column"),
     ],
 )
 def test_refusals(options, message, small, tmp_path):

@@ -192,12 +192,13 @@ def test_data_that_is_all_wrong_is_refused_with_what_to_set(tmp_path):
     write_pair(tmp_path / "a", "one", (GOOD * 1000).astype(np.uint16))
     write_pair(tmp_path / "b", "one", None)
     (tmp_path / "c" / "images").mkdir(parents=True)
+    shutil.copy(next((tmp_path / "a" / "images").iterdir()), tmp_path / "c" / "images")
     shutil.copytree(tmp_path / "a", tmp_path / "d")
     shutil.copy(tmp_path / "d" / "images" / "one.png", tmp_path / "d" / "images" / "one.jpg")
     for folder, message in (
         ("a", "medians of 3e[+]03 to 3e[+]03 with --depth_scale 1; set it"),
-        ("b", "none of 1 are: 1 with a picture without a depth"),
-        ("c", "a folder depths/ beside images/"),
+        ("b", "lacks a folder depths or depth beside it"),
+        ("c", "nearest: folders of pictures and depths .* lacks a folder depths or depth beside it"),
         ("d", "one file of the name 'one'"),
     ):
         with pytest.raises(ValueError, match=message):

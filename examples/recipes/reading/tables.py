@@ -1,0 +1,383 @@
+"""Tables of pictures: csv, tsv, lists of paths, jsonl and json -> rows; and the columns that recipes look for.
+
+A cell of a csv is a text, and an empty one is None; nothing is guessed about numbers here. Rows are named by the line
+of their file.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import datasets
+from datasets import Dataset, DatasetDict, Value
+from datasets import Image as ImageFeature
+
+from recipes.arguments import DataArguments
+from recipes.reading.place import Finder, Place, split_of_name, split_of_word
+from vit_embed.retrieval import sources
+from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
+
+logger = logging.getLogger(__name__)
+
+ROW = "__row__"  # how the user knows a row
+PROBLEM = "__problem__"  # why a row cannot be used, where reading it found that out
+IMAGE = "image"
+IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "image_id", "id")  # tables of Kaggle name pictures by their stems
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+LIST_SUFFIXES = (".txt", ".lst")
+TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", *LIST_SUFFIXES)
+MOST_TABLES, DEEPEST_TABLE = 64, 3  # files looked into for a table, and folders above them
+SEPARATORS = ("\t", ";", "|", ",")
+NUM_SNIFFED = 5
+Texts = (Value("string"), Value("large_string"), Value("string_view"))
+Bytes = (Value("binary"), Value("large_binary"), Value("binary_view"))
+
+
+class Record(NamedTuple):
+    """A row of a table: the line it begins at, its cells by column, and why it cannot be used."""
+
+    line: int
+    cells: dict[str, object]
+    problem: str | None = None
+
+
+# --- reading a file ---
+
+
+def records(path: Path, arguments: DataArguments, columns: Sequence[str] = ()) -> Iterator[Record]:
+    """The rows of a table, one by one.
+
+    Args:
+        columns: names for the columns of a table without a header.
+
+    Raises:
+        ValueError: the file is no text in UTF-8, or no JSON where it should be.
+    """
+    try:
+        yield from (
+            _json_records(path)
+            if path.suffix.lower() not in (".csv", ".tsv", *LIST_SUFFIXES)
+            else _text_records(path, arguments, columns)
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected text in UTF-8 in {path}, {error}; save it as UTF-8") from error
+
+
+def _json_records(path: Path) -> Iterator[Record]:
+    """Objects, one a line, or a list of them; a line that is none has a problem."""
+    with path.open(encoding="utf-8-sig") as file:
+        if path.suffix.lower() == ".json":
+            try:
+                entries = json.load(file)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"expected JSON in {path}: {error}") from error
+            for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):
+                yield Record(number, entry) if isinstance(entry, dict) else Record(number, {}, "no JSON object")
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    entry = None
+                yield Record(number, entry) if isinstance(entry, dict) else Record(number, {}, "no JSON object")
+
+
+def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize)
+    separator = separator_of(path, arguments)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        lines = _split_lines(file) if separator is None else csv.reader(file, delimiter=separator)
+        first = next(lines, [])
+        if is_header(first, path, arguments):
+            columns, begin = [name.strip() for name in first], lines.line_num + 1
+        else:
+            columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
+            lines, begin = _Again(first, lines), 1
+        for cells in lines:
+            line, begin = begin, lines.line_num + 1
+            if not any(cell.strip() for cell in cells):
+                continue
+            problem = None
+            if len(cells) != len(columns):
+                problem = (
+                    f"{len(cells)} cells in a table of {len(columns)} columns; quote a text that holds a separator"
+                )
+            yield Record(line, {name: cell.strip() or None for name, cell in zip(columns, cells)}, problem)
+
+
+class _split_lines:
+    """Lines of words between spaces, with the counter of csv.reader."""
+
+    def __init__(self, file) -> None:
+        self.file, self.line_num = file, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> list[str]:
+        line = next(self.file)
+        self.line_num += 1
+        return line.split() if not line.lstrip().startswith("#") else []
+
+
+class _Again:
+    """A reader whose first row was already taken."""
+
+    def __init__(self, first: list[str], rest) -> None:
+        self.first, self.rest = first, rest
+
+    def __iter__(self):
+        yield self.first
+        yield from self.rest
+
+    @property
+    def line_num(self) -> int:
+        return self.rest.line_num
+
+
+def separator_of(path: Path, arguments: DataArguments) -> str | None:
+    """--separator, or what separates the first lines into the same number of cells, two at least; None for spaces."""
+    if arguments.separator:
+        return arguments.separator.encode().decode("unicode_escape")
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        first = [line for line in itertools.islice(file, 4 * NUM_SNIFFED) if line.strip() and line[0] != "#"]
+    for separator in SEPARATORS:
+        if first and separator in first[0]:
+            return separator
+    is_list = path.suffix.lower() in LIST_SUFFIXES
+    return None if is_list and all(len(line.split()) > 1 for line in first[:NUM_SNIFFED]) else ","
+
+
+def is_header(first: Sequence[str], path: Path, arguments: DataArguments) -> bool:
+    """Whether the first row of a table names its columns: none of its cells is a picture."""
+    cells = [cell for cell in first if cell and not cell.isspace()]
+    if any(cell.lower().endswith(PICTURE_SUFFIXES) for cell in cells):
+        return False
+    finder = Finder(path, arguments).fit(cells)
+    return not any(finder.finds(cell) for cell in cells)
+
+
+# --- finding the tables of a place ---
+
+
+def column_of(columns: Sequence[str], asked: str | None, usual: Sequence[str]) -> str | None:
+    """The column that is asked for, or the first of the usual ones that is there, in any case; None for none."""
+    if asked is not None:
+        return asked if asked in columns else None
+    by_name = {name.lower(): name for name in reversed(columns)}
+    return next((by_name[name] for name in usual if name in by_name), None)
+
+
+def tables_of(
+    place: Place, arguments: DataArguments, asked: str | None, usual: Sequence[str], columns: Sequence[str]
+) -> list[str]:
+    """The tables of a place that have a column of pictures and one of what is learned.
+
+    Args:
+        asked, usual: the column of what is learned, by the command line, or by its usual names.
+        columns: names for the columns of a table without a header.
+    """
+    key = ("tables", asked, tuple(usual))
+    if key not in vars(place):
+        stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
+        near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
+        near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
+        vars(place)[key] = [f for f in near if _has(Path(place.full(f)), arguments, asked, usual, columns)]
+    return vars(place)[key]
+
+
+def _has(path: Path, arguments: DataArguments, asked, usual, columns) -> bool:
+    try:
+        first = list(itertools.islice(records(path, arguments, columns), NUM_SNIFFED))
+    except (ValueError, OSError):
+        return False
+    found = first[0].cells if first else {}
+    image = column_of(list(found), arguments.image_column, IMAGE_COLUMNS)
+    return image is not None and column_of([c for c in found if c != image], asked, usual) is not None
+
+
+def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) -> dict[str, list[str]]:
+    """{split: its tables}: by the words in their names or the folder they lie in; one without a word is for training.
+
+    Raises:
+        ValueError: several tables, of which none names a split.
+    """
+    named: dict[str, list[str]] = {}
+    for table in tables:
+        path = PurePosixPath(table)
+        folders = [split_of_name(folder, arguments) for folder in reversed(path.parent.parts)]
+        split = next(filter(None, [split_of_name(path.stem, arguments), *folders]), None)
+        named.setdefault(split, []).append(table)
+    rest = named.pop(None, [])
+    if not named and len(rest) > 1:
+        raise ValueError(
+            f"expected one table in {place.name}, or names that tell the split as train.csv and validation.csv do, "
+            f"found {', '.join(rest[:6])}; give --dataset the path of one"
+        )
+    if named and rest:
+        logger.warning("left out, as their names tell no split: %s", ", ".join(rest))
+    return named or {arguments.train_split: rest}
+
+
+def read_tables(
+    place: Place, tables: Sequence[str], arguments: DataArguments, columns: Sequence[str] = ()
+) -> DatasetDict:
+    """The rows of some tables by split: their own columns, ROW and PROBLEM; pictures as paths.
+
+    A column `split` (SPLIT_COLUMNS) tells the split of each row.
+    """
+    splits: dict[str, list[dict]] = {}
+    for split, files in split_tables(place, tables, arguments).items():
+        for file in files:
+            for own, row in _rows(place, file, arguments, columns):
+                splits.setdefault(own or split, []).append(row)
+    names = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
+    read = {s: {name: [row.get(name) for row in rows] for name in names} for s, rows in splits.items()}
+    return DatasetDict({split: from_columns(found) for split, found in read.items()})
+
+
+def from_columns(columns: dict[str, list]) -> Dataset:
+    """A dataset of columns; ValueError names one whose cells are of several kinds."""
+    try:
+        return Dataset.from_dict(columns)
+    except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
+        for name, cells in columns.items():
+            kinds = sorted({type(cell).__name__ for cell in cells if cell is not None})
+            if len(kinds) > 1:
+                raise ValueError(f"expected cells of one kind in column {name!r}, found {', '.join(kinds)}") from error
+        raise
+
+
+def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterator[tuple[str | None, dict]]:
+    """(split by the table's own column or None, row) of each row of a table."""
+    path, known = Path(place.full(file)), split_of_word(arguments)
+    found = list(records(path, arguments, columns))
+    cells = next((record.cells for record in found if record.cells), {})
+    image = column_of(list(cells), arguments.image_column, IMAGE_COLUMNS)
+    split = column_of(list(cells), None, SPLIT_COLUMNS)
+    values = {str(record.cells.get(split)).lower() for record in found}
+    split = split if split is not None and values <= set(known) else None
+    finder = Finder(path, arguments).fit([cell for r in found if isinstance(cell := r.cells.get(image), str)])
+    for record in found:
+        row = {**record.cells, ROW: f"{file}:{record.line}", PROBLEM: record.problem}
+        cell = row.get(image)
+        if isinstance(cell, str):
+            row[image] = picture_path(cell, finder)
+        elif record.problem is None and image is not None and cell is None:
+            row[PROBLEM] = "no path of a picture"
+        yield known[str(record.cells[split]).lower()] if split is not None else None, row
+
+
+def picture_path(cell: str, finder: Finder) -> str:
+    """The path that a cell stands for.
+
+    Raises:
+        ValueError: it is an address.
+    """
+    if "://" in cell:
+        raise ValueError(
+            f"expected paths of pictures in {finder.table}, got the address {cell}; download them first, as "
+            "img2dataset does, which writes tars that train_contrastive.py reads"
+        )
+    return finder(cell)
+
+
+# --- columns ---
+
+
+class Target(NamedTuple):
+    """What is learned: the name that its column gets, the column asked for by `flag`, and the usual names for it."""
+
+    name: str
+    asked: str | None
+    usual: tuple[str, ...]
+    flag: str
+
+
+def with_known_columns(
+    splits: DatasetDict, arguments: DataArguments, target: Target | None, needs_pictures: bool
+) -> DatasetDict:
+    """The splits with their pictures in the column IMAGE and what is learned in that of the target's name.
+
+    Pictures are cast to datasets.Image from paths, bytes, or {bytes, path}. A split without a column of what is
+    learned, as of unlabelled pictures, is left without.
+
+    Raises:
+        ValueError: a split has no column of pictures, or it holds something else; no split has the target's.
+    """
+    renamed = dict(splits)
+    if needs_pictures:
+        renamed = {split: _with_pictures(rows, split, arguments) for split, rows in splits.items()}
+    if target is None:
+        return type(splits)(renamed)
+    found = {split: column_of(own_columns(rows), target.asked, target.usual) for split, rows in renamed.items()}
+    if not any(found.values()):
+        columns = sorted({name for rows in renamed.values() for name in own_columns(rows)})
+        asked = target.asked or " or ".join(target.usual)
+        raise ValueError(f"expected a column {asked!r}, found columns {columns}; set {target.flag}")
+    for split, column in found.items():
+        if column is not None:
+            renamed[split] = _renamed(renamed[split], column, target.name, split)
+    return type(splits)(renamed)
+
+
+def own_columns(rows: Dataset) -> list[str]:
+    """The columns that the user knows, but for the pictures."""
+    return [name for name in rows.column_names if name not in (IMAGE, ROW, PROBLEM)]
+
+
+def _renamed(rows: Dataset, column: str, name: str, split: str) -> Dataset:
+    if column == name:
+        return rows
+    logger.info("split %s: column %r is read as %r", split, column, name)
+    return (rows.remove_columns(name) if name in rows.column_names else rows).rename_column(column, name)
+
+
+def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Dataset:
+    columns = [name for name in rows.column_names if name not in (ROW, PROBLEM)]
+    column = column_of(columns, arguments.image_column, IMAGE_COLUMNS)
+    if column is None:
+        asked = arguments.image_column or " or ".join(IMAGE_COLUMNS[:4])
+        raise ValueError(
+            f"expected pictures in column {asked!r} of split {split!r}, found columns {columns}; set --image_column"
+        )
+    feature = rows.features[column]
+    if not isinstance(feature, ImageFeature):
+        is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
+        if feature not in (*Texts, *Bytes) and not is_struct:
+            raise ValueError(
+                f"expected pictures in column {column!r} of split {split!r} (paths, bytes or {{bytes, path}}), it has "
+                f"{feature}; set --image_column"
+            )
+        if feature in Texts:
+            rows = _with_paths(rows, column, split, arguments)
+        rows = rows.cast_column(column, ImageFeature())
+    return _renamed(rows, column, IMAGE, split)
+
+
+def _with_paths(rows: Dataset, column: str, split: str, arguments: DataArguments) -> Dataset:
+    """Paths as they were written -> paths from here.
+
+    Raises:
+        ValueError: none of them leads to a file.
+    """
+    cells = rows[column][:]
+    given = [cell for cell in cells if cell]
+    if not any(map(os.path.isfile, given[:: max(1, len(given) // 64)])):
+        finder = Finder(Path(arguments.dataset) / "table", arguments).fit(given)
+        if given and not any(map(finder.finds, given)):
+            raise ValueError(
+                f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
+                "other of its paths; set --image_folder, or --image_column"
+            )
+        cells = [cell and finder(cell) for cell in cells]
+    return rows.remove_columns(column).add_column(column, cells)
