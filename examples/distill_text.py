@@ -15,6 +15,7 @@ Needs: what train_contrastive.py needs.
 from functools import partial
 
 from recipes.arguments import parse
+from recipes.command import run_command
 from recipes.contrastive import ModelArguments, load_two_towers
 from recipes.data import SeededRows
 from recipes.distillation import (
@@ -47,6 +48,8 @@ def main() -> None:
     model, processor = load_two_towers(model_arguments)
     prepare(model, recipe)
     texts = read_texts(arguments, processor.tokenizer)
+    if arguments.check_only:
+        return
     rows = list(zip(texts, teacher_embeddings(folder, texts, model.config.projection_dim), strict=True))
     held_out = rows[::VALIDATION_EVERY]
     learned = [row for number, row in enumerate(rows) if number % VALIDATION_EVERY]
@@ -65,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

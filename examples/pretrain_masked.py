@@ -13,20 +13,24 @@ The trunk then loads into every other class: `VitEmbedForImageClassification.fro
 Needs: `pip install accelerate datasets kornia matplotlib pillow tqdm`. Source: arXiv:2111.06377.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
 from recipes.arguments import parse
-from recipes.data import SeededRows, hold_out, require_splits, wanted_splits
+from recipes.check import check_and_show
+from recipes.command import run_command
+from recipes.data import Report, SeededRows, hold_out, require_splits, wanted_splits
 from recipes.drawing import as_colours, spread_over
 from recipes.masked import (
     NUM_SHOWN,
     Collator,
     DataArguments,
-    EvaluationPictures,
     ModelArguments,
     TrainingPicture,
     check_pictures,
+    evaluation_rows,
     load_pictures,
 )
 from recipes.models import image_processor_of, load_model, prepare
@@ -44,10 +48,14 @@ def main() -> None:
     splits = load_pictures(data)
     if training.do_eval:
         splits = hold_out(splits, data, training.seed)
-    wanted = wanted_splits(data, training)
+    wanted, report = wanted_splits(data, training, splits), Report()
     require_splits(splits, wanted, data.dataset)
-    checked = {split: check_pictures(splits[split], split) for split in wanted}
-    judged = {split: EvaluationPictures(rows, processor, model.config) for split, rows in checked.items()}
+    checked = {split: check_pictures(splits[split], split, report) for split in wanted}
+    judged = {split: evaluation_rows(rows, processor, model.config, training.seed) for split, rows in checked.items()}
+    collate = Collator(processor, data, model.config.image_shape)
+    if data.check_only:
+        check_and_show(judged, report, collate, processor, lambda item: "", Path(training.output_dir) / "check")
+        return
     trained = None
     if training.do_train:
         make = TrainingPicture(model.config.image_shape)
@@ -65,9 +73,10 @@ def main() -> None:
         draw=draw_reconstructions,
         compute=reconstruct,
         data=data.dataset,
+        report=report,
         model=model,
         args=training,
-        data_collator=Collator(processor, data, model.config.image_shape),
+        data_collator=collate,
         train_dataset=trained,
         eval_dataset=judged.get(data.validation_split),
         processing_class=processor,
@@ -76,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,12 +11,15 @@ Needs: `pip install accelerate datasets kornia matplotlib pillow tqdm`.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import CLIPImageProcessor
 
 from recipes.arguments import parse
-from recipes.data import SeededRows, require_splits, wanted_splits
+from recipes.check import check_and_show
+from recipes.command import run_command
+from recipes.data import Report, SeededRows, require_splits
 from recipes.masked import Collator, DataArguments, TrainingPicture, check_pictures, load_pictures
 from recipes.models import image_processor_of, prepare
 from recipes.trainer import RecipeTrainer, run
@@ -43,7 +46,7 @@ class BrightnessCollator:
 def main() -> None:
     """Parse the command line and train."""
     data, recipe, training = parse(DataArguments, description=__doc__)
-    if not training.do_train or training.do_eval or training.do_predict:
+    if not data.check_only and (not training.do_train or training.do_eval or training.do_predict):
         raise ValueError("expected --do_train and neither --do_eval nor --do_predict: this script trains, no more")
     config = VitEmbedConfig(
         hidden_size=64,
@@ -63,20 +66,27 @@ def main() -> None:
     processor = image_processor_of(model)
     prepare(model, recipe)
     splits = load_pictures(data)
-    require_splits(splits, wanted_splits(data, training), data.dataset)
-    rows = check_pictures(splits[data.train_split], data.train_split)
-    make = TrainingPicture(config.image_shape)
+    require_splits(splits, [data.train_split], data.dataset)
+    report = Report()
+    rows = check_pictures(splits[data.train_split], data.train_split, report)
+    trained = SeededRows(rows, TrainingPicture(config.image_shape), training.seed)
+    collate = BrightnessCollator(Collator(processor, data, config.image_shape), processor)
+    if data.check_only:
+        folder = Path(training.output_dir) / "check"
+        check_and_show({data.train_split: trained}, report, collate, processor, lambda item: "", folder)
+        return
     trainer = RecipeTrainer(
         recipe,
         data=data.dataset,
         model=model,
         args=training,
-        data_collator=BrightnessCollator(Collator(processor, data, config.image_shape), processor),
-        train_dataset=SeededRows(rows, make, training.seed),
+        data_collator=collate,
+        train_dataset=trained,
+        report=report,
         processing_class=processor,
     )
     run(trainer)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,10 +6,13 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from transformers import TrainingArguments, set_seed
+
+from recipes.command import REPOSITORY, Parser
 
 HELD_OUT_HELP = "share of the training split to hold out for --do_eval without a validation split, in (0, 1)"
-SHIPPED_CHECKPOINT = str(Path(__file__).resolve().parents[2])
+SHIPPED_CHECKPOINT = str(REPOSITORY)
+NUM_CHECKPOINTS = 2  # kept where --save_total_limit does not say
 # Endings of the names of metrics of which less is better.
 ERRORS = ("loss", "abs_rel", "rmse", "log10")
 
@@ -18,6 +21,7 @@ ERRORS = ("loss", "abs_rel", "rmse", "log10")
 class ModelArguments:
     """Which model to start from. What a recipe adds and names in CONFIG_FIELDS replaces that field of its config."""
 
+    _argument_group_name = "model"
     CONFIG_FIELDS = ()
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "checkpoint to start from"})
@@ -36,6 +40,7 @@ class ModelArguments:
 class DataArguments:
     """Which pictures, and which part of them is for what."""
 
+    _argument_group_name = "data"
     streaming = False  # for recipes that cannot
 
     dataset: str = field(metadata={"help": "a folder, a file, or a name on the Hub; docs/your-data.md has the layouts"})
@@ -77,6 +82,8 @@ class DataArguments:
 class RecipeArguments:
     """What all recipes can do beside TrainingArguments."""
 
+    _argument_group_name = "recipe"
+
     freeze: list[str] = field(
         default_factory=list,
         metadata={"help": "beginnings of names of parameters not to train, as in vision_model.embeddings"},
@@ -115,11 +122,15 @@ def parse(*dataclasses: type, description: str | None = None) -> tuple:
     Raises:
         ValueError: training would write over a run, or an option lacks another one that it needs.
     """
-    parser = HfArgumentParser((*dataclasses, RecipeArguments, TrainingArguments), description=description)
-    parsed = parser.parse_args_into_dataclasses()
+    parser = Parser((*dataclasses, RecipeArguments, TrainingArguments), description)
+    parser.set_defaults(save_total_limit=NUM_CHECKPOINTS)
+    parsed = parser.parse()
     recipe, training = parsed[-2:]
     level = logging.INFO if training.process_index == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(name)s %(message)s")
+    is_check = any(getattr(arguments, "check_only", False) for arguments in parsed)
+    if not (is_check or training.do_train or training.do_eval or training.do_predict):
+        raise ValueError("nothing to do: give --do_train, --do_eval, --do_predict, or --check_only to look at the data")
     with training.main_process_first(local=False):
         if training.process_index == 0:
             check_output_dir(training)

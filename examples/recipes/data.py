@@ -7,10 +7,12 @@ selection.
 from __future__ import annotations
 
 import contextlib
+import csv
 import logging
 import random
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +23,16 @@ from tqdm import tqdm
 from transformers import TrainingArguments
 
 from recipes.arguments import DataArguments
+from recipes.files import written_aside
 from recipes.reading.tables import PROBLEM, ROW
 from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
 
 logger = logging.getLogger(__name__)
 
 NUM_NAMED = 10  # rows that the log names for each finding
+# What reading a file raises that is gone or was cut off; a ValueError is more often a fault of ours.
+LOST = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+MOST_LOST_IN_A_ROW = 20  # neighbours; beyond that the disk is gone rather than a file
 
 
 # --- columns ---
@@ -53,8 +59,10 @@ def require_columns(rows: Dataset, split: str, flags: dict[str, str | None]) -> 
 # --- splits ---
 
 
-def wanted_splits(arguments: DataArguments, training: TrainingArguments) -> list[str]:
-    """The splits that --do_train, --do_eval and --do_predict need, each once."""
+def wanted_splits(arguments: DataArguments, training: TrainingArguments, splits: Mapping[str, object]) -> list[str]:
+    """The splits that --do_train, --do_eval and --do_predict need, each once; for --check_only all that are there."""
+    if arguments.check_only:
+        return [name for name in dict.fromkeys(arguments.splits) if name in splits]
     names = [arguments.train_split] * training.do_train + arguments.validation_splits * training.do_eval
     return list(dict.fromkeys(names + [arguments.test_split] * training.do_predict))
 
@@ -106,6 +114,47 @@ class Finding(NamedTuple):
     level: int = logging.WARNING
 
 
+class Found(NamedTuple):
+    """A finding about one row: its number in the rows that were checked, and its name."""
+
+    number: int
+    name: int | str
+    finding: Finding
+
+
+class Report:
+    """What was found about the rows of each split, for the card, `--check_only` and the last line of the log."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Dataset] = {}  # as they were checked
+        self.kept: dict[str, int] = {}
+        self.found: dict[str, list[Found]] = {}
+
+    def add(self, split: str, rows: Dataset, kept: int, found: list[Found]) -> None:
+        self.rows[split], self.kept[split], self.found[split] = rows, kept, found
+
+    def num_left_out(self) -> int:
+        return sum(len(rows) - self.kept[split] for split, rows in self.rows.items())
+
+    def notes(self) -> dict[str, list[str]]:
+        """Lines about each split: how many rows there are, and what was found, most first."""
+        notes = {}
+        for split, rows in self.rows.items():
+            counts = Counter((each.finding.reason, each.finding.drop) for each in self.found[split])
+            notes[split] = [f"{self.kept[split]:,} rows, {len(rows) - self.kept[split]:,} left out"]
+            for (reason, drop), count in counts.most_common():
+                notes[split].append(f"{count:,} {'left out' if drop else 'rows'} with {reason}")
+        return notes
+
+    def write(self, path: Path) -> None:
+        """Every finding as a line of a csv: split, row, what was found, and whether the row was left out."""
+        with written_aside(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+            table = csv.writer(file)
+            table.writerow(("split", "row", "found", "left out"))
+            for split, found in self.found.items():
+                table.writerows((split, each.name, each.finding.reason, each.finding.drop) for each in found)
+
+
 def picture_findings(picture: Callable[[], Image.Image]) -> Iterator[Finding]:
     """What is wrong with a picture, or had to be changed, given a function that opens it."""
     try:
@@ -115,31 +164,40 @@ def picture_findings(picture: Callable[[], Image.Image]) -> Iterator[Finding]:
         yield Finding("an unreadable picture")
 
 
-def check_rows(rows: Dataset, split: str, examine: Callable[[int], Iterable[Finding]]) -> Dataset:
+def check_rows(
+    rows: Dataset, split: str, examine: Callable[[int], Iterable[Finding]], report: Report | None = None
+) -> Dataset:
     """The rows that are of use, before the first step; the others are counted and named in the log.
 
     Args:
         examine: number of a row -> what was found about it.
+        report: takes what was found.
 
     Raises:
         ValueError: no row is of use.
     """
     names = rows[ROW][:] if ROW in rows.column_names else range(len(rows))
     problems = rows[PROBLEM][:] if PROBLEM in rows.column_names else [None] * len(rows)
-    found: dict[Finding, list[int | str]] = defaultdict(list)
+    found: list[Found] = []
     kept = []
     for number in tqdm(range(len(rows)), desc=f"check {split}", disable=not logger.isEnabledFor(logging.INFO)):
         findings = [Finding(problems[number])] if problems[number] else list(examine(number))
-        for finding in findings:
-            found[finding].append(names[number])
+        found += [Found(number, names[number], finding) for finding in findings]
         if not any(finding.drop for finding in findings):
             kept.append(number)
-    for finding, named in found.items():
+    if report is not None:
+        report.add(split, rows, len(kept), found)
+    by_finding: dict[Finding, list[int | str]] = defaultdict(list)
+    for each in found:
+        by_finding[each.finding].append(each.name)
+    for finding, named in by_finding.items():
         more = " ..." if len(named) > NUM_NAMED else ""
         what = (split, len(named), finding.reason, named[:NUM_NAMED], more)
         logger.log(finding.level, "split %s: %d rows with %s: %s%s", *what)
     if not kept:
-        reasons = ", ".join(f"{len(named)} with {finding.reason}" for finding, named in found.items() if finding.drop)
+        reasons = ", ".join(
+            f"{len(named)} with {finding.reason}" for finding, named in by_finding.items() if finding.drop
+        )
         raise ValueError(
             f"expected usable rows in split {split!r}, none of {len(rows)} are: {reasons or 'it is empty'}"
         )
@@ -169,12 +227,15 @@ def seeded(*key: int) -> Iterator[None]:
 class SeededRows(torch.utils.data.Dataset):
     """`make(rows[i])` with randomness that depends on the seed, the epoch and the row alone.
 
-    RecipeTrainer sets the epoch. Workers share that number with the process that started them.
+    A row whose files were there when it was checked and are not any more is named in the log, and the next one takes
+    its place: training goes on. `lost` marks such rows. RecipeTrainer sets the epoch. Workers share both with the
+    process that started them.
     """
 
     def __init__(self, rows, make: Callable[[object], dict], seed: int) -> None:
         self.rows, self.make, self.seed = rows, make, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.lost = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch.fill_(epoch)
@@ -183,5 +244,21 @@ class SeededRows(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int) -> dict:
-        with seeded(self.seed, int(self.epoch), row):
-            return self.make(self.rows[row])
+        for shift in range(MOST_LOST_IN_A_ROW + 1):
+            place = (row + shift) % len(self.rows)
+            try:
+                with seeded(self.seed, int(self.epoch), place):
+                    return self.make(self.rows[place])
+            except LOST as error:
+                if shift == min(MOST_LOST_IN_A_ROW, len(self.rows) - 1):
+                    raise
+                if not self.lost[place]:
+                    self.lost[place] = True
+                    logger.warning(
+                        "row %s could be read and cannot now: %s; the next takes its place", self.name(place), error
+                    )
+
+    def name(self, place: int) -> int | str:
+        """How the user knows a row; its number where the rows have no names."""
+        columns = getattr(self.rows, "column_names", None) or ()
+        return self.rows.select_columns([ROW])[place][ROW] if ROW in columns else place

@@ -13,7 +13,7 @@ from PIL import ImageOps
 from transformers import CLIPImageProcessor
 
 from recipes import arguments as base
-from recipes.data import check_rows, picture_findings, seeded
+from recipes.data import Report, SeededRows, check_rows, picture_findings, seeded
 from recipes.reading.layouts import read_splits
 from recipes.reading.pictures import LAYOUTS
 from recipes.reading.tables import IMAGE
@@ -21,6 +21,7 @@ from vit_embed import VitEmbedConfig
 from vit_embed.retrieval.pictures import as_rgb
 
 NUM_SHOWN = 8
+NUMBER = "__number__"  # column of the numbers that choose the hidden patches
 # A margin keeps detail where a crop is enlarged.
 MARGIN = 5 / 4
 
@@ -50,10 +51,10 @@ def load_pictures(arguments: base.DataArguments) -> DatasetDict:
     return read_splits(LAYOUTS, arguments)[1]
 
 
-def check_pictures(rows: Dataset, split: str) -> Dataset:
+def check_pictures(rows: Dataset, split: str, report: Report | None = None) -> Dataset:
     """Drop rows with an unreadable picture, and name them in the log."""
     pictures = rows.select_columns([IMAGE])
-    return check_rows(rows, split, lambda row: picture_findings(lambda: pictures[row][IMAGE]))
+    return check_rows(rows, split, lambda row: picture_findings(lambda: pictures[row][IMAGE]), report)
 
 
 class TrainingPicture:
@@ -69,23 +70,25 @@ class TrainingPicture:
         return {"rgb": torch.from_numpy(np.array(picture)).permute(2, 0, 1), "key": random.getrandbits(32)}
 
 
-class EvaluationPictures(torch.utils.data.Dataset):
-    """The middle of each picture as the model takes it, and patches to hide that depend on its number alone."""
+class EvaluationPicture:
+    """A numbered row -> the middle of its picture as the model takes it, and patches to hide, by its number alone."""
 
-    def __init__(self, rows: Dataset, processor: CLIPImageProcessor, config: VitEmbedConfig) -> None:
-        self.rows, self.processor, self.config = rows, processor, config
+    def __init__(self, processor: CLIPImageProcessor, config: VitEmbedConfig) -> None:
+        self.processor, self.config = processor, config
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        picture = as_rgb(self.rows[index][IMAGE])
+    def __call__(self, row: dict) -> dict[str, torch.Tensor]:
         rows, columns = self.config.grid_size
-        order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(index))
+        order = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(row[NUMBER]))
         return {
-            "pixel_values": self.processor(picture, return_tensors="pt").pixel_values[0],
+            "pixel_values": self.processor(as_rgb(row[IMAGE]), return_tensors="pt").pixel_values[0],
             "bool_masked_pos": order < int(rows * columns * self.config.mask_ratio),
         }
+
+
+def evaluation_rows(rows: Dataset, processor: CLIPImageProcessor, config: VitEmbedConfig, seed: int) -> SeededRows:
+    """The rows as they are judged."""
+    numbered = rows.add_column(NUMBER, list(range(len(rows))))
+    return SeededRows(numbered, EvaluationPicture(processor, config), seed)
 
 
 class Collator:

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from recipes.arguments import RecipeArguments
 from recipes.card import Base, write_model_card
-from recipes.data import SeededRows
+from recipes.data import Report, SeededRows
 from recipes.models import base_model_of, frozen_modules, own_name, steps_to_head
 from vit_embed import VitEmbedForImageClassification
 from vit_embed.contrastive_vit_embed import MAX_LOGIT_SCALE
@@ -85,10 +85,12 @@ class RecipeTrainer(Trainer):
         compute: prefix of the metrics -> what `draw` gets in place of the evaluation's output; called in every process,
             as the parts of a sharded model compute together.
         data: folder or Hub id of the data set, for the model card.
+        report: what was found about its rows, for the card and the last line of the log.
         kwargs: those of Trainer.
 
     Raises:
-        ValueError: --label_smoothing_factor for a model without class numbers; FSDP where accelerate does not shard.
+        ValueError: --label_smoothing_factor for a model without class numbers; --prediction_loss_only with a metric to
+            choose the best by; FSDP where accelerate does not shard.
     """
 
     def __init__(
@@ -97,10 +99,16 @@ class RecipeTrainer(Trainer):
         draw: Callable[[EvalLoopOutput, Path], None] | None = None,
         compute: Callable[[str], object] | None = None,
         data: str = "",
+        report: Report | None = None,
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         own = base_model_of(self.model)
+        best_by = self.args.metric_for_best_model
+        if self.args.prediction_loss_only and best_by is not None and not best_by.endswith("loss"):
+            raise ValueError(
+                f"--prediction_loss_only leaves out all metrics, got --metric_for_best_model {best_by}; drop one"
+            )
         if self.args.label_smoothing_factor and not isinstance(own, VitEmbedForImageClassification):
             raise ValueError(
                 f"--label_smoothing_factor {self.args.label_smoothing_factor} smooths class numbers, of which "
@@ -109,7 +117,7 @@ class RecipeTrainer(Trainer):
         self._prepare_fsdp()
         if getattr(own, "logit_scale", None) is not None and own.logit_bias is None:
             self.add_callback(BoundLogitScale())
-        self.recipe, self.draw, self.compute, self.data = recipe, draw, compute, data
+        self.recipe, self.draw, self.compute, self.data, self.report = recipe, draw, compute, data, report or Report()
         self.base = Base.of(own) if self.is_world_process_zero() else None
         self.results: dict[str, dict[str, float]] = {}  # metrics of the splits evaluated last, for the model card
         self.drawn: Path | None = None  # the last sheet, until it is logged
@@ -191,7 +199,15 @@ class RecipeTrainer(Trainer):
         if self.is_world_process_zero():
             model = base_model_of(self.accelerator.unwrap_model(self.model))
             own_class = unsharded_class(model)
-            write_model_card(model, own_class, self.base, self.data, self.args, self.state.global_step, self.results)
+            steps, notes = self.state.global_step, self.report.notes()
+            write_model_card(model, own_class, self.base, self.data, self.args, steps, self.results, notes)
+
+    def num_lost(self, rows: object) -> int:
+        """How many rows of a data set could not be read any more, in any process."""
+        lost = getattr(rows, "lost", None)
+        if lost is None:
+            return 0
+        return int(self.accelerator.reduce(lost.int().to(self.accelerator.device)).bool().sum())
 
     # --- evaluation ---
 
@@ -217,7 +233,9 @@ class RecipeTrainer(Trainer):
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         shown = output if self.compute is None else self.compute(metric_key_prefix)
-        if self.draw is not None and self.is_world_process_zero():
+        if self.draw is not None and self.args.prediction_loss_only:
+            logger.info("--prediction_loss_only: neither metrics nor pictures of this evaluation")
+        elif self.draw is not None and self.is_world_process_zero():
             path = Path(self.args.output_dir) / "pictures" / f"{metric_key_prefix}-{self.state.global_step:06d}.png"
             self.draw(shown, path)
             logger.info("wrote %s", path)
@@ -289,3 +307,19 @@ def run(trainer: RecipeTrainer, *, test_dataset=None, test_metrics: Callable | N
         trainer.create_model_card()
     if arguments.push_to_hub:
         trainer.push_to_hub()
+    log_end(trainer, [trainer.train_dataset, trainer.eval_dataset, test_dataset])
+
+
+def log_end(trainer: RecipeTrainer, datasets: list) -> None:
+    """The last line of the log: where the result is, and how many rows it is without."""
+    flat = [part for rows in datasets for part in (rows.values() if isinstance(rows, dict) else [rows])]
+    lost = sum(trainer.num_lost(rows) for rows in {id(rows): rows for rows in flat}.values())
+    left_out = trainer.report.num_left_out()
+    level = logging.WARNING if lost else logging.INFO
+    logger.log(
+        level,
+        "done: %s; %d rows were left out before the first step, %d could not be read later",
+        trainer.args.output_dir,
+        left_out,
+        lost,
+    )

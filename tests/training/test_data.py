@@ -2,6 +2,7 @@
 
 import logging
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from recipes.arguments import DataArguments
 from recipes.data import (
     ROW,
     Finding,
+    Report,
     SeededRows,
     check_rows,
     hold_out,
@@ -37,27 +39,40 @@ def test_a_validation_split_is_held_out_where_there_is_none():
 
 def test_splits_that_are_asked_for_and_missing_are_named():
     asked = type("Training", (), {"do_train": True, "do_eval": True, "do_predict": True})
-    wanted = wanted_splits(DataArguments(dataset="data", validation_split="test"), asked)
+    wanted = wanted_splits(DataArguments(dataset="data", validation_split="test"), asked, {})
     assert wanted == ["train", "test"], "each once"
+    check = DataArguments(dataset="data", check_only=True)
+    assert wanted_splits(check, asked, {"test": None, "other": None, "train": None}) == ["train", "test"]
     with pytest.raises(ValueError, match=r"expected splits \['test'\] in data, found \['train'\]; set --train_split"):
         require_splits({"train": None}, wanted, "data")
 
 
-def test_findings_are_counted_and_named_by_the_users_own_rows(caplog):
+def test_findings_are_counted_and_named_by_the_users_own_rows(caplog, tmp_path):
     rows = Dataset.from_dict({ROW: [f"cat/{number}.png" for number in range(20)]})
 
     def examine(row: int) -> list[Finding]:
         bad, cut = Finding("an unreadable picture"), Finding("a caption too long, cut", drop=False)
         return [bad] * (row < 12) + [cut] * (row in (3, 13)) + [Finding("a note", False, logging.INFO)] * (row == 19)
 
+    report = Report()
     with caplog.at_level(logging.INFO):
-        kept = check_rows(rows, "train", examine)
+        kept = check_rows(rows, "train", examine, report)
     assert len(kept) == 8 and kept[0][ROW] == "cat/12.png"
     assert "split train: 12 rows with an unreadable picture: ['cat/0.png', 'cat/1.png'" in caplog.text
     assert "'cat/9.png'] ..." in caplog.text and "8 rows kept, 12 dropped" in caplog.text
     assert "split train: 2 rows with a caption too long, cut: ['cat/3.png', 'cat/13.png']" in caplog.text
     levels = {record.message.split(" rows with ")[-1][:6]: record.levelname for record in caplog.records}
     assert levels["an unr"] == "WARNING" and levels["a note"] == "INFO"
+    assert report.num_left_out() == 12
+    assert report.notes() == {
+        "train": [
+            *("8 rows, 12 left out", "12 left out with an unreadable picture"),
+            *("2 rows with a caption too long, cut", "1 rows with a note"),
+        ]
+    }
+    report.write(tmp_path / "found.csv")
+    lines = (tmp_path / "found.csv").read_text().splitlines()
+    assert len(lines) == 16 and lines[:2] == ["split,row,found,left out", "train,cat/0.png,an unreadable picture,True"]
     with pytest.raises(ValueError, match="none of 12 are: 12 with an unreadable picture"):
         check_rows(rows.select(range(12)), "train", examine)
     with pytest.raises(ValueError, match="it is empty"):
@@ -95,3 +110,33 @@ def test_drawing_from_a_key_leaves_other_randomness_as_it_was():
             return [float(value) for value in draw_number(0).values()]
 
     assert after(True) == after(False)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_that_vanishes_while_training_is_named_once_and_replaced_by_the_next(workers, tmp_path, caplog):
+    """Also where a worker reads it."""
+    files = [tmp_path / f"{number}.txt" for number in range(6)]
+    for file in files:
+        file.write_text(file.stem)
+    rows = Dataset.from_dict({"file": list(map(str, files)), ROW: [file.name for file in files]})
+    made = SeededRows(rows, lambda row: int(Path(row["file"]).read_text()), seed=0)
+    files[2].unlink(), files[5].unlink()
+    loader = torch.utils.data.DataLoader(made, num_workers=workers, batch_size=None)
+    assert [list(loader), list(loader)] == [[0, 1, 3, 3, 4, 0]] * 2
+    assert made.lost.tolist() == [False, False, True, False, False, True]
+    if not workers:
+        assert caplog.text.count("row 2.txt could be read and cannot now: [Errno 2]") == 1
+
+
+def test_a_fault_of_ours_is_no_vanished_row_and_a_lost_disk_ends_the_run(tmp_path):
+    def fail(error: Exception):
+        def make(row):
+            raise error
+
+        return make
+
+    for error in (ValueError("ours"), OSError("gone")):
+        with pytest.raises(type(error)):
+            SeededRows(range(100), fail(error), seed=0)[3]
+        with pytest.raises(type(error)):
+            SeededRows(range(2), fail(error), seed=0)[1]

@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from training_runs import results, run_here
 
-from recipes.masked import EvaluationPictures
+from recipes.masked import evaluation_rows
 from recipes.models import image_processor_of
 from vit_embed import VitEmbedForDepthEstimation, VitEmbedForImageClassification, VitEmbedForMaskedImageModeling
 
@@ -37,7 +37,7 @@ def test_pretraining_leaves_a_trunk_and_pictures_of_what_it_fills_in(photos, tmp
 def test_every_evaluation_hides_the_same_patches(photos):
     rows = Dataset.from_dict({"image": list(map(str, sorted(photos.iterdir())))}).cast_column("image", ImageFeature())
     model = VitEmbedForMaskedImageModeling(tiny.vision_config(mask_ratio=0.5))
-    judged = EvaluationPictures(rows, image_processor_of(model), model.config)
+    judged = evaluation_rows(rows, image_processor_of(model), model.config, seed=0)
     first, again = ([judged[row]["bool_masked_pos"] for row in range(10)] for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, again))
     assert {int(mask.sum()) for mask in first} == {8} and len({tuple(mask.tolist()) for mask in first}) > 5

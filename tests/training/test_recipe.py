@@ -219,7 +219,11 @@ def parse_with(monkeypatch, tmp_path):
         ({"layer_decay": 0.0}, "--layer_decay"),
         ({"layer_decay": 1.5}, "--layer_decay"),
         ({"early_stopping_patience": 0}, "--early_stopping_patience of at least 1"),
-        ({"early_stopping_patience": 2}, "set --eval_strategy.*--metric_for_best_model.*--load_best_model_at_end"),
+        ({}, "nothing to do: give --do_train, --do_eval, --do_predict, or --check_only"),
+        (
+            {"early_stopping_patience": 2, "do_eval": True},
+            "set --eval_strategy.*--metric_for_best_model.*--load_best_model_at_end",
+        ),
         ({"do_train": True}, "to be empty.*--resume_from_checkpoint True"),
     ],
 )
@@ -230,10 +234,11 @@ def test_the_command_line_refuses_at_once(options, message, parse_with):
 
 def test_options_are_read_and_the_best_of_errors_is_the_least(parse_with):
     recipe, training = parse_with(do_train=True, resume_from_checkpoint=True, freeze=["a", "b"])
-    assert recipe.freeze == ["a", "b"] and not training.remove_unused_columns
+    assert recipe.freeze == ["a", "b"] and not training.remove_unused_columns and training.save_total_limit == 2
+    assert parse_with(do_eval=True, save_total_limit=5)[-1].save_total_limit == 5
     least, greatest = ("loss", "eval_median_scaled_abs_rel", "rmse"), ("delta1", "accuracy")
     for name in (*least, *greatest):
-        assert parse_with(metric_for_best_model=name)[-1].greater_is_better is (name in greatest)
+        assert parse_with(do_eval=True, metric_for_best_model=name)[-1].greater_is_better is (name in greatest)
 
 
 def test_an_unfinished_checkpoint_is_left_out(tmp_path, caplog):
