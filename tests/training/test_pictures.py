@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from recipes import classification, contrastive, data, depth, masked, search, tokens
+from vit_embed import load_picture
 from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
 
 REPO = Path(__file__).resolve().parents[2]
@@ -105,6 +106,14 @@ def test_every_recipe_and_viewer_sees_the_drawing(recipe, name, tmp_path):
     pixels = pixels_of(recipe, picture, str(tmp_path / "icon.png"))
     middle, corner = (pixels[:, place, place].mean().item() for place in (pixels.shape[1] // 2, 1))
     assert (corner - middle if note == ON_WHITE else middle - corner) > 3
+
+
+@pytest.mark.parametrize("name", ICONS)
+def test_a_pipeline_that_is_given_load_picture_sees_what_the_recipe_evaluates(name, tmp_path):
+    ICONS[name][0].save(tmp_path / "icon.png")
+    evaluated = pixels_of("classification", Image.open(tmp_path / "icon.png"), "")
+    given = AutoImageProcessor.from_pretrained(REPO)(load_picture(tmp_path / "icon.png"), return_tensors="pt")
+    torch.testing.assert_close(given["pixel_values"][0], evaluated, rtol=0, atol=0)
 
 
 def test_training_on_captions_draws_it_in_any_colour_on_any_ground():
