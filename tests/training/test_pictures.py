@@ -2,6 +2,7 @@
 
 import logging
 import random
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
+from font_files import forget, only_fonts
 from PIL import Image, ImageDraw
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from recipes import classification, contrastive, data, depth, masked, search, tokens
+from recipes.drawing import _wrapped, draw_label, draw_picture, new_sheet, save_figure
 from vit_embed import load_picture
 from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
 
@@ -139,3 +142,38 @@ def test_the_log_counts_what_was_changed(tmp_path, caplog):
     rows = Dataset.from_dict({"image": list(map(str, paths))}, features=Features(image=ImageFeature()))
     masked.check_pictures(data.with_row_names({"train": rows}, tmp_path)["train"], "train", "image")
     assert f"split train: 2 rows with {ON_BLACK}: ['white.png', 'nearly white.png']" in caplog.text
+
+
+def sheet_of(caption: str, path: Path) -> np.ndarray:
+    """A figure with a caption in each place that captions have."""
+    figure, (axes,) = new_sheet(1, 3, (9, 3))
+    draw_label(axes[0], caption)
+    draw_picture(axes[1], np.ones((8, 8, 3)), f"{caption}\nis {caption}")
+    axes[2].axis("on")
+    axes[2].set(xticks=[0, 1], yticks=[0, 1], xlabel=caption)
+    axes[2].set_xticklabels(["plain", caption])
+    figure.suptitle(caption)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what matplotlib says of a letter that it draws as a box
+        save_figure(figure, path)
+    return np.asarray(Image.open(path).convert("L"))
+
+
+@pytest.fixture
+def squares(monkeypatch, tmp_path):
+    """A font in which a cat and a rocket are black squares."""
+    with monkeypatch.context() as patched:
+        only_fonts(patched, tmp_path, squares={"letters": "猫🚀"})
+        yield
+    forget()
+
+
+def test_a_sheet_of_a_recipe_shows_captions_of_any_script(squares, tmp_path):
+    for caption, shown in {"犬 🐎": "U+72AC :horse:", "猫 🐎": "猫 :horse:", "$a 🚀": "$a 🚀"}.items():
+        assert (sheet_of(caption, tmp_path / "a.png") == sheet_of(shown, tmp_path / "b.png")).all()
+    assert (sheet_of("猫" * 5, tmp_path / "a.png") < 128).sum() > 5 * 5 * 40, "five squares in five places"
+
+
+def test_a_line_breaks_where_wide_letters_fill_it(squares):
+    assert _wrapped("猫" * 7, 6) == "猫猫猫\n猫猫猫\n猫" and _wrapped("a cat 猫猫", 6) == "a cat\n猫猫"
+    assert _wrapped("one two\n\nthree", 5) == "one\ntwo\n\nthree"
