@@ -108,17 +108,11 @@ def pillow_has(letter: str) -> bool:
 
 @functools.cache
 def font_manager() -> ModuleType | None:
-    """matplotlib's, with the fonts of PACKAGES and those installed since it wrote its cache; or None."""
+    """matplotlib's, or None where it is not installed."""
     try:
         from matplotlib import font_manager
     except ImportError:
         return None
-    known = {entry.fname for entry in font_manager.fontManager.ttflist}
-    for path in sorted({*font_manager.findSystemFonts(), *_package_fonts()} - known):
-        try:
-            font_manager.fontManager.addfont(path)
-        except (OSError, RuntimeError, ValueError):  # of bitmaps alone, or damaged
-            continue
     return font_manager
 
 
@@ -144,9 +138,16 @@ def ranked_fonts(text: str) -> list[tuple[str, Any]]:
 
 @functools.cache
 def _other_fonts() -> tuple[tuple[str, Any], ...]:
+    """Also those of PACKAGES, and those installed since matplotlib wrote its list."""
     import matplotlib
 
     manager = font_manager()
+    known = {entry.fname for entry in manager.fontManager.ttflist}
+    for path in sorted({*manager.findSystemFonts(), *_package_fonts()} - known):
+        try:
+            manager.fontManager.addfont(path)
+        except (OSError, RuntimeError, ValueError):  # of bitmaps alone, or damaged
+            continue
     own = matplotlib.get_data_path()
     entries = [entry for entry in manager.fontManager.ttflist if not entry.fname.startswith(own)]
     upright = sorted(entries, key=lambda entry: (entry.style != "normal", abs(_weight(entry.weight) - 400)))
