@@ -149,7 +149,8 @@ def _other_fonts() -> tuple[tuple[str, Any], ...]:
         except (OSError, RuntimeError, ValueError):  # of bitmaps alone, or damaged
             continue
     own = matplotlib.get_data_path()
-    entries = [entry for entry in manager.fontManager.ttflist if not entry.fname.startswith(own)]
+    # The list keeps fonts that were removed since.
+    entries = [e for e in manager.fontManager.ttflist if not e.fname.startswith(own) and Path(e.fname).exists()]
     upright = sorted(entries, key=lambda entry: (entry.style != "normal", abs(_weight(entry.weight) - 400)))
     found: dict[str, Any] = {}
     for entry in upright:

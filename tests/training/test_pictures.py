@@ -8,16 +8,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from font_files import forget, only_fonts
 from PIL import Image, ImageDraw
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments
 
 from recipes import classification, contrastive, data, depth, masked, search, tokens
+from recipes.card import Base, write_model_card
 from recipes.drawing import _wrapped, draw_label, draw_picture, new_sheet, save_figure
-from vit_embed import load_picture
+from vit_embed import VitEmbedForImageClassification, load_picture
 from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
 
 REPO = Path(__file__).resolve().parents[2]
@@ -142,6 +144,26 @@ def test_the_log_counts_what_was_changed(tmp_path, caplog):
     rows = Dataset.from_dict({"image": list(map(str, paths))}, features=Features(image=ImageFeature()))
     masked.check_pictures(data.with_row_names({"train": rows}, tmp_path)["train"], "train", "image")
     assert f"split train: 2 rows with {ON_BLACK}: ['white.png', 'nearly white.png']" in caplog.text
+
+
+def card_text(folder: Path, **notes) -> str:
+    model = VitEmbedForImageClassification(tiny.vision_config())
+    training = TrainingArguments(folder, use_cpu=True, report_to=[])
+    folder.mkdir(exist_ok=True)
+    write_model_card(model, type(model), Base(""), "data", training, 3, {}, **notes)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_says_what_became_of_the_data(tmp_path):
+    left_out, icons = "1,234 rows, 5 left out: 5 with an unreadable picture", f"17 rows with {ON_WHITE}"
+    text = card_text(tmp_path, data_notes={"train": [left_out, icons], "validation": [], "test": ["9 rows"]})
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## Metrics", "## Data", "## Use", "## Training", "## Licence"]
+    assert f"\n- train: {left_out}; {icons}\n- test: 9 rows\n\nPipelines" in text and "vit_embed.load_picture" in text
+    opaque = card_text(tmp_path, data_notes={"train": [left_out]})
+    assert f"## Data\n\n- train: {left_out}\n\n## Use" in opaque and "load_picture" not in opaque
+    assert "load_picture" in card_text(tmp_path, data_notes={"train": [f"3 rows with {SCALED}"]})
+    assert "## Data" not in card_text(tmp_path) and "## Data" not in card_text(tmp_path, data_notes={"train": []})
 
 
 def sheet_of(caption: str, path: Path) -> np.ndarray:
