@@ -21,7 +21,7 @@ from datasets import Dataset, DatasetDict, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
-from recipes.reading.place import Finder, Place, split_of_name, split_of_word
+from recipes.reading.place import NUM_TRIED, Finder, Place, split_of_file, split_of_word
 from vit_embed.retrieval import sources
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
@@ -96,12 +96,13 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
     separator = separator_of(path, arguments)
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = _split_lines(file) if separator is None else csv.reader(file, delimiter=separator)
-        first = next(lines, [])
+        first = next(filter(None, lines), [])
         if is_header(first, path, arguments):
             columns, begin = [name.strip() for name in first], lines.line_num + 1
         else:
             columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
-            lines, begin = _Again(first, lines), 1
+            begin = lines.line_num
+            lines = _Again(first, lines)
         for cells in lines:
             line, begin = begin, lines.line_num + 1
             if not any(cell.strip() for cell in cells):
@@ -191,18 +192,24 @@ def tables_of(
         stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
         near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
         near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
-        vars(place)[key] = [f for f in near if _has(Path(place.full(f)), arguments, asked, usual, columns)]
+        vars(place)[key] = [file for file in near if _has(place, file, arguments, asked, usual, columns)]
     return vars(place)[key]
 
 
-def _has(path: Path, arguments: DataArguments, asked, usual, columns) -> bool:
+def _has(place: Place, file: str, arguments: DataArguments, asked, usual, columns) -> bool:
+    """Whether a table has the columns; what it has instead goes to `place.tables_seen`."""
     try:
-        first = list(itertools.islice(records(path, arguments, columns), NUM_SNIFFED))
-    except (ValueError, OSError):
+        first = list(itertools.islice(records(Path(place.full(file)), arguments, columns), NUM_SNIFFED))
+    except (ValueError, OSError) as error:
+        place.tables_seen[file] = str(error)
         return False
-    found = first[0].cells if first else {}
-    image = column_of(list(found), arguments.image_column, IMAGE_COLUMNS)
-    return image is not None and column_of([c for c in found if c != image], asked, usual) is not None
+    found = list(next((record.cells for record in first if record.cells), {}))
+    image = column_of(found, arguments.image_column, IMAGE_COLUMNS)
+    if image is None or column_of([name for name in found if name != image], asked, usual) is None:
+        if len(found) > 1:
+            place.tables_seen[file] = f"has the columns {', '.join(map(str, found[:12]))}"
+        return False
+    return True
 
 
 def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) -> dict[str, list[str]]:
@@ -213,10 +220,7 @@ def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) 
     """
     named: dict[str, list[str]] = {}
     for table in tables:
-        path = PurePosixPath(table)
-        folders = [split_of_name(folder, arguments) for folder in reversed(path.parent.parts)]
-        split = next(filter(None, [split_of_name(path.stem, arguments), *folders]), None)
-        named.setdefault(split, []).append(table)
+        named.setdefault(split_of_file(table, arguments), []).append(table)
     rest = named.pop(None, [])
     if not named and len(rest) > 1:
         raise ValueError(
@@ -304,19 +308,19 @@ class Target(NamedTuple):
 
 
 def with_known_columns(
-    splits: DatasetDict, arguments: DataArguments, target: Target | None, needs_pictures: bool
+    splits: DatasetDict, folder: Path, arguments: DataArguments, target: Target | None, needs_pictures: bool
 ) -> DatasetDict:
     """The splits with their pictures in the column IMAGE and what is learned in that of the target's name.
 
-    Pictures are cast to datasets.Image from paths, bytes, or {bytes, path}. A split without a column of what is
-    learned, as of unlabelled pictures, is left without.
+    Pictures are cast to datasets.Image from paths (relative ones start at `folder`), bytes, or {bytes, path}. A split
+    without a column of what is learned, as of unlabelled pictures, is left without.
 
     Raises:
         ValueError: a split has no column of pictures, or it holds something else; no split has the target's.
     """
     renamed = dict(splits)
     if needs_pictures:
-        renamed = {split: _with_pictures(rows, split, arguments) for split, rows in splits.items()}
+        renamed = {split: _with_pictures(rows, split, folder, arguments) for split, rows in splits.items()}
     if target is None:
         return type(splits)(renamed)
     found = {split: column_of(own_columns(rows), target.asked, target.usual) for split, rows in renamed.items()}
@@ -342,7 +346,7 @@ def _renamed(rows: Dataset, column: str, name: str, split: str) -> Dataset:
     return (rows.remove_columns(name) if name in rows.column_names else rows).rename_column(column, name)
 
 
-def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Dataset:
+def _with_pictures(rows: Dataset, split: str, folder: Path, arguments: DataArguments) -> Dataset:
     columns = [name for name in rows.column_names if name not in (ROW, PROBLEM)]
     column = column_of(columns, arguments.image_column, IMAGE_COLUMNS)
     if column is None:
@@ -351,33 +355,50 @@ def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Datas
             f"expected pictures in column {asked!r} of split {split!r}, found columns {columns}; set --image_column"
         )
     feature = rows.features[column]
+    is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not isinstance(feature, ImageFeature):
-        is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
         if feature not in (*Texts, *Bytes) and not is_struct:
             raise ValueError(
                 f"expected pictures in column {column!r} of split {split!r} (paths, bytes or {{bytes, path}}), it has "
                 f"{feature}; set --image_column"
             )
-        if feature in Texts:
-            rows = _with_paths(rows, column, split, arguments)
+        if feature in Texts or is_struct:
+            rows = _with_paths(rows, column, split, folder, arguments)
         rows = rows.cast_column(column, ImageFeature())
     return _renamed(rows, column, IMAGE, split)
 
 
-def _with_paths(rows: Dataset, column: str, split: str, arguments: DataArguments) -> Dataset:
+def path_in(cell: object) -> str | None:
+    """The path that a cell of pictures stands for; None where it holds the bytes, or nothing."""
+    if isinstance(cell, dict):
+        return None if cell.get("bytes") else cell.get("path")
+    return cell if isinstance(cell, str) else None
+
+
+def _with_paths(rows: Dataset, column: str, split: str, folder: Path, arguments: DataArguments) -> Dataset:
     """Paths as they were written -> paths from here.
 
     Raises:
         ValueError: none of them leads to a file.
     """
-    cells = rows[column][:]
-    given = [cell for cell in cells if cell]
-    if not any(map(os.path.isfile, given[:: max(1, len(given) // 64)])):
-        finder = Finder(Path(arguments.dataset) / "table", arguments).fit(given)
-        if given and not any(map(finder.finds, given)):
-            raise ValueError(
-                f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
-                "other of its paths; set --image_folder, or --image_column"
-            )
-        cells = [cell and finder(cell) for cell in cells]
-    return rows.remove_columns(column).add_column(column, cells)
+    sample = [path_in(rows[place][column]) for place in range(0, len(rows), max(1, len(rows) // NUM_TRIED))]
+    sample = [path for path in sample if path]
+    if not sample or any(map(os.path.isfile, sample)):
+        return rows
+    finder = Finder(folder / "table", arguments).fit(sample)
+    if not any(map(finder.finds, sample)):
+        raise ValueError(
+            f"expected pictures in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any other "
+            "of its paths; set --image_folder, or --image_column"
+        )
+
+    def found(cells: dict[str, list]) -> dict[str, list]:
+        paths = [(cell, path_in(cell)) for cell in cells[column]]
+        return {
+            column: [
+                cell if path is None else {**cell, "path": finder(path)} if isinstance(cell, dict) else finder(path)
+                for cell, path in paths
+            ]
+        }
+
+    return rows.map(found, batched=True, desc=f"paths of {split}")
