@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from vit_embed.retrieval.fonts import columns_of, fitting, paste_text
+from vit_embed.retrieval.fonts import fitting, paste_text, shortened
 from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
 from vit_embed.retrieval.sources import Item, open_content
 
@@ -55,9 +55,4 @@ def _thumbnail(item: Item | None) -> Image.Image | None:
 
 def _write(sheet: Image.Image, place: tuple[int, int], text: str, letters: int, colour: str, size: int) -> None:
     """A text in one line of as many letters at most, wide ones counted twice."""
-    text = fitting(" ".join(text.split()))[0]
-    if columns_of(text) > letters:
-        while columns_of(text) >= letters:
-            text = text[:-1]
-        text += "…"
-    paste_text(sheet, place, text, colour, size)
+    paste_text(sheet, place, shortened(fitting(" ".join(text.split()))[0], letters), colour, size)

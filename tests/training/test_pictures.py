@@ -194,6 +194,16 @@ def test_a_sheet_of_a_recipe_shows_captions_of_any_script(squares, tmp_path):
     assert (sheet_of("猫" * 5, tmp_path / "a.png") < 128).sum() > 5 * 5 * 40, "five squares in five places"
 
 
+def test_a_label_in_codes_does_not_push_the_axes_off_the_sheet(squares, tmp_path):
+    labels = {"犬" * 9: "U+72AC U+72AC U+72A…", "猫" * 8: "猫" * 8, "long " * 5: "long " * 5}
+    figure, ((axis,),) = new_sheet(1, 1, (9, 3))
+    axis.axis("on")
+    axis.set_xticks(range(len(labels)), labels)
+    save_figure(figure, tmp_path / "sheet.png")
+    assert [label.get_text() for label in axis.get_xticklabels()] == list(labels.values())
+
+
 def test_a_line_breaks_where_wide_letters_fill_it(squares):
     assert _wrapped("猫" * 7, 6) == "猫猫猫\n猫猫猫\n猫" and _wrapped("a cat 猫猫", 6) == "a cat\n猫猫"
+    assert _wrapped("犬犬犬犬", 22) == "U+72AC U+72AC\nU+72AC U+72AC"
     assert _wrapped("one two\n\nthree", 5) == "one\ntwo\n\nthree"
