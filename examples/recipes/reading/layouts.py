@@ -32,6 +32,7 @@ class Layout(NamedTuple):
         signs: what tells it; all hold for a data set of this layout.
         read: gives the splits.
         has_user_columns: whether their columns have the user's names; else they have the recipe's.
+        scale: of depths, what whole numbers are divided by (`depth_files.Scale`), where the layout settles it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Layout(NamedTuple):
     signs: tuple[Sign, ...]
     read: Callable[[Place, DataArguments], DatasetDict | IterableDatasetDict]
     has_user_columns: bool = False
+    scale: tuple | None = None
 
 
 def read_splits(

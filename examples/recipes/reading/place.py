@@ -122,11 +122,19 @@ class Finder:
     for elsewhere, where another file may have its name. Names without a suffix are tried with those of pictures.
     """
 
-    def __init__(self, table: Path, arguments: DataArguments, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> None:
+    def __init__(
+        self,
+        table: Path,
+        arguments: DataArguments,
+        suffixes: tuple[str, ...] = PICTURE_SUFFIXES,
+        skip: tuple[str, ...] = (),
+    ) -> None:
+        """`skip`: names, in lower case, of folders beside the table whose files are something else."""
         self.table, self.suffixes = table, suffixes
         given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
         self.usual = [*given, table.parent, table.parent.parent]
-        self.beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        self.beside = [path for path in beside if path.name.lower() not in skip]
         own_split = split_of_name(table.stem, arguments)
         if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
             self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]
@@ -139,7 +147,7 @@ class Finder:
             ValueError: two folders beside the table hold files of these names.
         """
         step = max(1, len(names) // NUM_TRIED)
-        sample = [name for name in names[::step] if name and not os.path.isabs(name)][:NUM_TRIED]
+        sample = [name for name in names[::step] if name and not os.path.isfile(_absolute(name))][:NUM_TRIED]
         depth = max((len(_parts(name)) for name in sample), default=1)
         found = {
             (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
@@ -161,7 +169,7 @@ class Finder:
 
     def __call__(self, name: str) -> str:
         """The path of the file, also where it is missing: opening it says so."""
-        if os.path.isabs(name) and os.path.isfile(name):
+        if os.path.isfile(_absolute(name)):
             return name
         return self._at(name, self.start, self.dropped) or os.path.join(self.start, *_parts(name)[self.dropped :])
 
@@ -175,6 +183,11 @@ class Finder:
         path = os.path.join(start, *parts)
         endings = ("",) if path.lower().endswith(self.suffixes) else ("", *self.suffixes)
         return next((path + ending for ending in endings if os.path.isfile(path + ending)), None)
+
+
+def _absolute(name: str) -> str:
+    """The path, if it is absolute: some lists have a slash before paths that start at a folder of theirs."""
+    return name if os.path.isabs(name) else ""
 
 
 def _parts(name: str) -> tuple[str, ...]:
