@@ -120,7 +120,8 @@ def load_pairs(arguments: DataArguments) -> tuple[DatasetDict, Scale]:
     start = f"{Place(arguments.dataset).folder}/"
     for split, rows in splits.items():
         if DEPTH in rows.column_names and rows.features[DEPTH] in Texts:
-            splits[split] = rows = with_paths(rows, DEPTH, split, arguments, DEPTH_SUFFIXES)
+            if layout.has_user_columns:
+                splits[split] = rows = with_paths(rows, DEPTH, split, arguments, DEPTH_SUFFIXES)
             files = [file for file in rows[DEPTH] if file]
             refuse_disparity(file.removeprefix(start) for file in files)
             require_libraries(files)

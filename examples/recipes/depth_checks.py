@@ -56,9 +56,8 @@ def tilt(depth: np.ndarray) -> float | None:
 def fault_of(error: Exception, what: str) -> Finding:
     if isinstance(error, Unusable):
         return Finding(str(error))
-    return Finding(
-        f"{what} whose file is missing" if isinstance(error, FileNotFoundError) else f"an unreadable {what[2:]}"
-    )
+    is_missing = isinstance(error, FileNotFoundError)
+    return Finding(f"a {what} whose file is missing" if is_missing else f"an unreadable {what}")
 
 
 def depth_findings(depth: np.ndarray, stored: np.dtype, size: tuple[int, int], scale: Scale) -> Iterator[Finding]:
@@ -110,14 +109,14 @@ class Split:
         try:
             picture, notes = read_rgb(open_picture(image))
         except UNREADABLE as error:
-            yield fault_of(error, "a picture")
+            yield fault_of(error, "picture")
             return
         for note in notes:
             yield Finding(note, drop=False, level=logging.INFO)
         try:
             stored = open_depth(cell)
         except UNREADABLE as error:
-            yield fault_of(error, "a depth")
+            yield fault_of(error, "depth")
             return
         depth = read_depth(stored, self.scale, None)
         findings = list(depth_findings(depth, stored.dtype, picture.size[::-1], self.scale))
@@ -158,14 +157,19 @@ class Split:
             logger.info("split %s: %d depths %s", name, count, kind)
         logger.info("split %s: median depths of %.3g to %.3g, mostly %.3g m", name, low, high, middle)
         if self.num_whole == num_kept:
-            raise ValueError(f"expected depths in metres, split {name!r} has {WHOLE}, {self.advice(self.medians)}")
+            raise ValueError(
+                f"expected depths in metres, all of split {name!r} are whole numbers of them, with "
+                f"{self.advice(self.medians)}"
+            )
+        if self.implausible:
+            logger.warning("split %s: what is left out as implausible has %s", name, self.advice(self.implausible))
         if self.num_beyond:
             share = self.num_beyond / self.num_measured
             beyond = f"{self.num_beyond} of {self.num_measured} measured pixels ({share:.1%}) lie beyond --max_depth"
             if share > LARGEST_SHARE_BEYOND:
                 raise ValueError(
-                    f"expected most depths of split {name!r} within --max_depth {self.max_depth:g}, {beyond}; raise it, "
-                    "or set --depth_scale"
+                    f"expected most depths of split {name!r} within --max_depth {self.max_depth:g}, {beyond}; raise "
+                    "it, or set --depth_scale"
                 )
             logger.warning("split %s: %s %g, and are not learned from", name, beyond, self.max_depth)
         tilts = np.array(self.tilts)

@@ -64,10 +64,9 @@ def read_stacks(place: Place, arguments: DataArguments) -> DatasetDict:
             )
         own = split_of_path(file, arguments) or split_of_name(PurePosixPath(file).stem, arguments)
         for split, rows in (numbers or {own or arguments.train_split: range(depths[0])}).items():
-            pairs.setdefault(split, []).extend(
-                Pair(f"{file}[{n}]", hdf5_cell(path, "images", "CWH", n), hdf5_cell(path, "depths", "WH", n))
-                for n in rows
-            )
+            for n in rows:
+                image, depth = hdf5_cell(path, "images", "CWH", n), hdf5_cell(path, "depths", "WH", n)
+                pairs.setdefault(split, []).append(Pair(f"{file}[{n}]", image, depth))
     return splits_of_pairs(pairs)
 
 
@@ -177,8 +176,8 @@ def associated(path: Path) -> list[tuple[str, str]]:
         depths = [n for n in (1, 3) if len(cells) == 4 and "depth" in cells[n].lower()]
         if len(depths) != 1:
             raise ValueError(
-                f"expected TIME rgb/FILE TIME depth/FILE in {path}, got {' '.join(cells)!r} in row {number}, in which one "
-                "file has to lie in a folder named depth"
+                f"expected TIME rgb/FILE TIME depth/FILE in {path}, got {' '.join(cells)!r} in row {number}, in which "
+                "one file has to lie in a folder named depth"
             )
         pairs.append((cells[4 - depths[0]], cells[depths[0]]))
     return pairs
@@ -241,7 +240,7 @@ LAYOUTS = (
     ),
     Layout(
         "KITTI",
-        "train/DRIVE/proj_depth/groundtruth/image_02/1.png, and DATE/DRIVE/image_02/data/1.png there or in --image_folder",
+        "train/DRIVE/proj_depth/groundtruth/image_02/1.png, DATE/DRIVE/image_02/data/1.png beside or in --image_folder",
         (
             Sign(
                 "depths in proj_depth/groundtruth, or val_selection_cropped",

@@ -196,7 +196,7 @@ def _stored(cell: object) -> object:
 
 
 def open_depth(cell: object) -> np.ndarray:
-    """A path, bytes, a picture, an array of an HDF5 file, or an array -> what is stored, (H, W), whole numbers or floats.
+    """A path, bytes, a picture, an array of an HDF5 file, or an array -> what is stored, (H, W), whole or floating.
 
     Raises:
         Unusable: several numbers a pixel, colours in a palette, or which of several arrays is not known.

@@ -1,4 +1,4 @@
-"""Layouts of pictures with depth -> rows of IMAGE and DEPTH (each a path, a cell, or a place in an HDF5 file) and ROW."""
+"""Layouts of pictures with depth -> rows of IMAGE and DEPTH (a path, a cell, or a place in an HDF5 file) and ROW."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEPTH_FOLDERS = ("depths", "depth", "depth_map", "depth_maps", "depthmaps", "dep
 # Words in the names of files of a pair that say which of both each is.
 IMAGE_WORDS, DEPTH_WORDS = {*IMAGE_FOLDERS, "left"}, {*DEPTH_FOLDERS}
 MASK_WORDS = {"mask", "valid", "confidence"}
-DISPARITY = re.compile(r"disp\d*|disparity|disparities|disparity_?maps?", re.IGNORECASE)
+DISPARITY = re.compile(r"disp\d*(gt)?|disparity|disparities", re.IGNORECASE)
 NUM_SNIFFED = 64
 MILLIMETRES = Scale(1000.0, 1000.0, "millimetres, as neither the layout nor --depth_scale says otherwise")
 
@@ -104,10 +104,8 @@ def glob_regex(pattern: str) -> re.Pattern:
     """A pattern of files -> a regular expression whose groups are what the wildcards match."""
     parts = {"**/": r"(?:(.*)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
-    whole = "".join(
-        parts.get(p, f"({p.replace('[!', '[^')})" if p[:1] == "[" and p[-1:] == "]" else re.escape(p)) for p in pieces
-    )
-    return re.compile(whole)
+    sets = {piece: f"({piece.replace('[!', '[^')})" for piece in pieces if piece.startswith("[") and len(piece) > 1}
+    return re.compile("".join({**parts, **sets}.get(piece, re.escape(piece)) for piece in pieces))
 
 
 def globbed(place: Place, flag: str, pattern: str) -> dict[str, list[str]]:
@@ -126,7 +124,7 @@ def globbed(place: Place, flag: str, pattern: str) -> dict[str, list[str]]:
         some = ", ".join(place.files[:3]) or "none"
         raise ValueError(
             f"expected {flag} with wildcards that match files in {place.name}, got {pattern!r}, which matches "
-            f"{len(found)}; its files are {some}, ..."
+            f"{len(found)} and has {regex.groups} wildcards; its files are {some}, ..."
         )
     return found
 
@@ -135,13 +133,10 @@ def read_globs(place: Place, arguments: DataArguments) -> DatasetDict:
     images = globbed(place, "--image_glob", arguments.image_glob)
     depths = globbed(place, "--depth_glob", arguments.depth_glob)
     if not {*images} & {*depths}:
-        examples = [
-            f"{files[0]} matches with {key!r}"
-            for key, files in (next(iter(images.items())), next(iter(depths.items())))
-        ]
+        (image, first), (depth, second) = next(iter(images.items())), next(iter(depths.items()))
         raise ValueError(
-            f"expected wildcards of --image_glob {arguments.image_glob!r} and --depth_glob {arguments.depth_glob!r} that "
-            f"match the same in both files of a pair, none do: {' and '.join(examples)}"
+            f"expected wildcards of --image_glob {arguments.image_glob!r} and --depth_glob {arguments.depth_glob!r} "
+            f"that match the same in both files of a pair, got {image!r} of {first[0]} and {depth!r} of {second[0]}"
         )
     return by_split(place, joined(images, depths), arguments)
 
@@ -178,10 +173,9 @@ def kaggle_tables(place: Place, arguments: DataArguments) -> list[str]:
 
 
 def is_disparity(path: str) -> bool:
-    """Whether a folder or a word of a file's name speaks of disparity."""
-    *folders, name = PurePosixPath(path).parts
-    words = [*folders, *re.split(r"[_.\- ]", PurePosixPath(name).stem)]
-    return any(DISPARITY.fullmatch(word) for word in words)
+    """Whether a word in the names of a file and its folders speaks of disparity."""
+    parts = PurePosixPath(path).with_suffix("").parts
+    return any(DISPARITY.fullmatch(word) for part in parts for word in words_of(part))
 
 
 def disparities(place: Place) -> list[str]:

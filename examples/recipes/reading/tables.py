@@ -413,8 +413,8 @@ def with_paths(
         finder = Finder(Place(arguments.dataset).folder / "table", arguments, suffixes).fit(given)
         if given and not any(map(finder.finds, given)):
             raise ValueError(
-                f"expected paths of files in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
-                "other of its paths; set --image_folder, or which column it is"
+                f"expected paths of files in column {column!r} of split {split!r}, no file is at {given[0]!r} or at "
+                "any other of its paths; set --image_folder, or which column it is"
             )
         cells = [cell and finder(cell) for cell in cells]
     return rows.remove_columns(column).add_column(column, cells)
