@@ -121,7 +121,8 @@ class Split:
         depth = read_depth(stored, self.scale, None)
         findings = list(depth_findings(depth, stored.dtype, picture.size[::-1], self.scale))
         yield from findings
-        self.implausible += [float(np.median(depth[depth > 0]))] * any(f.reason == IMPLAUSIBLE for f in findings)
+        if any(finding.reason == IMPLAUSIBLE for finding in findings):
+            self.implausible.append(float(np.median(depth[depth > 0])))
         if any(finding.drop for finding in findings):
             return
         self.num_measured += np.count_nonzero(depth)

@@ -39,14 +39,14 @@ def stacks_of(place: Place) -> dict[str, dict[str, tuple[int, ...]]]:
     return {f: s for f, s in found.items() if len(s.get("images", ())) == 4 and len(s.get("depths", ())) == 3}
 
 
-def numbers_of_splits(place: Place, arguments: DataArguments) -> dict[str, list[int]]:
-    """{split: rows} of the file splits.mat beside the labelled one, which counts from 1; empty without it."""
-    found = next((file for file in place.with_suffix("splits.mat")), None)
-    if found is None:
+def numbers_of_splits(file: Path, arguments: DataArguments) -> dict[str, list[int]]:
+    """{split: rows} of splits.mat beside the labelled file, which counts from 1; empty without it."""
+    beside = file.with_name("splits.mat")
+    if not beside.is_file():
         return {}
     from scipy.io import loadmat  # here: 0.2 s that other data sets need not wait for
 
-    arrays, known = loadmat(place.full(found)), split_of_word(arguments)
+    arrays, known = loadmat(beside), split_of_word(arguments)
     return {known[word]: [int(n) - 1 for n in arrays[f"{word}Ndxs"].ravel()] for word in ("train", "test")}
 
 
@@ -54,7 +54,6 @@ def read_stacks(place: Place, arguments: DataArguments) -> DatasetDict:
     """Of MATLAB, whose axes are reversed: images (N, 3, W, H), depths (N, W, H)."""
     stacks = stacks_of(place)
     pairs: dict[str, list[Pair]] = {}
-    numbers = numbers_of_splits(place, arguments) if len(stacks) == 1 else {}
     for file, shapes in stacks.items():
         path, (images, depths) = place.full(file), (shapes["images"], shapes["depths"])
         if images != (depths[0], 3, *depths[1:]):
@@ -62,6 +61,7 @@ def read_stacks(place: Place, arguments: DataArguments) -> DatasetDict:
                 f"expected images (N, 3, W, H) and depths (N, W, H) in {file}, got {images} and {depths}, as MATLAB "
                 "writes them"
             )
+        numbers = numbers_of_splits(Path(path), arguments)
         own = split_of_path(file, arguments) or split_of_name(PurePosixPath(file).stem, arguments)
         for split, rows in (numbers or {own or arguments.train_split: range(depths[0])}).items():
             for n in rows:

@@ -169,6 +169,9 @@ def kaggle_tables(place: Place, arguments: DataArguments) -> list[str]:
     return [t for t in depth_tables(place, arguments) if PurePosixPath(t).name in ("nyu2_train.csv", "nyu2_test.csv")]
 
 
+VIRTUAL_KITTI = re.compile(r"(.*/)?frames/depth/Camera_\d+/depth_\d+\.png")
+
+
 # --- disparity ---
 
 
@@ -241,6 +244,18 @@ LAYOUTS = (
         (TABLE_OF_DEPTHS,),
         read_depth_tables,
         has_user_columns=True,
+    ),
+    Layout(
+        "Virtual KITTI 2",
+        "SCENE/.../frames/rgb/Camera_0/rgb_1.jpg and SCENE/.../frames/depth/Camera_0/depth_1.png",
+        (
+            Sign(
+                "frames/depth/Camera_0/depth_1.png",
+                lambda place, arguments: any(map(VIRTUAL_KITTI.fullmatch, place.with_suffix(".png"))),
+            ),
+        ),
+        read_folder_pairs,
+        scale=Scale(100.0, 100.0, "Virtual KITTI's, centimetres"),
     ),
     Layout(
         "folders of pictures and depths",
