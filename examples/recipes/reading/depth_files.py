@@ -142,6 +142,7 @@ def read_pfm(path: str) -> np.ndarray:
 
 def read_exr(path: str) -> np.ndarray:
     openexr = library("OpenEXR", path)
+    Path(path).stat()  # FileNotFoundError, which OpenEXR does not tell from a damaged file
     with openexr.File(path, separate_channels=True) as file:
         channels = {name: channel.pixels for part in file.parts for name, channel in part.channels.items()}
     if not channels:

@@ -160,7 +160,7 @@ class Finder:
             return self
         self.start, self.dropped = best[0]
         alike = [str(start) for start, dropped in best if dropped == self.dropped]
-        if self.start in self.beside and len(alike) > 1:
+        if self.start in self.beside and self.start not in self.usual and len(alike) > 1:
             raise ValueError(
                 f"expected the pictures of {self.table} in one folder, found files of these names in "
                 f"{' and in '.join(alike)}; set --image_folder"
