@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +32,19 @@ LARGEST_RATIO_OF_MEDIANS = 5.0  # between splits
 LEAST_TILTED, LEAST_TILT, LEAST_SHARE_TILTED = 8, 0.3, 0.8
 TILT_SIDE = 64  # pixels of a side that are looked at
 IMPLAUSIBLE = "a median depth outside {:g} to {:g} m".format(*PLAUSIBLE_MEDIAN)
+# What stored numbers of a map (those measured) may look like, in words that follow "depths", and whether they do. It is
+# said where most maps of a split do, and at least LEAST_ODD.
+LEAST_ODD, LEAST_SHARE_ODD = 3, 0.8
+ODD: dict[str, Callable[[np.ndarray], bool]] = {
+    "end at exactly 1, as normalised numbers do, which are not metres": lambda values: (
+        values.dtype.kind == "f" and values.max() == 1
+    ),
+    "reach 65535, the largest of 16 bits: if it stands for not measured, --max_depth leaves it out": lambda values: (
+        values.dtype == np.uint16 and values.max() == 65535
+    ),
+    "are multiples of 8, as the rotated bits of SUN RGB-D are": lambda values: divides(8, values),
+    "are multiples of 257, as 8 bits stretched to 16 are": lambda values: divides(257, values),
+}
 WHOLE = "a depth of nothing but whole numbers of metres"
 
 
@@ -41,6 +54,10 @@ class Checked(NamedTuple):
     rows: Dataset
     label_shape: tuple[int, int] | None
     median: float
+
+
+def divides(divisor: int, values: np.ndarray) -> bool:
+    return values.dtype.kind in "ui" and values.dtype.itemsize > 1 and not (values % divisor).any()
 
 
 def tilt(depth: np.ndarray) -> float | None:
@@ -98,6 +115,7 @@ class Split:
         self.medians: list[float] = []
         self.implausible: list[float] = []
         self.tilts: list[float] = []
+        self.odd: Counter[str] = Counter()
         self.num_whole = self.num_measured = self.num_beyond = 0
 
     def examine(self, pair: dict) -> Iterator[Finding]:
@@ -138,6 +156,8 @@ class Split:
         self.sizes[depth.shape] += 1
         self.medians.append(float(np.median(depth[depth > 0])))
         self.tilts += [t for t in [tilt(depth)] if t is not None]
+        values = stored[depth > 0]
+        self.odd.update(words for words, is_odd in ODD.items() if is_odd(values))
 
     def advice(self, medians: list[float]) -> str:
         low, high = min(medians), max(medians)
@@ -173,6 +193,9 @@ class Split:
                     "it, or set --depth_scale"
                 )
             logger.warning("split %s: %s %g, and are not learned from", name, beyond, self.max_depth)
+        for words, count in self.odd.items():
+            if count >= max(LEAST_ODD, LEAST_SHARE_ODD * len(self.medians)):
+                logger.warning("split %s: %d of %d depths %s", name, count, len(self.medians), words)
         tilts = np.array(self.tilts)
         if len(tilts) >= LEAST_TILTED and tilts.mean() > LEAST_TILT and (tilts > 0).mean() >= LEAST_SHARE_TILTED:
             logger.warning(

@@ -11,12 +11,14 @@ import depth_sets
 import numpy as np
 import OpenEXR
 import pytest
+import tifffile
 import tiny
 import train_depth
 from datasets import Dataset
+from datasets import Image as ImageFeature
 from depth_sets import SETS, metres, pixels, write_depth, write_hdf5, write_picture
 from PIL import Image
-from training_runs import run_here
+from training_runs import results, run_here
 
 from recipes.depth import DataArguments, load_pairs
 from recipes.depth_checks import Checked, check_pairs, compare_splits
@@ -26,7 +28,7 @@ from recipes.reading.tables import IMAGE, ROW
 from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
 
 SIXTEEN = 0.51 / 1000  # half a millimetre, what whole numbers of them lose
-# {data set: (rows of each split, the first row's name, metres that its numbers may be off by, what the depth is times)}
+# {data set: (rows of each split, the first row's name, metres that its numbers may be off by)}
 EXPECTED = {
     "rooms": ({"train": 12, "validation": 6}, "train/images/0.png", SIXTEEN),
     "flat": ({"train": 12}, "images/0.png", 0),
@@ -323,7 +325,7 @@ FAULTS = {
     "dangling": (".png", lambda p: p.symlink_to("nothing"), "a depth whose file is missing"),
     "deep": (
         ".tif",
-        lambda p: __import__("tifffile").imwrite(p, DEPTH.astype(float)),
+        lambda p: tifffile.imwrite(p, DEPTH.astype(float)),
         "a .tif that Pillow does not read",
     ),
     "empty": (".npy", lambda p: np.save(p, 0 * DEPTH), "a depth without a valid pixel"),
@@ -378,6 +380,28 @@ def test_depths_that_grow_downwards_are_said_to_be_perhaps_none(write, is_said, 
 
 
 @pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda depth: depth / depth.max(), "end at exactly 1, as normalised numbers do"),
+        (lambda depth: np.where(depth > 0, 1000 * depth, 65535).astype(np.uint16), "reach 65535"),
+        (
+            lambda depth: (1000 * depth).astype(np.uint16) * 8,
+            "are multiples of 8, as the rotated bits of SUN RGB-D are",
+        ),
+        (lambda depth: (25 * depth).astype(np.uint16) * 257, "are multiples of 257, as 8 bits stretched to 16 are"),
+    ],
+)
+def test_numbers_that_look_like_no_distances_are_said(write, said, caplog):
+    folder = write_folder(range(4))
+    checked("mine")
+    assert said not in caplog.text
+    for n in range(4):
+        np.save(folder / f"{n}.npy", write(metres(n)))
+    checked("mine")
+    assert f"split train: 4 of 4 depths {said}" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("picture", "depth"),
     [
         ("left/0.png", "disparity/0.pfm"),
@@ -414,7 +438,7 @@ def test_a_table_whose_folders_are_mixed_up_is_refused_or_told():
 
 def test_files_of_a_saved_data_set_that_cannot_be_decoded_are_told_apart(caplog):
     write_folder(range(3), ".tif")
-    rows = load_pairs(DataArguments(dataset="mine"))[0]["train"].cast_column(IMAGE, __import__("datasets").Image())
+    rows = load_pairs(DataArguments(dataset="mine"))[0]["train"].cast_column(IMAGE, ImageFeature())
     Path("mine/images/0.png").write_bytes(b"nothing")
     Path("mine/images/1.png").unlink()
     assert check_pairs(rows, "train", MILLIMETRES, None).rows[ROW][:] == ["images/2.png"]
@@ -447,4 +471,4 @@ def test_a_step_is_trained_on_a_data_set_as_it_was_published(name):
     options = {"do_train": True, "do_eval": True, "max_steps": 1, "per_device_train_batch_size": 4}
     options |= {"dataset": name, **depth_sets.OPTIONS.get(name, {}), "config_name": "config", "output_dir": "run"}
     run_here(train_depth, **options)
-    assert np.isfinite(__import__("training_runs").results(Path("run"), "eval")["abs_rel"])
+    assert np.isfinite(results(Path("run"), "eval")["abs_rel"])
