@@ -18,6 +18,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from depth_sets import SETS, metres, pixels, write_depth, write_hdf5, write_picture
 from PIL import Image
+from scipy.io import savemat
 from training_runs import results, run_here
 
 from recipes.depth import DataArguments, load_pairs
@@ -205,6 +206,44 @@ def test_patterns_that_cannot_pair_are_refused_with_examples(image_glob, depth_g
             checked("mine", image_glob=image_glob, depth_glob=depth_glob)
 
 
+@pytest.mark.parametrize(
+    ("file", "image_axes", "depth_axes"),
+    [
+        ("train.mat", (3, 2, 1), (2, 1)),  # C, W, H
+        ("train.h5", (3, 2, 1), (2, 1)),
+        ("train.h5", (3, 1, 2), (1, 2)),
+        ("train.h5", (1, 2, 3), (1, 2)),
+    ],
+)
+def test_axes_of_a_stack_are_told_by_their_lengths(file, image_axes, depth_axes):
+    images, depths = (np.stack([of(n) for n in range(3)]) for of in (pixels, metres))
+    write_hdf5(Path("nyu") / file, images=images.transpose(0, *image_axes), depths=depths.transpose(0, *depth_axes))
+    row = load_pairs(DataArguments(dataset="nyu"))[0]["train"][2]
+    assert row[ROW] == f"{file}[2]" and np.array_equal(np.asarray(open_picture(row[IMAGE])), pixels(2))
+    np.testing.assert_array_equal(open_depth(row["depth"]), metres(2))
+
+
+def test_stacks_that_are_torn_or_whose_axes_are_not_told_are_refused(caplog):
+    square = np.ones((2, 3, 24, 24), np.uint8), np.ones((2, 24, 24), np.float32)
+    write_hdf5(Path("nyu/train.h5"), images=square[0], depths=square[1])
+    with pytest.raises(ValueError, match=r"wider than high, in train.h5, got \(2, 3, 24, 24\) and \(2, 24, 24\)"):
+        load_pairs(DataArguments(dataset="nyu"))
+    SETS["nyu-labelled"](Path("nyu"))
+    Path("nyu/train.h5").write_bytes(Path("nyu/train.h5").read_bytes()[:900])
+    assert len(load_pairs(DataArguments(dataset="nyu"))[0]["train"]) == 18
+    assert "nyu/train.h5 is left out: it is damaged, or has no images and depths" in caplog.text
+    file = Path("nyu/nyu_depth_v2_labeled.mat")
+    file.write_bytes(file.read_bytes()[:9000])
+    with pytest.raises(ValueError, match="HDF5 in nyu/nyu_depth_v2_labeled.mat, it is damaged or breaks off"):
+        load_pairs(DataArguments(dataset="nyu"))
+
+
+def test_a_table_of_something_else_does_not_hide_the_folders():
+    folder = write_folder(range(3))
+    Path("mine/labels.csv").write_text("0.png,kitchen\n1.png,hall\n")
+    assert checked("mine")["train"].rows["depth"][0] == str(folder / "0.npy")
+
+
 # --- formats ---
 
 
@@ -228,6 +267,7 @@ FORMATS = {
     "half .exr": (".exr", lambda p, d: depth_sets.write_exr(p, d.astype(np.float16), "Y"), 2e-3),
     ".exr of layers": (".exr", two_channels, 0),
     ".h5": (".h5", lambda p, d: write_hdf5(p, depth=d[None]), 0),
+    ".mat": (".mat", lambda p, d: write_hdf5(p, depth=d.T), 0),
     ".h5 of several": (".h5", lambda p, d: write_hdf5(p, depth=d, valid=d > 0), 0),
 }
 
@@ -328,6 +368,7 @@ FAULTS = {
         lambda p: tifffile.imwrite(p, DEPTH.astype(float)),
         "a .tif that Pillow does not read",
     ),
+    "old": (".mat", lambda p: savemat(p, {"depth": DEPTH}), "a .mat of before version 7.3"),
     "empty": (".npy", lambda p: np.save(p, 0 * DEPTH), "a depth without a valid pixel"),
     "turned": (".npy", lambda p: np.save(p, DEPTH.T), "a depth turned by 90 degrees against its picture"),
     "cut": (".npy", lambda p: np.save(p, DEPTH[:10]), "a depth of another shape than its picture"),

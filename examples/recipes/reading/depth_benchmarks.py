@@ -11,7 +11,7 @@ import numpy as np
 from datasets import DatasetDict
 
 from recipes.arguments import DataArguments
-from recipes.reading.depth_files import HDF5_SUFFIXES, Scale, hdf5_cell, hdf5_shapes
+from recipes.reading.depth_files import HDF5_SUFFIXES, Scale, hdf5_cell, hdf5_shapes, is_hdf5
 from recipes.reading.depth_pairs import NUM_NAMED, Pair, by_split, joined, split_of_path, splits_of_pairs
 from recipes.reading.layouts import Layout, Sign
 from recipes.reading.place import Place, split_of_name, split_of_word
@@ -27,16 +27,39 @@ FARTHEST_IN_TIME = 0.02  # seconds between a picture of TUM RGB-D and its depth,
 
 
 def shapes_of(place: Place) -> dict[str, dict[str, tuple[int, ...]]]:
-    """{file: the shapes of its arrays} of the first HDF5 files."""
+    """{file: the shapes of its arrays} of the first HDF5 files.
+
+    Raises:
+        ValueError: none of them can be read, as after a download that broke off.
+    """
     if "hdf5_shapes" not in vars(place):
         files = place.with_suffix(*HDF5_SUFFIXES)[:NUM_OPENED]
-        vars(place)["hdf5_shapes"] = {file: hdf5_shapes(place.full(file)) for file in files}
+        found = vars(place)["hdf5_shapes"] = {file: hdf5_shapes(place.full(file)) for file in files}
+        if not any(found.values()) and (torn := [file for file in files if is_hdf5(place.full(file))]):
+            raise ValueError(f"expected HDF5 in {place.full(torn[0])}, it is damaged or breaks off; get it again")
     return vars(place)["hdf5_shapes"]
 
 
-def stacks_of(place: Place) -> dict[str, dict[str, tuple[int, ...]]]:
-    found = shapes_of(place)
-    return {f: s for f, s in found.items() if len(s.get("images", ())) == 4 and len(s.get("depths", ())) == 3}
+def is_stack(shapes: dict[str, tuple[int, ...]]) -> bool:
+    return len(shapes.get("images", ())) == 4 and len(shapes.get("depths", ())) == 3
+
+
+def axes_of_stack(file: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, str]:
+    """The axes of a picture and a depth: MATLAB reverses them; of others the longer side is taken for the width.
+
+    Raises:
+        ValueError: the arrays do not belong together, or their sides are alike.
+    """
+    images, depths = shapes["images"], shapes["depths"]
+    first, second = depths[1:]
+    if images == (depths[0], 3, first, second) and (file.lower().endswith(".mat") or first > second):
+        return "CWH", "WH"
+    if first < second and images in ((depths[0], 3, first, second), (depths[0], first, second, 3)):
+        return ("CHW" if images[1] == 3 else "HWC"), "HW"
+    raise ValueError(
+        f"expected images (N, 3, W, H) and depths (N, W, H) as MATLAB writes them, or (N, 3, H, W) and (N, H, W) wider "
+        f"than high, in {file}, got {images} and {depths}; write an .h5 file a picture, rgb (3, H, W) and depth (H, W)"
+    )
 
 
 def numbers_of_splits(file: Path, arguments: DataArguments) -> dict[str, list[int]]:
@@ -51,21 +74,22 @@ def numbers_of_splits(file: Path, arguments: DataArguments) -> dict[str, list[in
 
 
 def read_stacks(place: Place, arguments: DataArguments) -> DatasetDict:
-    """Of MATLAB, whose axes are reversed: images (N, 3, W, H), depths (N, W, H)."""
-    stacks = stacks_of(place)
     pairs: dict[str, list[Pair]] = {}
-    for file, shapes in stacks.items():
-        path, (images, depths) = place.full(file), (shapes["images"], shapes["depths"])
-        if images != (depths[0], 3, *depths[1:]):
-            raise ValueError(
-                f"expected images (N, 3, W, H) and depths (N, W, H) in {file}, got {images} and {depths}, as MATLAB "
-                "writes them"
-            )
-        numbers = numbers_of_splits(Path(path), arguments)
+    files = [file for file in place.with_suffix(*HDF5_SUFFIXES) if PurePosixPath(file).name != "splits.mat"]
+    for file in files:
+        path, shapes = place.full(file), hdf5_shapes(place.full(file))
+        if not is_stack(shapes):
+            logger.warning("%s is left out: it is damaged, or has no images and depths", path)
+            continue
+        image_axes, depth_axes = axes_of_stack(file, shapes)
+        logger.info(
+            "%s: images are read as (N, %s), depths as (N, %s)", path, *map(", ".join, (image_axes, depth_axes))
+        )
+        numbers = numbers_of_splits(Path(path), arguments) if len(files) == 1 else {}
         own = split_of_path(file, arguments) or split_of_name(PurePosixPath(file).stem, arguments)
-        for split, rows in (numbers or {own or arguments.train_split: range(depths[0])}).items():
+        for split, rows in (numbers or {own or arguments.train_split: range(shapes["depths"][0])}).items():
             for n in rows:
-                image, depth = hdf5_cell(path, "images", "CWH", n), hdf5_cell(path, "depths", "WH", n)
+                image, depth = hdf5_cell(path, "images", image_axes, n), hdf5_cell(path, "depths", depth_axes, n)
                 pairs.setdefault(split, []).append(Pair(f"{file}[{n}]", image, depth))
     return splits_of_pairs(pairs)
 
@@ -227,7 +251,7 @@ LAYOUTS = (
         (
             Sign(
                 "a .mat (v7.3) or .h5 file of images (N, 3, W, H) and depths (N, W, H)",
-                lambda place, arguments: bool(stacks_of(place)),
+                lambda place, arguments: any(map(is_stack, shapes_of(place).values())),
             ),
         ),
         read_stacks,

@@ -24,6 +24,7 @@ LIBRARIES = {".exr": "OpenEXR", **dict.fromkeys(HDF5_SUFFIXES, "h5py")}
 # What NumPy, h5py and OpenEXR raise for a damaged file beside pictures.UNREADABLE.
 DAMAGED = (EOFError, KeyError, RuntimeError, TypeError, MemoryError, OverflowError, struct.error, zlib.error)
 DAMAGED += (zipfile.BadZipFile, NotImplementedError)
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PFM_HEADER = re.compile(rb"(PF|Pf)\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\r?\n")
 DEPTH_ARRAYS = ("depth", "depths", "depth_map", "z", "depth.z", "depth.v")
 
@@ -76,11 +77,25 @@ def hdf5_shapes(file: str) -> dict[str, tuple[int, ...]]:
         return {}
 
 
+def is_hdf5(file: str) -> bool:
+    """By its first bytes, which MATLAB puts behind 512 of its own; a file that breaks off is one, too."""
+    with Path(file).open("rb") as stored:
+        first = stored.read(520)
+    return HDF5_SIGNATURE in (first[:8], first[512:])
+
+
 def read_hdf5(file: str, array: str | None = None, index: int | None = None) -> np.ndarray:
     h5py = library("h5py", file)
     with h5py.File(file) as arrays:
         array = array or chosen([name for name in arrays if isinstance(arrays[name], h5py.Dataset)])
         return arrays[array][()] if index is None else arrays[array][index]
+
+
+def read_mat(file: str) -> np.ndarray:
+    """MATLAB reverses the axes of what it writes."""
+    if not is_hdf5(file):
+        raise Unusable("a .mat of before version 7.3, which is no HDF5: save it with -v7.3, or as .npy")
+    return read_hdf5(file).T
 
 
 def read_hdf5_cell(cell: dict) -> np.ndarray:
@@ -158,7 +173,8 @@ READERS: dict[str, Callable[[str], np.ndarray]] = {
     ".npz": read_npz,
     ".pfm": read_pfm,
     ".exr": read_exr,
-    **dict.fromkeys(HDF5_SUFFIXES, read_hdf5),
+    **dict.fromkeys((".h5", ".hdf5"), read_hdf5),
+    ".mat": read_mat,
 }
 DEPTH_SUFFIXES = tuple(READERS)
 

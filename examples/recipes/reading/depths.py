@@ -15,13 +15,22 @@ from recipes.reading.depth_files import DEPTH_SUFFIXES, Scale
 from recipes.reading.depth_pairs import DEPTH, by_split, joined
 from recipes.reading.layouts import Layout, Sign
 from recipes.reading.place import Place
-from recipes.reading.tables import IMAGE, PathColumn, read_tables, records, tables_of
+from recipes.reading.tables import IMAGE, IMAGE_COLUMNS, PathColumn, column_of, read_tables, records, tables_of
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
 DEPTH_COLUMNS = ("depth", "depth_map", "depth_path", "depths", "depth_file", "depth_image", "depth_file_name")
 HEADERLESS = (IMAGE, DEPTH)
-IMAGE_FOLDERS = ("images", "rgb", "image", "color", "img", "imgs", "rgbs", "colors", "colour", "colours")
-DEPTH_FOLDERS = ("depths", "depth", "depth_map", "depth_maps", "depthmaps", "depthmap")
+IMAGE_FOLDERS = ("images", "rgb", "image", "color", "img", "imgs", "rgbs", "colors", "colour", "rgb_images")
+DEPTH_FOLDERS = (
+    "depths",
+    "depth",
+    "depth_map",
+    "depth_maps",
+    "depthmaps",
+    "depthmap",
+    "depth_images",
+    "gt_depth",
+)
 # Words in the names of files of a pair that say which of both each is.
 IMAGE_WORDS, DEPTH_WORDS = {*IMAGE_FOLDERS, "left"}, {*DEPTH_FOLDERS}
 MASK_WORDS = {"mask", "valid", "confidence"}
@@ -145,7 +154,18 @@ def read_globs(place: Place, arguments: DataArguments) -> DatasetDict:
 
 
 def depth_tables(place: Place, arguments: DataArguments) -> list[str]:
-    return tables_of(place, arguments, arguments.depth_column, DEPTH_COLUMNS, HEADERLESS)
+    """The tables with a column of pictures and one of depths, in which the first rows name files of depth."""
+    tables = tables_of(place, arguments, arguments.depth_column, DEPTH_COLUMNS, HEADERLESS)
+    return [table for table in tables if first_depths(place, table, arguments)]
+
+
+def first_depths(place: Place, table: str, arguments: DataArguments) -> list[str]:
+    """The cells of depth in the first rows that have the suffix of one; without it they are of another column."""
+    rows = itertools.islice(records(Path(place.full(table)), arguments, HEADERLESS), NUM_SNIFFED)
+    cells = [row.cells for row in rows]
+    image = column_of([*cells[0]], arguments.image_column, IMAGE_COLUMNS)
+    column = column_of([name for name in cells[0] if name != image], arguments.depth_column, DEPTH_COLUMNS)
+    return [cell for row in cells if isinstance(cell := row.get(column), str) and cell.lower().endswith(DEPTH_SUFFIXES)]
 
 
 def read_depth_tables(place: Place, arguments: DataArguments) -> DatasetDict:
@@ -156,12 +176,7 @@ def read_depth_tables(place: Place, arguments: DataArguments) -> DatasetDict:
 
 
 def lists_kitti(place: Place, arguments: DataArguments) -> bool:
-    cells = [
-        str(cell)
-        for table in depth_tables(place, arguments)[:4]
-        for record in itertools.islice(records(Path(place.full(table)), arguments, HEADERLESS), NUM_SNIFFED)
-        for cell in record.cells.values()
-    ]
+    cells = [cell for table in depth_tables(place, arguments) for cell in first_depths(place, table, arguments)]
     return any("proj_depth/groundtruth" in cell.replace("\\", "/") for cell in cells)
 
 
