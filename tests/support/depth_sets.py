@@ -187,13 +187,14 @@ def list_of_two(path: Path) -> None:
 
 
 def kitti_list(path: Path) -> None:
-    kitti(path)
+    """The list itself, beside the data."""
+    kitti(path.parent)
     drive, lines = "2011_09_26_drive_0001_sync", []
     for n in SPLITS["train"]:
         file = f"image_0{2 + n % 2}/data/{n:010}.png"
         depth = f"data_depth_annotated/train/{drive}/proj_depth/groundtruth/{file.replace('data/', '')}"
         lines.append(f"raw/2011_09_26/{drive}/{file} {depth} 721.5377")
-    (path / "train.txt").write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def table(path: Path) -> None:
@@ -250,8 +251,7 @@ SETS: dict[str, Callable[[Path], None]] = {
     "nyudepthv2": nyu_singles,
     "kaggle-nyu": kaggle,
     "kitti": kitti,
-    "kitti-selection": kitti_selection,
-    "kitti-list": kitti_list,
+    "kitti-list/train.txt": kitti_list,
     "tum": tum,
     "nyu-list": list_of_two,
     "table": table,
@@ -262,6 +262,5 @@ SETS: dict[str, Callable[[Path], None]] = {
 }
 # What a command needs beside --dataset.
 OPTIONS = {
-    "kitti-list": {"dataset": "kitti-list/train.txt"},
     "patterns": {"image_glob": "scans/*/left/*_a.png", "depth_glob": "scans/*/metres/*_b.exr"},
 }
