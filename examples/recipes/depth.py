@@ -113,10 +113,19 @@ def load_pairs(arguments: DataArguments) -> tuple[DatasetDict, Scale]:
     """Every split of --dataset, rows of IMAGE, DEPTH (cells as of `open_picture` and `open_depth`) and ROW; the scale.
 
     Raises:
-        ValueError: no layout that is read, disparity by its name, or a library for the files is missing.
+        ValueError: no layout that is read, disparity by its name, a library for the files is missing, or a flag for
+            tables is given where there is none.
     """
     target = Target(DEPTH, arguments.depth_column, DEPTH_COLUMNS, "--depth_column")
     layout, splits = read_splits(LAYOUTS, arguments, target)
+    flags = {"--image_column": arguments.image_column, "--depth_column": arguments.depth_column}
+    flags["--depth_folder"] = arguments.depth_folder
+    unused = [flag for flag, value in flags.items() if value is not None]
+    if unused and not layout.has_user_columns:
+        raise ValueError(
+            f"expected a table for {', '.join(unused)}, {arguments.dataset} is read as: {layout.name} ({layout.form}); "
+            "leave the flag out, or name a column that is there"
+        )
     start = f"{Place(arguments.dataset).folder}/"
     for split, rows in splits.items():
         if DEPTH in rows.column_names and rows.features[DEPTH] in Texts:

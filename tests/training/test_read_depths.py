@@ -23,7 +23,7 @@ from training_runs import results, run_here
 
 from recipes.depth import DataArguments, load_pairs
 from recipes.depth_checks import Checked, check_pairs, compare_splits
-from recipes.reading.depth_files import open_depth, open_picture, read_depth
+from recipes.reading.depth_files import Unusable, open_depth, open_picture, read_depth
 from recipes.reading.depths import MILLIMETRES
 from recipes.reading.tables import IMAGE, ROW
 from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
@@ -244,6 +244,15 @@ def test_a_table_of_something_else_does_not_hide_the_folders():
     assert checked("mine")["train"].rows["depth"][0] == str(folder / "0.npy")
 
 
+def test_a_column_that_no_table_has_is_refused():
+    SETS["table"](Path("table"))
+    SETS["jsonl"](Path("jsonl"))
+    with pytest.raises(ValueError, match="expected a table for --depth_column, table is read as: folders of pictures"):
+        load_pairs(DataArguments(dataset="table", depth_column="metres"))
+    with pytest.raises(ValueError, match="nearest: table of depths .* lacks a table with a column .*--depth_column"):
+        load_pairs(DataArguments(dataset="jsonl", depth_column="metres"))
+
+
 # --- formats ---
 
 
@@ -295,8 +304,9 @@ def test_torn_and_missing_files_raise_what_training_takes_for_unreadable(name):
     whole, expected = path.read_bytes(), open_depth(str(path))
     for length in {0, 1, 7, *random.integers(8, len(whole) - 16, 24).tolist()}:
         path.write_bytes(whole[:length])
-        with pytest.raises(UNREADABLE):
+        with pytest.raises(UNREADABLE) as caught:
             open_depth(str(path))
+        assert not isinstance(caught.value, Unusable), "what is torn is said to be of another kind"
     for place in random.integers(0, min(len(whole), 600), 150):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
         with contextlib.suppress(UNREADABLE):

@@ -146,8 +146,9 @@ def read_kitti(place: Place, arguments: DataArguments) -> DatasetDict:
         picture = pictures.get((drive, camera, number))
         pairs.setdefault(split, []).append(Pair(match[0], picture, place.full(match[0])))
     used = {pair.image for found in pairs.values() for pair in found}
-    unused = [path for path in pictures.values() if path not in used]
-    if unused and pairs:
+    drives = {match[2] for match in kitti_depths(place)}
+    unused = [path for (drive, _, _), path in pictures.items() if drive in drives and path not in used]
+    if unused:
         logger.info("%d pictures have no depth and are left out: %s", len(unused), ", ".join(unused[:NUM_NAMED]))
     if chosen := selected(place):
         validation = arguments.validation_splits[0]

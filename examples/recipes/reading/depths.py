@@ -21,18 +21,10 @@ from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 DEPTH_COLUMNS = ("depth", "depth_map", "depth_path", "depths", "depth_file", "depth_image", "depth_file_name")
 HEADERLESS = (IMAGE, DEPTH)
 IMAGE_FOLDERS = ("images", "rgb", "image", "color", "img", "imgs", "rgbs", "colors", "colour", "rgb_images")
-DEPTH_FOLDERS = (
-    "depths",
-    "depth",
-    "depth_map",
-    "depth_maps",
-    "depthmaps",
-    "depthmap",
-    "depth_images",
-    "gt_depth",
-)
+DEPTH_FOLDERS = ("depths", "depth", "depth_map", "depth_maps", "depthmap", "depthmaps", "depth_images", "gt_depth")
 # Words in the names of files of a pair that say which of both each is.
 IMAGE_WORDS, DEPTH_WORDS = {*IMAGE_FOLDERS, "left"}, {*DEPTH_FOLDERS}
+PAIR_WORDS = {*IMAGE_WORDS, *DEPTH_WORDS, "sync"}
 MASK_WORDS = {"mask", "valid", "confidence"}
 DISPARITY = re.compile(r"disp\d*(gt)?|disparity|disparities", re.IGNORECASE)
 NUM_SNIFFED = 64
@@ -78,8 +70,7 @@ def read_folder_pairs(place: Place, arguments: DataArguments) -> DatasetDict:
     depths = files_in(place, DEPTH_FOLDERS, DEPTH_SUFFIXES)
     pairs = keys_of(images, set()), keys_of(depths, set())
     if not {*pairs[0]} & {*pairs[1]}:  # rgb_1.png in one folder, depth_1.png in the other
-        drop = {*IMAGE_WORDS, *DEPTH_WORDS, "sync"}
-        pairs = keys_of(images, drop), keys_of(depths, drop)
+        pairs = keys_of(images, PAIR_WORDS), keys_of(depths, PAIR_WORDS)
     return by_split(place, joined(*pairs), arguments)
 
 
@@ -95,7 +86,7 @@ def beside(place: Place) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         words = words_of(path.stem)
         if not MASK_WORDS & {*words}:
             kind = depths if DEPTH_WORDS & {*words} else images
-            name = "_".join(word for word in words if word not in (*IMAGE_WORDS, *DEPTH_WORDS, "sync"))
+            name = "_".join(word for word in words if word not in PAIR_WORDS)
             if kind is depths or file.lower().endswith(PICTURE_SUFFIXES):
                 kind.setdefault(str(path.with_name(name or path.stem)), []).append(file)
     return images, depths
@@ -217,9 +208,15 @@ def read_disparity(place: Place, arguments: DataArguments) -> DatasetDict:
 
 # --- the table ---
 
-TABLE_OF_DEPTHS = Sign(
-    "a table with a column of pictures and one of depths (--image_column, --depth_column)",
-    lambda place, arguments: bool(depth_tables(place, arguments)),
+TABLE_OF_DEPTHS = (
+    Sign(
+        "pictures",
+        lambda place, arguments: bool(place.pictures) or bool(arguments.image_folder) or place.path.is_file(),
+    ),
+    Sign(
+        "a table with a column of pictures and one of files of depth (--image_column, --depth_column)",
+        lambda place, arguments: bool(depth_tables(place, arguments)),
+    ),
 )
 
 LAYOUTS = (
@@ -248,7 +245,7 @@ LAYOUTS = (
     Layout(
         "list of KITTI",
         "a list of DATE/DRIVE/image_02/data/1.png DRIVE/proj_depth/groundtruth/image_02/1.png a row, as of BTS",
-        (TABLE_OF_DEPTHS, Sign("proj_depth/groundtruth in its paths", lists_kitti)),
+        (*TABLE_OF_DEPTHS, Sign("proj_depth/groundtruth in its paths", lists_kitti)),
         read_depth_tables,
         has_user_columns=True,
         scale=depth_benchmarks.KITTI_SCALE,
@@ -256,7 +253,7 @@ LAYOUTS = (
     Layout(
         "table of depths",
         "train.csv and validation.csv (or .tsv, .txt, .jsonl, .json): the path of a picture and of its depth a row",
-        (TABLE_OF_DEPTHS,),
+        TABLE_OF_DEPTHS,
         read_depth_tables,
         has_user_columns=True,
     ),
