@@ -131,7 +131,7 @@ def read_picture(path: str) -> np.ndarray:
             return of_picture(picture)
     except UnidentifiedImageError as error:
         if path.lower().endswith((".tif", ".tiff")):
-            raise Unusable("a .tif that Pillow does not read; it reads whole numbers and floats of 32 bits") from error
+            raise Unusable("an unreadable .tif; whole numbers and floats of 32 bits are read") from error
         raise
 
 

@@ -15,7 +15,16 @@ from recipes.reading.depth_files import DEPTH_SUFFIXES, Scale
 from recipes.reading.depth_pairs import DEPTH, by_split, joined
 from recipes.reading.layouts import Layout, Sign
 from recipes.reading.place import Place
-from recipes.reading.tables import IMAGE, IMAGE_COLUMNS, PathColumn, column_of, read_tables, records, tables_of
+from recipes.reading.tables import (
+    IMAGE,
+    IMAGE_COLUMNS,
+    TEXT_TABLES,
+    PathColumn,
+    column_of,
+    read_tables,
+    records,
+    tables_of,
+)
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
 DEPTH_COLUMNS = ("depth", "depth_map", "depth_path", "depths", "depth_file", "depth_image", "depth_file_name")
@@ -209,10 +218,7 @@ def read_disparity(place: Place, arguments: DataArguments) -> DatasetDict:
 # --- the table ---
 
 TABLE_OF_DEPTHS = (
-    Sign(
-        "pictures",
-        lambda place, arguments: bool(place.pictures) or bool(arguments.image_folder) or place.path.is_file(),
-    ),
+    Sign("files of text, .csv or the like", lambda place, arguments: bool(place.with_suffix(*TEXT_TABLES))),
     Sign(
         "a table with a column of pictures and one of files of depth (--image_column, --depth_column)",
         lambda place, arguments: bool(depth_tables(place, arguments)),
