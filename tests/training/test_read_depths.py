@@ -244,6 +244,24 @@ def test_a_table_of_something_else_does_not_hide_the_folders():
     assert checked("mine")["train"].rows["depth"][0] == str(folder / "0.npy")
 
 
+def test_masks_beside_pictures_are_no_depths():
+    """As DIODE has them."""
+    for n in range(3):
+        write_picture(Path(f"diode/val/scan_00183/00019_indoors_{n:03}.png"), n)
+        for kind, array in (("depth", metres(n)[..., None]), ("depth_mask", metres(n) > 0)):
+            np.save(f"diode/val/scan_00183/00019_indoors_{n:03}_{kind}.npy", array)
+    rows = checked("diode")["validation"].rows
+    assert [Path(file).name for file in rows["depth"]] == [f"00019_indoors_{n:03}_depth.npy" for n in range(3)]
+
+
+def test_paths_of_a_list_may_start_above_it_with_a_slash():
+    SETS["nyu-list"](Path("nyu"))
+    Path("nyu/lists").mkdir()
+    for file in list(Path("nyu").glob("*.txt")):
+        file.rename(Path("nyu/lists") / file.name)
+    assert len(checked("nyu/lists/nyudepthv2_train_files_with_gt.txt")["train"].rows) == 12
+
+
 def test_a_column_that_no_table_has_is_refused():
     SETS["table"](Path("table"))
     SETS["jsonl"](Path("jsonl"))
@@ -411,6 +429,13 @@ def test_pixels_beyond_the_largest_depth_are_counted_and_most_are_refused(caplog
     assert int(share[1]) == beyond and float(share[3]) == pytest.approx(100 * beyond / int(share[2]), abs=0.05)
     with pytest.raises(ValueError, match=r"within --max_depth 3, \d+ of \d+ measured pixels \(6.*%\).*raise it"):
         checked("mine", max_depth=3)
+
+
+def test_nothing_but_whole_metres_is_refused():
+    for path in write_folder(range(3)).iterdir():
+        np.save(path, np.round(np.load(path)))
+    with pytest.raises(ValueError, match="all of split 'train' are whole numbers of them, with medians of 4 to 4 m; "):
+        checked("mine")
 
 
 @pytest.mark.parametrize(
