@@ -173,6 +173,9 @@ def test_associations_may_name_the_depth_first():
     file.write_text("1.0 rgb/1.png 1.0 range/1.png\n")
     with pytest.raises(ValueError, match="TIME depth/FILE in .*freiburg1_room/associations.txt, got '1.0 rgb/1.png 1"):
         load_pairs(DataArguments(dataset="tum"))
+    Path("tum/train/rgbd_dataset_freiburg1_desk/depth.txt").write_text("# comment\n1.0\n")
+    with pytest.raises(ValueError, match="TIME FILE in .*freiburg1_desk/depth.txt, got '1.0' in line 2"):
+        load_pairs(DataArguments(dataset="tum"))
 
 
 def test_a_pair_in_no_split_is_left_out_and_named(caplog):
@@ -538,6 +541,16 @@ def test_cells_of_bytes_are_opened():
 
 
 # --- training ---
+
+
+def test_splits_of_another_scale_are_said_before_the_first_step(caplog):
+    SETS["rooms"](Path("rooms"))
+    for n in depth_sets.SPLITS["validation"]:
+        write_depth(Path(f"rooms/validation/depths/{n}.png"), 8 * metres(n))
+    tiny.vision_config(max_depth=50.0).save_pretrained("config")
+    options = {"do_train": True, "do_eval": True, "max_steps": 1, "config_name": "config", "output_dir": "run"}
+    run_here(train_depth, dataset="rooms", **options)
+    assert "(--depth_scale): 3.5 m in split 'train', 26.2 m in split 'validation'" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["kitti", "tum", "nyudepthv2", "nyu-labelled", "kaggle-nyu", "patterns"])

@@ -141,7 +141,7 @@ def read_kitti(place: Place, arguments: DataArguments) -> DatasetDict:
     """A row a depth; KITTI has none for the first and the last five pictures of a drive."""
     pictures, pairs = kitti_pictures(place, arguments), {}
     for match in kitti_depths(place):
-        above, drive, camera, number = match.groups()
+        _, drive, camera, number = match.groups()
         split = split_of_path(match[0], arguments) or arguments.train_split
         picture = pictures.get((drive, camera, number))
         pairs.setdefault(split, []).append(Pair(match[0], picture, place.full(match[0])))
@@ -163,13 +163,16 @@ def read_kitti(place: Place, arguments: DataArguments) -> DatasetDict:
 ASSOCIATIONS = ("associations.txt", "association.txt", "associate.txt", "associated.txt", "assoc.txt")
 
 
-def lines_of(path: Path) -> Iterator[list[str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(number, cells) of the lines that are no comment."""
     with path.open(encoding="utf-8", errors="replace") as file:
-        yield from (line.split() for line in file if line.strip() and not line.startswith("#"))
+        for number, line in enumerate(file, 1):
+            if line.strip() and not line.startswith("#"):
+                yield number, line.split()
 
 
 def is_association(path: Path) -> bool:
-    first = next(lines_of(path), [])
+    _, first = next(lines_of(path), (0, []))
     return len(first) == 4 and all(name.lower().endswith(PICTURE_SUFFIXES) for name in first[1::2])
 
 
@@ -197,21 +200,35 @@ def associated(path: Path) -> list[tuple[str, str]]:
         ValueError: a line has other cells, or neither file lies in a folder named depth.
     """
     pairs = []
-    for number, cells in enumerate(lines_of(path), 1):
+    for number, cells in lines_of(path):
         depths = [n for n in (1, 3) if len(cells) == 4 and "depth" in cells[n].lower()]
         if len(depths) != 1:
             raise ValueError(
-                f"expected TIME rgb/FILE TIME depth/FILE in {path}, got {' '.join(cells)!r} in row {number}, in which "
+                f"expected TIME rgb/FILE TIME depth/FILE in {path}, got {' '.join(cells)!r} in line {number}, in which "
                 "one file has to lie in a folder named depth"
             )
         pairs.append((cells[4 - depths[0]], cells[depths[0]]))
     return pairs
 
 
+def timed(path: Path) -> list[tuple[float, str]]:
+    """(time, file) in order of time.
+
+    Raises:
+        ValueError: a line is something else.
+    """
+    files = []
+    for number, cells in lines_of(path):
+        try:
+            files.append((float(cells[0]), cells[1]))
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"expected TIME FILE in {path}, got {' '.join(cells)!r} in line {number}") from error
+    return sorted(files)
+
+
 def nearest_in_time(rgb: Path, depth: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Pairs of one picture and one depth, those nearest in time first; and pictures without one."""
-    images, depths = ([(float(cells[0]), cells[1]) for cells in lines_of(path)] for path in (rgb, depth))
-    images, depths = sorted(images), sorted(depths)
+    images, depths = timed(rgb), timed(depth)
     times = np.array([time for time, _ in depths])
     near = []
     for number, (time, _) in enumerate(images):
