@@ -20,7 +20,7 @@ from recipes.arguments import SHIPPED_CHECKPOINT
 from recipes.data import SeededRows
 from recipes.drawing import as_colours, picture_sheet, save_figure, short, spread_over
 from recipes.models import image_processor_of, load_model
-from recipes.reading.depth_files import DEPTH_SUFFIXES, Scale, open_picture, read_depth, require_libraries
+from recipes.reading.depth_files import DEPTH_SCALE, DEPTH_SUFFIXES, Scale, open_picture, read_depth, require_libraries
 from recipes.reading.depth_pairs import DEPTH
 from recipes.reading.depths import DEPTH_COLUMNS, LAYOUTS, MILLIMETRES, refuse_disparity
 from recipes.reading.layouts import read_splits
@@ -135,7 +135,7 @@ def load_pairs(arguments: DataArguments) -> tuple[DatasetDict, Scale]:
             refuse_disparity(file.removeprefix(start) for file in files)
             require_libraries(files)
     if arguments.depth_scale is not None:
-        return splits, Scale(arguments.depth_scale, arguments.depth_scale, "--depth_scale")
+        return splits, Scale(arguments.depth_scale, arguments.depth_scale, DEPTH_SCALE)
     return splits, layout.scale or MILLIMETRES
 
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 
 from recipes.data import Finding, check_rows, require_columns
-from recipes.reading.depth_files import Scale, Unusable, open_depth, open_picture, read_depth
+from recipes.reading.depth_files import DEPTH_SCALE, Scale, Unusable, open_depth, open_picture, read_depth
 from recipes.reading.depth_pairs import DEPTH
 from recipes.reading.tables import IMAGE
 from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
@@ -116,7 +116,7 @@ class Split:
         self.implausible: list[float] = []
         self.tilts: list[float] = []
         self.odd: Counter[str] = Counter()
-        self.num_whole = self.num_measured = self.num_beyond = 0
+        self.num_whole = self.num_measured = self.num_beyond = self.num_scaled = 0
 
     def examine(self, pair: dict) -> Iterator[Finding]:
         """What is wrong with a row, whose pictures are not decoded."""
@@ -152,6 +152,7 @@ class Split:
             yield Finding(f"no valid pixel within --max_depth {self.max_depth:g}")
             return
         self.num_whole += any(finding.reason == WHOLE for finding in findings)
+        self.num_scaled += stored.dtype.kind != "f"
         self.kinds[kind_of(stored.dtype, self.scale)] += 1
         self.sizes[depth.shape] += 1
         self.medians.append(float(np.median(depth[depth > 0])))
@@ -177,6 +178,8 @@ class Split:
         for kind, count in self.kinds.items():
             logger.info("split %s: %d depths %s", name, count, kind)
         logger.info("split %s: median depths of %.3g to %.3g, mostly %.3g m", name, low, high, middle)
+        if self.scale.source == DEPTH_SCALE and not self.num_scaled:
+            logger.warning("split %s: %s changes nothing, it divides whole numbers alone", name, DEPTH_SCALE)
         if self.num_whole == num_kept:
             raise ValueError(
                 f"expected depths in metres, all of split {name!r} are whole numbers of them, with "

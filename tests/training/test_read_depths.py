@@ -125,6 +125,9 @@ def test_a_flag_goes_before_the_scale_of_a_layout(caplog):
     SETS["kitti"](Path("kitti"))
     assert checked("kitti", depth_scale=512)["train"].median == pytest.approx(10.49 / 2, rel=0.01)
     assert "divided by 512 (--depth_scale)" in caplog.text
+    SETS["flat"](Path("flat"))
+    assert checked("flat", depth_scale=512)["train"].median == pytest.approx(3.5, abs=0.01)
+    assert "split train: --depth_scale changes nothing, it divides whole numbers alone" in caplog.text
 
 
 def test_virtual_kitti_is_in_centimetres():

@@ -26,6 +26,7 @@ DAMAGED = (EOFError, KeyError, RuntimeError, TypeError, MemoryError, OverflowErr
 DAMAGED += (zipfile.BadZipFile, NotImplementedError)
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 PFM_HEADER = re.compile(rb"(PF|Pf)\s+(\d+)\s+(\d+)\s+([-+.\deE]+)\r?\n")
+DEPTH_SCALE = "--depth_scale"  # as the source of a scale
 DEPTH_ARRAYS = ("depth", "depths", "depth_map", "z", "depth.z", "depth.v")
 
 
