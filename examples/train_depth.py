@@ -4,12 +4,10 @@
     python examples/train_depth.py --dataset data/scenes --config_name configs/depth-scenes.json --max_depth 10 \\
         --output_dir run --do_train --do_eval --do_predict
 
-The dataset is a folder with `train/images/NAME.png` and `train/depths/NAME.png` (so, too, `validation/` and `test/`; or
-`images/` and `depths/` alone, which are one split named train), a folder written by `datasets` (`save_to_disk`), a
-folder of parquet files, or a name on the Hub, with a column of pictures and one of depths. Whole numbers are divided by
-`--depth_scale` (1000: millimetres, 256: KITTI), floating point ones are metres. What is zero, negative, infinite,
-not a number or beyond `--max_depth` counts as not measured. What is wrong with the data is counted and named before
-the first step; palette PNGs, and depths of 8 bits that end within a metre, are left out.
+docs/your-data.md has the layouts that are read, among them folders of pictures beside folders of depths, tables, NYU,
+KITTI and TUM RGB-D. Whole numbers are divided by `--depth_scale` (by default the layout's own, or 1000: millimetres),
+floating point ones are metres. What is zero, negative, infinite, not a number or beyond `--max_depth` counts as not
+measured. What is wrong with the data is counted and named before the first step, and left out.
 
 A crop is enlarged to the size of the model, so what it shows looks nearer, and its depths are made smaller by the same
 factor: those of a picture that the same camera took from there.
@@ -23,9 +21,12 @@ Needs: `pip install accelerate datasets kornia matplotlib pillow scikit-learn tq
 """
 
 import logging
+from pathlib import Path
 
 from recipes.arguments import parse
-from recipes.data import SeededRows, hold_out, require_splits, wanted_splits
+from recipes.check import check_and_show
+from recipes.command import run_command
+from recipes.data import Report, SeededRows, hold_out, require_splits, wanted_splits
 from recipes.depth import (
     DataArguments,
     DepthEvaluation,
@@ -33,11 +34,11 @@ from recipes.depth import (
     EvaluationPair,
     ModelArguments,
     TrainingPair,
-    check_pairs,
     collate,
     load_depth_model,
     load_pairs,
 )
+from recipes.depth_checks import check_pairs, compare_splits
 from recipes.models import prepare
 from recipes.trainer import run
 
@@ -50,28 +51,34 @@ def main() -> None:
     training.batch_eval_metrics = True
     model, processor = load_depth_model(model_arguments)
     prepare(model, recipe)
-    splits = load_pairs(data)
+    splits, scale = load_pairs(data)
     if training.do_eval:
         splits = hold_out(splits, data, training.seed)
-    wanted = wanted_splits(data, training)
+    wanted, report = wanted_splits(data, training, splits), Report()
     require_splits(splits, wanted, data.dataset)
-    trained, judged, metrics = None, {}, {}
+    trained, judged, metrics, medians = None, {}, {}, {}
     for split in wanted:
-        rows, label_shape = check_pairs(splits[split], split, data, model.config.max_depth)
-        if split == data.train_split and training.do_train:
-            trained = SeededRows(rows, TrainingPair(data, model.config, processor), training.seed)
-        judged[split] = SeededRows(rows, EvaluationPair(data, model.config, processor, label_shape), training.seed)
+        rows, label_shape, medians[split] = check_pairs(splits[split], split, scale, model.config.max_depth, report)
+        if split == data.train_split:
+            trained = SeededRows(rows, TrainingPair(data, scale, model.config, processor), training.seed)
+        judged[split] = SeededRows(rows, EvaluationPair(scale, model.config, processor, label_shape), training.seed)
         metrics[split] = DepthEvaluation(judged[split], processor)
         if label_shape is None:
             logger.warning("split %s: depths of several sizes, compared at %s", split, model.config.image_shape)
+    compare_splits(medians)
+    if data.check_only:
+        shown = {**judged, **({data.train_split: trained} if trained is not None else {})}
+        check_and_show(shown, report, collate, processor, lambda item: "", Path(training.output_dir) / "check")
+        return
     trainer = DepthTrainer(
         recipe,
         draw=lambda output, path: trainer.compute_metrics.draw(path),
         data=data.dataset,
+        report=report,
         model=model,
         args=training,
         data_collator=collate,
-        train_dataset=trained,
+        train_dataset=trained if training.do_train else None,
         eval_dataset=judged.get(data.validation_split),
         compute_metrics=metrics.get(data.validation_split),
         processing_class=processor,
@@ -80,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

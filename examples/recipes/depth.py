@@ -1,17 +1,14 @@
-"""Pictures with depth: pairs and what is wrong with them, crops that keep the metres right, metrics, and sheets."""
+"""Pictures with depth: pairs, crops that keep the metres right, metrics, and sheets."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from kornia import augmentation
 from PIL import Image
 from sklearn.metrics import mean_absolute_error, mean_absolute_percentage_error, root_mean_squared_error
@@ -20,29 +17,25 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from recipes import arguments as base
 from recipes.arguments import SHIPPED_CHECKPOINT
-from recipes.data import Finding, SeededRows, check_rows, require_columns
+from recipes.data import SeededRows
 from recipes.drawing import as_colours, picture_sheet, save_figure, short, spread_over
 from recipes.models import image_processor_of, load_model
-from recipes.reading.depths import DEPTH, DEPTH_COLUMNS, LAYOUTS
+from recipes.reading.depth_files import DEPTH_SCALE, DEPTH_SUFFIXES, Scale, open_picture, read_depth, require_libraries
+from recipes.reading.depth_pairs import DEPTH
+from recipes.reading.depths import DEPTH_COLUMNS, LAYOUTS, MILLIMETRES, refuse_disparity
 from recipes.reading.layouts import read_splits
-from recipes.reading.tables import IMAGE, ROW, Target
+from recipes.reading.tables import IMAGE, ROW, Target, Texts
 from recipes.trainer import RecipeTrainer
 from vit_embed import VitEmbedConfig, VitEmbedForDepthEstimation
 from vit_embed.depth_vit_embed import resize_depth
-from vit_embed.retrieval.pictures import UNREADABLE, as_rgb, read_rgb
+from vit_embed.retrieval.pictures import as_rgb
 
 logger = logging.getLogger(__name__)
 
-# Medians in metres outside of which a depth map is more likely in another unit than of such a place.
-PLAUSIBLE_MEDIAN = (0.01, 1000.0)
-# Metres that 8 bits must reach to be taken for depth and not for a picture of depth.
-LEAST_REACH_OF_8_BITS = 1.0
 SMALLEST_PREDICTION = 1e-3  # metres; as in the benchmarks' own scripts, before a logarithm is taken
-LARGEST_RATIO_ERROR = 0.01  # of height to width, between a picture and its depth
 DELTAS = (1, 2, 3)
 NUM_SHOWN = 6
 LARGEST_SHOWN_ERROR = 0.25  # of the depth
-WRONG_SCALE = "a depth that looks wrongly scaled"
 
 
 @dataclass
@@ -80,7 +73,19 @@ class DataArguments(base.DataArguments):
     depth_column: str | None = field(
         default=None, metadata={"help": "column of the depths, pictures or arrays; default: depth, depth_map, ..."}
     )
-    depth_scale: float = field(default=1000.0, metadata={"help": "divides whole numbers, which gives metres"})
+    depth_folder: str | None = field(
+        default=None, metadata={"help": "folder that the paths of depths in a table start at; default: --image_folder"}
+    )
+    image_glob: str | None = field(
+        default=None, metadata={"help": "pattern of the pictures below --dataset, in quotes, as 'scans/*/left/*.jpg'"}
+    )
+    depth_glob: str | None = field(
+        default=None, metadata={"help": "pattern of the depths, whose wildcards match what those of --image_glob do"}
+    )
+    depth_scale: float | None = field(
+        default=None,
+        metadata={"help": "divides whole numbers, which gives metres; default: the layout's own, or 1000, millimetres"},
+    )
     smallest_crop: float = field(
         default=0.6, metadata={"help": "smallest share of a picture's area in a crop, in (0, 1]; 1 does not crop"}
     )
@@ -90,7 +95,9 @@ class DataArguments(base.DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.depth_scale > 0:
+        if (self.image_glob is None) != (self.depth_glob is None):
+            raise ValueError("expected both of --image_glob and --depth_glob, got one")
+        if self.depth_scale is not None and not self.depth_scale > 0:
             raise ValueError(f"expected --depth_scale above 0, got {self.depth_scale}; 1000 is millimetres")
         if not 0 <= self.hue <= 0.5:
             raise ValueError(f"expected --hue in [0, 0.5], got {self.hue}; 0.5 is any hue, 0 leaves it")
@@ -101,135 +108,33 @@ class DataArguments(base.DataArguments):
 # --- pairs ---
 
 
-def load_pairs(arguments: DataArguments) -> DatasetDict:
-    """Every split of --dataset: rows of IMAGE and DEPTH, each a path or what `datasets` makes of a cell, and ROW."""
-    return read_splits(LAYOUTS, arguments, Target(DEPTH, arguments.depth_column, DEPTH_COLUMNS, "--depth_column"))[1]
-
-
-def open_depth(cell: str | Image.Image | list | np.ndarray) -> np.ndarray:
-    """A path, a picture or an array -> what is stored, (H, W), whole or floating point numbers.
+def load_pairs(arguments: DataArguments) -> tuple[DatasetDict, Scale]:
+    """Every split of --dataset, rows of IMAGE, DEPTH (cells as of `open_picture` and `open_depth`) and ROW; the scale.
 
     Raises:
-        ValueError: several numbers a pixel, or colours in a palette, whose numbers are no distances.
+        ValueError: no layout that is read, disparity by its name, a library for the files is missing, or a flag for
+            tables is given where there is none.
     """
-    if isinstance(cell, str):
-        cell = np.load(cell, allow_pickle=False) if cell.endswith(".npy") else Image.open(cell)
-    if isinstance(cell, Image.Image) and cell.mode == "P":
-        raise ValueError("expected a depth of one number a pixel, got a palette PNG, whose numbers stand for colours")
-    depth = np.asarray(cell)
-    depth = depth[..., 0] if depth.ndim == 3 and depth.shape[-1] == 1 else depth
-    depth = depth[0] if depth.ndim == 3 and depth.shape[0] == 1 else depth
-    if depth.ndim != 2 or depth.dtype.kind not in "uif":
-        raise ValueError(f"expected a depth of one number a pixel, got shape {depth.shape} of {depth.dtype}")
-    return depth
-
-
-def read_depth(cell: str | Image.Image | list | np.ndarray, scale: float, max_depth: float | None) -> np.ndarray:
-    """A path, a picture or an array -> depth (H, W) in metres, float32, 0 where nothing was measured.
-
-    Args:
-        cell: whole numbers are divided by `scale`, floating point ones are metres.
-        max_depth: metres, what is beyond was not measured; None for no bound.
-
-    Raises:
-        as open_depth.
-    """
-    depth = open_depth(cell)
-    metres = depth.astype(np.float32) if depth.dtype.kind == "f" else (depth / scale).astype(np.float32)
-    measured = np.isfinite(metres) & (metres > 0) & (metres <= (max_depth or np.inf))
-    return np.where(measured, metres, np.float32(0))
-
-
-# --- what is wrong with them ---
-
-
-def looks_wrongly_scaled(depth: np.ndarray) -> bool:
-    """Whether the measured depths are of an unlikely size, or all of them whole numbers of metres."""
-    measured = depth[depth > 0]
-    low, high = PLAUSIBLE_MEDIAN
-    whole = len(np.unique(measured)) > 1 and bool((measured == np.round(measured)).all())
-    return whole or not low <= np.median(measured) <= high
-
-
-def depth_findings(cell: object, size: tuple[int, int], arguments: DataArguments) -> list[Finding | np.ndarray | None]:
-    """What is wrong with a depth beside its picture of `size` (height, width); last the metres, None if of no use."""
-    try:
-        stored = open_depth(cell)
-    except UNREADABLE as error:
-        return [Finding("a palette PNG for a depth" if "palette" in str(error) else "an unreadable depth"), None]
-    depth = read_depth(stored, arguments.depth_scale, None)
-    if not depth.any():
-        return [Finding("a depth without a valid pixel"), None]
-    rows, columns = depth.shape
-    if abs(math.log(size[0] * columns / (size[1] * rows))) > LARGEST_RATIO_ERROR:
-        return [Finding("a depth of another shape than its picture"), None]
-    findings = []
-    if stored.dtype == np.uint8:
-        reach = 255 / arguments.depth_scale
-        if reach < LEAST_REACH_OF_8_BITS:
-            scale = f"--depth_scale {arguments.depth_scale:g}"
-            return [Finding(f"a depth of 8 bits, at most {reach:.3g} m with {scale}"), None]
-        findings.append(Finding("a depth of 8 bits, at most 255 distances", drop=False))
-    if looks_wrongly_scaled(depth):
-        findings.append(Finding(WRONG_SCALE, drop=False))
-    elif (rows, columns) != size:
-        findings.append(Finding("a depth of another size than its picture, which is scaled to it", drop=False))
-    return [*findings, depth]
-
-
-def check_pairs(
-    dataset: Dataset, split: str, arguments: DataArguments, max_depth: float | None
-) -> tuple[Dataset, tuple[int, int] | None]:
-    """Drop rows that are of no use and name them in the log.
-
-    Returns:
-        the rows kept, and the (height, width) of every depth, None where there are several.
-
-    Raises:
-        ValueError: no column of that name, no row of use, or every depth looks wrongly scaled.
-    """
-    require_columns(dataset, split, {"--image_column": IMAGE, "--depth_column": DEPTH})
-    sizes, medians, suspicious = Counter(), [], 0
-
-    def examine(row: int) -> Iterator[Finding]:
-        nonlocal suspicious
-        try:
-            pair = dataset[row]  # `datasets` opens the pictures of a row
-        except UNREADABLE:
-            yield Finding("an unreadable picture or depth")
-            return
-        image, cell = pair[IMAGE], pair[DEPTH]
-        if image is None or cell is None:
-            yield Finding("a picture without a depth" if cell is None else "a depth without a picture")
-            return
-        try:
-            picture, notes = read_rgb(image)
-        except UNREADABLE:
-            yield Finding("an unreadable picture")
-            return
-        for note in notes:
-            yield Finding(note, drop=False, level=logging.INFO)
-        *findings, depth = depth_findings(cell, picture.size[::-1], arguments)
-        yield from findings
-        if depth is None:
-            return
-        measured = depth[(depth > 0) & (depth <= (max_depth or np.inf))]
-        if not len(measured):
-            yield Finding(f"no valid pixel within --max_depth {max_depth:g}")
-            return
-        suspicious += WRONG_SCALE in {finding.reason for finding in findings}
-        sizes[depth.shape] += 1
-        medians.append(np.median(measured))
-
-    kept = check_rows(dataset, split, examine)
-    low, middle, high = np.percentile(medians, [0, 50, 100])
-    logger.info("split %s: median depths of %.3g to %.3g, mostly %.3g m", split, low, high, middle)
-    if suspicious == len(kept):
+    target = Target(DEPTH, arguments.depth_column, DEPTH_COLUMNS, "--depth_column", DEPTH_SUFFIXES)
+    layout, splits = read_splits(LAYOUTS, arguments, target)
+    flags = {"--image_column": arguments.image_column, "--depth_column": arguments.depth_column}
+    flags["--depth_folder"] = arguments.depth_folder
+    unused = [flag for flag, value in flags.items() if value is not None]
+    if unused and not layout.has_user_columns:
         raise ValueError(
-            f"expected depths in metres, those of split {split!r} have medians of {low:.3g} to {high:.3g} with "
-            f"--depth_scale {arguments.depth_scale:g}; set it to what one metre is in the files"
+            f"expected a table for {', '.join(unused)}, {arguments.dataset} is read as: {layout.name} ({layout.form}); "
+            "leave the flag out, or name a column that is there"
         )
-    return kept, next(iter(sizes)) if len(sizes) == 1 else None
+    named = Path(arguments.dataset).expanduser()
+    start = f"{named if named.is_dir() else named.parent}/"  # the user's own folders say nothing about the files
+    for rows in splits.values():
+        if DEPTH in rows.column_names and rows.features[DEPTH] in Texts:
+            files = [file for file in rows[DEPTH] if file]
+            refuse_disparity(file.removeprefix(start) for file in files)
+            require_libraries(files)
+    if arguments.depth_scale is not None:
+        return splits, Scale(arguments.depth_scale, arguments.depth_scale, DEPTH_SCALE)
+    return splits, layout.scale or MILLIMETRES
 
 
 # --- rows ---
@@ -248,8 +153,10 @@ class TrainingPair:
     A crop shows things as a camera would that is nearer by the factor it is enlarged by, and so are its labels.
     """
 
-    def __init__(self, arguments: DataArguments, config: VitEmbedConfig, processor: DPTImageProcessor) -> None:
-        self.arguments, self.shape, self.max_depth = arguments, config.image_shape, config.max_depth
+    def __init__(
+        self, arguments: DataArguments, scale: Scale, config: VitEmbedConfig, processor: DPTImageProcessor
+    ) -> None:
+        self.arguments, self.scale, self.shape, self.max_depth = arguments, scale, config.image_shape, config.max_depth
         height, width = self.shape
         crop, jitter = arguments.smallest_crop, (1 - arguments.jitter, 1 + arguments.jitter)
         steps = [augmentation.RandomHorizontalFlip(p=arguments.mirror)]
@@ -271,8 +178,8 @@ class TrainingPair:
         return tuple(round(side * min(max(finest, 1.0), 1.25)) for side in self.shape)
 
     def __call__(self, row: dict) -> dict[str, torch.Tensor]:
-        picture = as_rgb(row[IMAGE])
-        depth = read_depth(row[DEPTH], self.arguments.depth_scale, self.max_depth)
+        picture = as_rgb(open_picture(row[IMAGE]))
+        depth = read_depth(row[DEPTH], self.scale, self.max_depth)
         canvas = self.canvas(picture)
         if picture.size != canvas[::-1]:
             picture = picture.resize(canvas[::-1], Image.Resampling.BICUBIC)
@@ -295,17 +202,17 @@ class EvaluationPair:
 
     def __init__(
         self,
-        arguments: DataArguments,
+        scale: Scale,
         config: VitEmbedConfig,
         processor: DPTImageProcessor,
         label_shape: tuple[int, int] | None,
     ) -> None:
-        self.arguments, self.processor, self.max_depth = arguments, processor, config.max_depth
+        self.scale, self.processor, self.max_depth = scale, processor, config.max_depth
         self.label_shape = label_shape or config.image_shape
 
     def __call__(self, row: dict) -> dict[str, torch.Tensor]:
-        picture = as_rgb(row[IMAGE])
-        depth = read_depth(row[DEPTH], self.arguments.depth_scale, self.max_depth)
+        picture = as_rgb(open_picture(row[IMAGE]))
+        depth = read_depth(row[DEPTH], self.scale, self.max_depth)
         return {
             "pixel_values": self.processor(picture, return_tensors="pt").pixel_values[0],
             "labels": torch.from_numpy(resize_labels(depth, self.label_shape)),

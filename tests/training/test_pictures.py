@@ -93,7 +93,7 @@ def pixels_of(recipe: str, picture: Image.Image, path: str) -> torch.Tensor:
         return contrastive.evaluation_pictures(rows, processor)[0]["pixel_values"]
     if recipe == "depth":
         shape = SimpleNamespace(image_shape=(48, 48), max_depth=None)
-        make = depth.EvaluationPair(depth.DataArguments(dataset="x"), shape, processor, None)
+        make = depth.EvaluationPair(depth.MILLIMETRES, shape, processor, None)
         return make({"image": path, "depth": np.ones((48, 48))})["pixel_values"]
     if recipe == "masked":
         rgb = masked.TrainingPicture((48, 48))({"image": picture})["rgb"].float() / 255

@@ -101,8 +101,8 @@ def test_splits_come_from_names_folders_and_a_column(tmp_path, caplog):
     for split in ("train", "dev"):
         (tmp_path / "b" / "wrapped" / split / "metadata.csv").write_text("file_name,label\n1.png,cat\n2.png,dog\n")
     assert {split: rows[0][2] for split, rows in read(tmp_path / "b").items()} == {
-        "train": "train/metadata.csv:2",
-        "validation": "dev/metadata.csv:2",
+        "train": "wrapped/train/metadata.csv:2",
+        "validation": "wrapped/dev/metadata.csv:2",
     }
     draw(tmp_path / "c", "1.png")
     (tmp_path / "c" / "all.csv").write_text("image,label,Split\n1.png,cat,Train\n1.png,dog,VAL\n")
@@ -218,7 +218,7 @@ def test_a_name_that_is_on_no_hub_either(monkeypatch):
         raise ConnectionError("no such data set")
 
     monkeypatch.setattr("recipes.reading.stored.load_dataset", fail)  # itself it asks for half a minute
-    with pytest.raises(ValueError, match="neither file nor folder is here, and as a data set it cannot be read .no such"):
+    with pytest.raises(ValueError, match="neither file nor folder is here, and as a data set .* .no such"):
         read_splits(LAYOUTS, DataArguments(dataset="my_photos"))
 
 

@@ -1,6 +1,7 @@
 """The depth recipe: what it leaves, and its parts against formulas that a reader can check."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,18 +17,19 @@ from transformers import DPTImageProcessor, EvalPrediction
 
 from data.scenes import SPLITS, render_to_folder
 from recipes.arguments import SHIPPED_CHECKPOINT
-from recipes.data import ROW
 from recipes.depth import (
     DataArguments,
     DepthEvaluation,
     EvaluationPair,
     ModelArguments,
     TrainingPair,
-    check_pairs,
     load_depth_model,
     load_pairs,
-    read_depth,
 )
+from recipes.depth_checks import Checked, check_pairs
+from recipes.reading.depth_files import Scale, read_depth
+from recipes.reading.depths import MILLIMETRES
+from recipes.reading.tables import ROW
 from vit_embed import VitEmbedConfig
 from vit_embed.saving_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
 
@@ -111,10 +113,14 @@ def arguments_for(path: Path | str, **fields) -> DataArguments:
     return DataArguments(dataset=str(path), **fields)
 
 
-def checked(path: Path, max_depth: float | None = None, **fields) -> tuple:
+def checked(path: Path, max_depth: float | None = None, **fields) -> Checked:
     """`check_pairs` of the training split of a folder."""
-    arguments = arguments_for(path, **fields)
-    return check_pairs(load_pairs(arguments)["train"], "train", arguments, max_depth)
+    splits, scale = load_pairs(arguments_for(path, **fields))
+    return check_pairs(splits["train"], "train", scale, max_depth)
+
+
+def scale_of(number: float) -> Scale:
+    return Scale(number, number, "--depth_scale")
 
 
 METRES = np.array([[0.5, 1.0, 2.0, 4.0], [0.0, 3.0, 12.0, 8.0]], dtype=np.float32)
@@ -135,15 +141,17 @@ def test_depths_of_every_format_are_the_same_metres(suffix, scale, stored, tmp_p
     np.save(path, stored) if suffix == ".npy" else Image.fromarray(stored).save(path)
     cell = Image.open(path) if suffix != ".npy" else stored.tolist() if stored.dtype.kind == "f" else stored
     for given in (str(path), cell):
-        np.testing.assert_allclose(read_depth(given, scale, None), METRES, rtol=1e-3)
-    np.testing.assert_allclose(read_depth(str(path), scale, 10.0), np.where(METRES > 10, 0, METRES), rtol=1e-3)
+        np.testing.assert_allclose(read_depth(given, scale_of(scale), None), METRES, rtol=1e-3)
+    np.testing.assert_allclose(
+        read_depth(str(path), scale_of(scale), 10.0), np.where(METRES > 10, 0, METRES), rtol=1e-3
+    )
 
 
 def test_what_is_no_depth_is_zero():
     depth = np.array([[np.nan, np.inf, -np.inf], [-1.0, 0.0, 2.5]])
-    assert read_depth(depth, 1000, None).tolist() == [[0, 0, 0], [0, 0, 2.5]]
-    with pytest.raises(ValueError, match=r"one number a pixel, got shape \(4, 4, 3\) of uint8"):
-        read_depth(np.zeros((4, 4, 3), np.uint8), 1000, None)
+    assert read_depth(depth, MILLIMETRES, None).tolist() == [[0, 0, 0], [0, 0, 2.5]]
+    with pytest.raises(ValueError, match="a depth of 2 channels, which is a picture of depth"):
+        read_depth(np.dstack([np.zeros((5, 5)), np.ones((5, 5))]), MILLIMETRES, None)
 
 
 def write_pair(folder: Path, name: str, depth: np.ndarray | bytes | None, picture: bytes | str | None = "good") -> None:
@@ -166,14 +174,15 @@ PROBLEMS = {
     "blind": (GOOD, None, "a depth without a picture", True),
     "noise": (GOOD, b"this is no picture", "an unreadable picture", True),
     "torn": (b"this is no array", "good", "an unreadable depth", True),
-    "colour": (np.zeros((16, 24, 3), np.uint8), "good", "an unreadable depth", True),
+    "grey": (np.zeros((16, 24, 3), np.uint8), "good", "a depth of equal channels, one number saved as a colour", True),
     "empty": (np.zeros((16, 24), np.float32), "good", "a depth without a valid pixel", True),
     "infinite": (np.full((16, 24), np.inf), "good", "a depth without a valid pixel", True),
-    "turned": (np.ascontiguousarray(GOOD.T), "good", "a depth of another shape than its picture", True),
+    "turned": (np.ascontiguousarray(GOOD.T), "good", "a depth turned by 90 degrees against its picture", True),
+    "cut": (GOOD[:9], "good", "a depth of another shape than its picture", True),
     "far": (GOOD + 80, "good", "no valid pixel within --max_depth 50", True),
     "half": (GOOD[::2, ::2], "good", "a depth of another size than its picture, which is scaled to it", False),
-    "millimetres": (GOOD * 1e4, "good", "a depth that looks wrongly scaled", False),
-    "whole": (np.round(GOOD), "good", "a depth that looks wrongly scaled", False),
+    "millimetres": (GOOD * 1e3, "good", "a median depth outside 0.2 to 200 m", True),
+    "whole": (np.round(GOOD), "good", "a depth of nothing but whole numbers of metres", False),
 }
 
 
@@ -182,9 +191,10 @@ def test_each_problem_is_named_with_its_file(name, tmp_path, caplog):
     depth, picture, reason, is_dropped = PROBLEMS[name]
     write_pair(tmp_path, "fine", GOOD)
     write_pair(tmp_path, name, depth, picture)
-    rows, shape = checked(tmp_path, max_depth=50.0 if name == "far" else None)
-    assert f"split train: 1 rows with {reason}: ['{name}']" in caplog.text
-    assert sorted(rows[ROW]) == sorted(["fine"] if is_dropped else ["fine", name])
+    rows, shape, _ = checked(tmp_path, max_depth=50.0 if name == "far" else None)
+    file = f"depths/{name}.npy" if picture is None else f"images/{name}.png"
+    assert re.search(f"split train: 1 rows with {reason}.*: \\['{file}'\\]", caplog.text)
+    assert sorted(rows[ROW]) == ["images/fine.png"] + [file] * (not is_dropped)
     assert shape == (None if name == "half" else (16, 24))
 
 
@@ -196,27 +206,30 @@ def test_data_that_is_all_wrong_is_refused_with_what_to_set(tmp_path):
     shutil.copytree(tmp_path / "a", tmp_path / "d")
     shutil.copy(tmp_path / "d" / "images" / "one.png", tmp_path / "d" / "images" / "one.jpg")
     for folder, message in (
-        ("a", "medians of 3e[+]03 to 3e[+]03 with --depth_scale 1; set it"),
+        (
+            "a",
+            r"none of 1 are: 1 with a median.*medians of 3e[+]03 to 3e[+]03 m; .*by 1 \(--depth_scale\).*: set --dep",
+        ),
         ("b", "lacks a folder depths or depth beside it"),
         ("c", "nearest: folders of pictures and depths .* lacks a folder depths or depth beside it"),
-        ("d", "one file of the name 'one'"),
+        ("d", "one picture and one depth of the name 'one', found images/one.jpg and images/one.png; remove"),
     ):
         with pytest.raises(ValueError, match=message):
             checked(tmp_path / folder, depth_scale=1)
     with pytest.raises(ValueError, match=r"expected columns \['depth'\] in split 'x'.*--depth_column"):
-        check_pairs(Dataset.from_dict({"image": ["a"]}), "x", arguments_for("x"), None)
+        check_pairs(Dataset.from_dict({"image": ["a"]}), "x", MILLIMETRES, None)
 
 
 def test_a_saved_dataset_reads_as_its_files_do(scenes, tmp_path):
     """Columns of pictures as `datasets` keeps them, 16-bit depths among them."""
-    pairs = load_pairs(arguments_for(scenes))["test"]
+    pairs = load_pairs(arguments_for(scenes))[0]["test"]
     rows = [{name: Image.open(row[name]) for name in ("image", "depth")} for row in pairs]
     DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "saved")
-    saved = load_pairs(arguments_for(tmp_path / "saved"))["test"]
-    kept, shape = check_pairs(saved, "test", arguments_for("x"), 10.0)
+    saved, scale = load_pairs(arguments_for(tmp_path / "saved"))
+    kept, shape, _ = check_pairs(saved["test"], "test", scale, 10.0)
     assert shape == (SIZE, SIZE) and len(kept) == 3
     for pair, row in zip(pairs, kept):
-        expected, found = (read_depth(each["depth"], 1000, 10.0) for each in (pair, row))
+        expected, found = (read_depth(each["depth"], scale, 10.0) for each in (pair, row))
         np.testing.assert_array_equal(found, expected)
         assert expected.max() > 1
 
@@ -225,7 +238,7 @@ def test_rows_of_one_name_are_told_apart(caplog):
     """A column `name` of somebody else's, as of a scene."""
     black, white = (Image.new("L", (24, 16), value) for value in (0, 200))
     rows = Dataset.from_list([{"image": white, "depth": depth, "name": "hall"} for depth in (black, black, white)])
-    kept, _ = check_pairs(rows, "x", arguments_for("x", depth_scale=50), None)
+    kept = check_pairs(rows, "x", scale_of(50), None).rows
     assert "2 rows with a depth without a valid pixel: [0, 1]" in caplog.text and len(kept) == 1
 
 
@@ -238,9 +251,10 @@ def test_depths_that_are_pictures_of_depth_are_named(tmp_path, caplog):
         picture.save(tmp_path / "depths" / f"{name}.png")
     with pytest.raises(ValueError, match="none of 2 are: 1 with a depth of 8 bits, at most 0.255 m with --depth_scale"):
         checked(tmp_path)
-    assert "1 rows with a palette PNG for a depth: ['palette']" in caplog.text
-    kept, _ = checked(tmp_path, depth_scale=100)
-    assert kept[ROW][:] == ["8bit"] and "1 rows with a depth of 8 bits, at most 255 distances: ['8bit']" in caplog.text
+    assert "a palette PNG for a depth, whose numbers stand for colours: ['images/palette.png']" in caplog.text
+    kept = checked(tmp_path, depth_scale=100).rows
+    assert kept[ROW][:] == ["images/8bit.png"]
+    assert "1 rows with a depth of 8 bits, at most 255 distances: ['images/8bit.png']" in caplog.text
 
 
 # --- augmentation ---
@@ -257,7 +271,8 @@ def pair_that_shows_its_depth(height: int, width: int) -> dict[str, object]:
 
 def pair_maker(config: VitEmbedConfig, kind: type = TrainingPair, *shape: tuple, **fields) -> TrainingPair:
     processor = DPTImageProcessor(**image_processor_dict(config, "DPTImageProcessor"))
-    return kind(arguments_for("x", **fields), config, processor, *shape)
+    first = [arguments_for("x", **fields)] if kind is TrainingPair else []
+    return kind(*first, MILLIMETRES, config, processor, *shape)
 
 
 @pytest.mark.parametrize(("shape", "crop"), [((32, 32), 1.0), ((32, 48), 0.5)])

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -20,7 +20,6 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-ABOUT = (".md", ".pdf", ".html", ".rst")  # what may lie beside the one folder of an archive
 IGNORED_FOLDERS = ("__MACOSX", "lost+found")
 NUM_TRIED = 64  # rows of a table that show where its paths start
 # What Flickr8k puts behind a file's name to number its captions.
@@ -28,16 +27,11 @@ CAPTION_NUMBER = re.compile(r"#\d+$")
 
 
 class Place:
-    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub.
+    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub."""
 
-    A folder that holds nothing but one other, as an unpacked archive does, stands for that other.
-    """
-
-    def __init__(self, name: str, splits: Collection[str] = ()) -> None:
+    def __init__(self, name: str) -> None:
         self.name, self.path = name, Path(name).expanduser()
         self.tables_seen: dict[str, str] = {}  # what tables have in place of the columns looked for
-        while self.path.is_dir() and (inner := _only_folder(self.path)) and inner.name.lower() not in splits:
-            self.path = inner
 
     @property
     def folder(self) -> Path:
@@ -85,13 +79,6 @@ class Place:
         top = sorted({file.split("/")[0] + "/" for file in self.files if "/" in file})
         more = ", ..." if len(top) > 8 else ""
         return f"{kinds_text}" + (f"; in {', '.join(top[:8])}{more}" if top else "")
-
-
-def _only_folder(path: Path) -> Path | None:
-    """The folder in `path`, where there is nothing else but texts about it."""
-    visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-    rest = [entry for entry in visible if entry.suffix.lower() not in ABOUT and entry.name not in IGNORED_FOLDERS]
-    return rest[0] if len(rest) == 1 and rest[0].is_dir() else None
 
 
 def split_of_word(arguments: DataArguments) -> dict[str, str]:
@@ -143,11 +130,19 @@ class Finder:
     for elsewhere, where another file may have its name. Names without a suffix are tried with those of pictures.
     """
 
-    def __init__(self, table: Path, arguments: DataArguments, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> None:
+    def __init__(
+        self,
+        table: Path,
+        arguments: DataArguments,
+        suffixes: tuple[str, ...] = PICTURE_SUFFIXES,
+        skip: tuple[str, ...] = (),
+    ) -> None:
+        """`skip`: names, in lower case, of folders beside the table whose files are something else."""
         self.table, self.suffixes = table, suffixes
         given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
         self.usual = [*given, table.parent, table.parent.parent]
-        self.beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        self.beside = [path for path in beside if path.name.lower() not in skip]
         own_split = split_of_name(table.stem, arguments)
         if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
             self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]
@@ -160,7 +155,7 @@ class Finder:
             ValueError: two folders beside the table hold files of these names.
         """
         step = max(1, len(names) // NUM_TRIED)
-        sample = [name for name in names[::step] if name and not os.path.isabs(name)][:NUM_TRIED]
+        sample = [name for name in names[::step] if name and not os.path.isfile(_absolute(name))][:NUM_TRIED]
         depth = max((len(_parts(name)) for name in sample), default=1)
         found = {
             (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
@@ -182,7 +177,7 @@ class Finder:
 
     def __call__(self, name: str) -> str:
         """The path of the file, also where it is missing: opening it says so."""
-        if os.path.isabs(name) and os.path.isfile(name):
+        if os.path.isfile(_absolute(name)):
             return name
         return self._at(name, self.start, self.dropped) or os.path.join(self.start, *_parts(name)[self.dropped :])
 
@@ -196,6 +191,11 @@ class Finder:
         path = os.path.join(start, *parts)
         endings = ("",) if path.lower().endswith(self.suffixes) else ("", *self.suffixes)
         return next((path + ending for ending in endings if os.path.isfile(path + ending)), None)
+
+
+def _absolute(name: str) -> str:
+    """The path, if it is absolute: some lists have a slash before paths that start at a folder of theirs."""
+    return name if os.path.isabs(name) else ""
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 ROW = "__row__"  # how the user knows a row
 PROBLEM = "__problem__"  # why a row cannot be used, where reading it found that out
 IMAGE = "image"
-IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "image_id", "id")  # tables of Kaggle name pictures by their stems
+IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "rgb", "image_id", "id")  # tables of Kaggle name pictures by their stems
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 LIST_SUFFIXES = (".txt", ".lst")
 TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", *LIST_SUFFIXES)
@@ -232,17 +233,37 @@ def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) 
     return named or {arguments.train_split: rest}
 
 
+class PathColumn(NamedTuple):
+    """A column of paths beside that of the pictures: asked for, or by its usual names; the suffixes of its files.
+
+    Args:
+        folder: where its paths start; None for where those of pictures do, or as found.
+        folders, others: names of folders that hold its files, and that hold pictures.
+    """
+
+    asked: str | None
+    usual: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    folder: str | None
+    folders: tuple[str, ...]
+    others: tuple[str, ...]
+
+
 def read_tables(
-    place: Place, tables: Sequence[str], arguments: DataArguments, columns: Sequence[str] = ()
+    place: Place,
+    tables: Sequence[str],
+    arguments: DataArguments,
+    columns: Sequence[str] = (),
+    also: PathColumn | None = None,
 ) -> DatasetDict:
-    """The rows of some tables by split: their own columns, ROW and PROBLEM; pictures as paths.
+    """The rows of some tables by split: their own columns, ROW and PROBLEM; pictures, and what `also` names, as paths.
 
     A column `split` (SPLIT_COLUMNS) tells the split of each row.
     """
     splits: dict[str, list[dict]] = {}
     for split, files in split_tables(place, tables, arguments).items():
         for file in files:
-            for own, row in _rows(place, file, arguments, columns):
+            for own, row in _rows(place, file, arguments, columns, also):
                 splits.setdefault(own or split, []).append(row)
     names = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
     read = {s: {name: [row.get(name) for row in rows] for name in names} for s, rows in splits.items()}
@@ -261,7 +282,7 @@ def from_columns(columns: dict[str, list]) -> Dataset:
         raise
 
 
-def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterator[tuple[str | None, dict]]:
+def _rows(place: Place, file: str, arguments: DataArguments, columns, also) -> Iterator[tuple[str | None, dict]]:
     """(split by the table's own column or None, row) of each row of a table."""
     path, known = Path(place.full(file)), split_of_word(arguments)
     found = list(records(path, arguments, columns))
@@ -270,7 +291,13 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
     split = column_of(list(cells), None, SPLIT_COLUMNS)
     values = {str(record.cells.get(split)).lower() for record in found}
     split = split if split is not None and values <= set(known) else None
-    finder = Finder(path, arguments).fit([cell for r in found if isinstance(cell := r.cells.get(image), str)])
+    skip = also.folders if also is not None else ()
+    finder = Finder(path, arguments, skip=skip).fit(_texts(found, image))
+    second = None
+    if also is not None:
+        second = column_of([name for name in cells if name != image], also.asked, also.usual)
+        at_folder = replace(arguments, image_folder=also.folder or arguments.image_folder)
+        find_second = Finder(path, at_folder, also.suffixes, also.others).fit(_texts(found, second))
     for record in found:
         row = {**record.cells, ROW: f"{file}:{record.line}", PROBLEM: record.problem}
         cell = row.get(image)
@@ -278,7 +305,15 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
             row[image] = picture_path(cell, finder)
         elif record.problem is None and image is not None and cell is None:
             row[PROBLEM] = "no path of a picture"
+        if second is not None and isinstance(row.get(second), str):
+            row[second] = None if row[second].lower() == "none" else picture_path(row[second], find_second)
+            if row[second] is not None and row[second] == row[image]:
+                row[PROBLEM] = f"one file in the columns {image!r} and {second!r}"
         yield known[str(record.cells[split]).lower()] if split is not None else None, row
+
+
+def _texts(found: list[Record], column: str | None) -> list[str]:
+    return [cell for record in found if isinstance(cell := record.cells.get(column), str)]
 
 
 def picture_path(cell: str, finder: Finder) -> str:
@@ -299,12 +334,17 @@ def picture_path(cell: str, finder: Finder) -> str:
 
 
 class Target(NamedTuple):
-    """What is learned: the name that its column gets, the column asked for by `flag`, and the usual names for it."""
+    """What is learned: the name that its column gets, the column asked for by `flag`, and the usual names for it.
+
+    Args:
+        suffixes: of the files that its texts are paths of; empty where they are no paths.
+    """
 
     name: str
     asked: str | None
     usual: tuple[str, ...]
     flag: str
+    suffixes: tuple[str, ...] = ()
 
 
 def with_known_columns(
@@ -330,7 +370,10 @@ def with_known_columns(
         raise ValueError(f"expected a column {asked!r}, found columns {columns}; set {target.flag}")
     for split, column in found.items():
         if column is not None:
-            renamed[split] = _renamed(renamed[split], column, target.name, split)
+            rows = _renamed(renamed[split], column, target.name, split)
+            if target.suffixes and rows.features[target.name] in Texts:
+                rows = _with_paths(rows, target.name, split, folder, arguments, target.suffixes)
+            renamed[split] = rows
     return type(splits)(renamed)
 
 
@@ -375,7 +418,14 @@ def path_in(cell: object) -> str | None:
     return cell if isinstance(cell, str) else None
 
 
-def _with_paths(rows: Dataset, column: str, split: str, folder: Path, arguments: DataArguments) -> Dataset:
+def _with_paths(
+    rows: Dataset,
+    column: str,
+    split: str,
+    folder: Path,
+    arguments: DataArguments,
+    suffixes: tuple[str, ...] = PICTURE_SUFFIXES,
+) -> Dataset:
     """Paths as they were written -> paths from here.
 
     Raises:
@@ -385,11 +435,11 @@ def _with_paths(rows: Dataset, column: str, split: str, folder: Path, arguments:
     sample = [path for path in sample if path]
     if not sample or any(map(os.path.isfile, sample)):
         return rows
-    finder = Finder(folder / "table", arguments).fit(sample)
+    finder = Finder(folder / "table", arguments, suffixes).fit(sample)
     if not any(map(finder.finds, sample)):
         raise ValueError(
-            f"expected pictures in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any other "
-            "of its paths; set --image_folder, or --image_column"
+            f"expected paths of files in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any "
+            "other of its paths; set --image_folder, or which column it is"
         )
 
     def found(cells: dict[str, list]) -> dict[str, list]:
