@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -93,6 +93,23 @@ def split_of_name(name: str, arguments: DataArguments) -> str | None:
     return whole or next((known[word] for word in re.findall(r"[a-z]+", name.lower()) if word in known), None)
 
 
+def split_of_file(file: str, arguments: DataArguments) -> str | None:
+    """The split that a file's name speaks of, or else the nearest of its folders that does."""
+    path = PurePosixPath(file)
+    words = (split_of_name(name, arguments) for name in (path.stem, *reversed(path.parent.parts)))
+    return next(filter(None, words), None)
+
+
+def split_of_paths(paths: Sequence[str], arguments: DataArguments) -> list[str | None]:
+    """The split of each path of a table, where one of their folders has names of splits alone, two at least."""
+    known, parts = split_of_word(arguments), [_parts(path) for path in paths]
+    for position in range(min(map(len, parts), default=1) - 1):
+        splits = [known.get(each[position].lower()) for each in parts]
+        if None not in splits and len(set(splits)) > 1:
+            return splits
+    return [None] * len(paths)
+
+
 def split_folders(place: Place, arguments: DataArguments, files: Sequence[str] | None = None) -> dict[str, str]:
     """{name of a folder at the top: split}, where the folders at the top are those of splits.
 
@@ -126,10 +143,19 @@ class Finder:
         self.table, self.suffixes = table, suffixes
         given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
         self.usual = [*given, table.parent, table.parent.parent]
-        self.beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        # COCO's tables lie in annotations/, its pictures beside that folder.
+        root = Path(arguments.dataset).expanduser()
+        is_below = table.parent != root and root in table.parent.parents
+        above = [table.parent.parent] if is_below or table.parent.name.lower() == "annotations" else []
         own_split = split_of_name(table.stem, arguments)
-        if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
-            self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]
+
+        def of_split(folders: Iterable[Path]) -> list[Path]:
+            folders = [folder for folder in folders if folder != table.parent]
+            own = [f for f in folders if own_split is not None and own_split == split_of_name(f.name, arguments)]
+            return own or folders
+
+        self.beside = of_split(_folders_in([table.parent, *above]))
+        self.below = lambda: of_split(_folders_in(_folders_in([table.parent, *above])))
         self.start, self.dropped = self.usual[0], 0
 
     def fit(self, names: Sequence[str]) -> Finder:
@@ -141,18 +167,21 @@ class Finder:
         step = max(1, len(names) // NUM_TRIED)
         sample = [name for name in names[::step] if name and not os.path.isabs(name)][:NUM_TRIED]
         depth = max((len(_parts(name)) for name in sample), default=1)
-        found = {
-            (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
-            for dropped in range(depth)
-            for start in (*self.usual, *self.beside)
-        }
-        most = max(found.values(), default=0)
+        for starts in (lambda: [*self.usual, *self.beside], self.below):
+            found = {
+                (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
+                for dropped in range(depth)
+                for start in starts()
+            }
+            most = max(found.values(), default=0)
+            if most:
+                break
         best = [choice for choice, count in found.items() if count == most > 0]
         if not best:
             return self
         self.start, self.dropped = best[0]
         alike = [str(start) for start, dropped in best if dropped == self.dropped]
-        if self.start in self.beside and len(alike) > 1:
+        if self.start not in self.usual and len(alike) > 1:
             raise ValueError(
                 f"expected the pictures of {self.table} in one folder, found files of these names in "
                 f"{' and in '.join(alike)}; set --image_folder"
@@ -175,6 +204,15 @@ class Finder:
         path = os.path.join(start, *parts)
         endings = ("",) if path.lower().endswith(self.suffixes) else ("", *self.suffixes)
         return next((path + ending for ending in endings if os.path.isfile(path + ending)), None)
+
+
+def _folders_in(folders: Iterable[Path]) -> list[Path]:
+    found = []
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found += [folder / name for name in names]
+    return found
 
 
 def _parts(name: str) -> tuple[str, ...]:

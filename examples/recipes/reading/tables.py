@@ -6,13 +6,11 @@ of their file.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import logging
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -21,7 +19,8 @@ from datasets import Dataset, DatasetDict, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
-from recipes.reading.place import Finder, Place, split_of_name, split_of_word
+from recipes.reading.cells import Cells, likely_separator, rows_of_lines
+from recipes.reading.place import CAPTION_NUMBER, Finder, Place, split_of_file, split_of_paths, split_of_word
 from vit_embed.retrieval import sources
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
@@ -30,12 +29,12 @@ logger = logging.getLogger(__name__)
 ROW = "__row__"  # how the user knows a row
 PROBLEM = "__problem__"  # why a row cannot be used, where reading it found that out
 IMAGE = "image"
-IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "image_id", "id")  # tables of Kaggle name pictures by their stems
+# Tables of Kaggle name pictures by their stems.
+IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "image_name", "img_name", "image_id", "id")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 LIST_SUFFIXES = (".txt", ".lst")
 TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", *LIST_SUFFIXES)
 MOST_TABLES, DEEPEST_TABLE = 64, 3  # files looked into for a table, and folders above them
-SEPARATORS = ("\t", ";", "|", ",")
 NUM_SNIFFED = 5
 Texts = (Value("string"), Value("large_string"), Value("string_view"))
 Bytes = (Value("binary"), Value("large_binary"), Value("binary_view"))
@@ -92,18 +91,19 @@ def _json_records(path: Path) -> Iterator[Record]:
 
 
 def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
-    separator = separator_of(path, arguments)
+    separator, stray = separator_of(path, arguments), []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = _split_lines(file) if separator is None else csv.reader(file, delimiter=separator)
-        first = next(lines, [])
-        if is_header(first, path, arguments):
-            columns, begin = [name.strip() for name in first], lines.line_num + 1
+        rows = _words(file) if separator is None else rows_of_lines(file, separator)
+        first = next(rows, None)
+        if first is None:
+            return
+        if is_header(first.cells, path, arguments):
+            columns = [name.strip() for name in first.cells]
         else:
-            columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
-            lines, begin = _Again(first, lines), 1
-        for cells in lines:
-            line, begin = begin, lines.line_num + 1
+            count = len(first.cells)
+            columns = [*names[:count], *(f"column {number}" for number in range(len(names) + 1, count + 1))]
+            rows = itertools.chain([first], rows)
+        for line, cells, is_stray in rows:
             if not any(cell.strip() for cell in cells):
                 continue
             problem = None
@@ -111,56 +111,39 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
                 problem = (
                     f"{len(cells)} cells in a table of {len(columns)} columns; quote a text that holds a separator"
                 )
+            elif is_stray:
+                stray.append(line)
             yield Record(line, {name: cell.strip() or None for name, cell in zip(columns, cells)}, problem)
+    if stray:
+        more = ", ..." if len(stray) > NUM_SNIFFED else ""
+        lines = ", ".join(map(str, stray[:NUM_SNIFFED])) + more
+        logger.info("%s: %d lines have a quote that does not close, read as a letter: %s", path, len(stray), lines)
 
 
-class _split_lines:
-    """Lines of words between spaces, with the counter of csv.reader."""
-
-    def __init__(self, file) -> None:
-        self.file, self.line_num = file, 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> list[str]:
-        line = next(self.file)
-        self.line_num += 1
-        return line.split() if not line.lstrip().startswith("#") else []
-
-
-class _Again:
-    """A reader whose first row was already taken."""
-
-    def __init__(self, first: list[str], rest) -> None:
-        self.first, self.rest = first, rest
-
-    def __iter__(self):
-        yield self.first
-        yield from self.rest
-
-    @property
-    def line_num(self) -> int:
-        return self.rest.line_num
+def _words(file: Iterable[str]) -> Iterator[Cells]:
+    """Lines of words between spaces."""
+    for number, line in enumerate(file, 1):
+        if not line.lstrip().startswith("#"):
+            yield Cells(number, line.split(), False)
 
 
 def separator_of(path: Path, arguments: DataArguments) -> str | None:
     """--separator, or what separates the first lines into the same number of cells, two at least; None for spaces."""
     if arguments.separator:
         return arguments.separator.encode().decode("unicode_escape")
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         first = [line for line in itertools.islice(file, 4 * NUM_SNIFFED) if line.strip() and line[0] != "#"]
-    for separator in SEPARATORS:
-        if first and separator in first[0]:
-            return separator
+    separator = likely_separator(first) if first else None
     is_list = path.suffix.lower() in LIST_SUFFIXES
+    if separator is not None:
+        return separator
     return None if is_list and all(len(line.split()) > 1 for line in first[:NUM_SNIFFED]) else ","
 
 
 def is_header(first: Sequence[str], path: Path, arguments: DataArguments) -> bool:
     """Whether the first row of a table names its columns: none of its cells is a picture."""
     cells = [cell for cell in first if cell and not cell.isspace()]
-    if any(cell.lower().endswith(PICTURE_SUFFIXES) for cell in cells):
+    if any(CAPTION_NUMBER.sub("", cell.strip().lower()).endswith(PICTURE_SUFFIXES) for cell in cells):
         return False
     finder = Finder(path, arguments).fit(cells)
     return not any(finder.finds(cell) for cell in cells)
@@ -198,7 +181,8 @@ def tables_of(
 def _has(path: Path, arguments: DataArguments, asked, usual, columns) -> bool:
     try:
         first = list(itertools.islice(records(path, arguments, columns), NUM_SNIFFED))
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        logger.warning("%s is left out: %s", path, error)
         return False
     found = first[0].cells if first else {}
     image = column_of(list(found), arguments.image_column, IMAGE_COLUMNS)
@@ -213,10 +197,7 @@ def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) 
     """
     named: dict[str, list[str]] = {}
     for table in tables:
-        path = PurePosixPath(table)
-        folders = [split_of_name(folder, arguments) for folder in reversed(path.parent.parts)]
-        split = next(filter(None, [split_of_name(path.stem, arguments), *folders]), None)
-        named.setdefault(split, []).append(table)
+        named.setdefault(split_of_file(table, arguments), []).append(table)
     rest = named.pop(None, [])
     if not named and len(rest) > 1:
         raise ValueError(
@@ -264,17 +245,22 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
     cells = next((record.cells for record in found if record.cells), {})
     image = column_of(list(cells), arguments.image_column, IMAGE_COLUMNS)
     split = column_of(list(cells), None, SPLIT_COLUMNS)
-    values = {str(record.cells.get(split)).lower() for record in found}
-    split = split if split is not None and values <= set(known) else None
-    finder = Finder(path, arguments).fit([cell for r in found if isinstance(cell := r.cells.get(image), str)])
-    for record in found:
+    words = {str(record.cells.get(split)).lower() for record in found if record.problem is None}
+    if split is not None and not words <= set(known):
+        others = ", ".join(sorted(words - set(known))[:5])
+        logger.warning("%s: column %r is not read as splits, as these are none: %s", file, split, others)
+        split = None
+    paths = [cell if isinstance(cell := record.cells.get(image), str) else "" for record in found]
+    finder = Finder(path, arguments).fit(list(filter(None, paths)))
+    own = iter(split_of_paths(list(filter(None, paths)), arguments))
+    for record, cell in zip(found, paths):
         row = {**record.cells, ROW: f"{file}:{record.line}", PROBLEM: record.problem}
-        cell = row.get(image)
-        if isinstance(cell, str):
+        of_path = next(own) if cell else None
+        if cell:
             row[image] = picture_path(cell, finder)
-        elif record.problem is None and image is not None and cell is None:
+        elif record.problem is None and image is not None and record.cells.get(image) is None:
             row[PROBLEM] = "no path of a picture"
-        yield known[str(record.cells[split]).lower()] if split is not None else None, row
+        yield known.get(str(record.cells.get(split)).lower()) if split is not None else of_path, row
 
 
 def picture_path(cell: str, finder: Finder) -> str:
@@ -373,7 +359,7 @@ def _with_paths(rows: Dataset, column: str, split: str, arguments: DataArguments
     cells = rows[column][:]
     given = [cell for cell in cells if cell]
     if not any(map(os.path.isfile, given[:: max(1, len(given) // 64)])):
-        finder = Finder(Path(arguments.dataset) / "table", arguments).fit(given)
+        finder = Finder(Place(arguments.dataset).folder / "table", arguments).fit(given)
         if given and not any(map(finder.finds, given)):
             raise ValueError(
                 f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
