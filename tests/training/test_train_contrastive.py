@@ -18,10 +18,12 @@ from PIL import Image as PictureImage
 from training_runs import REPO, results, run_here, text_fields
 from transformers import AutoProcessor
 
-from recipes import contrastive
-from recipes.contrastive import Collator, DataArguments, Groups, ModelArguments, check_pairs, draw_caption
+from recipes import contrastive, streams
+from recipes.contrastive import Collator, DataArguments, Groups, ModelArguments, check_pairs
 from recipes.data import hold_out
+from recipes.reading.tables import ROW
 from recipes.retrieval import caption_id, recalls
+from recipes.texts import SENTENCES, draw_caption
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
 
 PICTURES = sorted((REPO / "examples" / "pictures").glob("*.png"))[::40]
@@ -148,12 +150,15 @@ def test_problems_are_named_before_training(processor, tmp_path, caplog):
 
 def test_bad_rows_of_a_stream_are_passed_over_and_named(processor, tmp_path, caplog):
     arguments = DataArguments(dataset="x", sentence_share=0.0)
-    stream = rows_with_problems(tmp_path).to_iterable_dataset()
-    found = list(contrastive.training_stream(stream, arguments, processor.tokenizer, 32, seed=0))
+    rows = rows_with_problems(tmp_path)
+    rows = rows.add_column(ROW, [f"captions.csv:{number}" for number in range(5)])
+    stream = streams.training_stream(rows.to_iterable_dataset(), arguments, processor.tokenizer, 32, seed=0)
+    found = list(stream)
     assert sorted(item["caption"] for item in found) == ["fine", "long " * 40]
     assert {np.shape(item["rgba"]) for item in found} == {(4, 32, 32)}
     for row, problem in ((1, "an unreadable"), (2, "an empty"), (3, "a caption too long"), (4, "an unreadable")):
-        assert f"stream: row {row} with {problem}" in caplog.text
+        assert f"stream: row captions.csv:{row} with {problem}" in caplog.text
+    assert stream.lost.sum() == 3 and stream.lost.is_shared()
 
 
 def test_captions_that_most_rows_share_are_named(caplog):
@@ -202,7 +207,7 @@ def test_processes_cannot_meet_at_the_end_of_a_stream():
     wrong = [(name, "epoch", "steps") for name in steps] + [("gradient_accumulation_steps", 2, "1")]
     for flag, value, instead in wrong:
         with pytest.raises(ValueError, match=f"got --{flag} {value}; set it to {instead}"):
-            contrastive.check_streaming(ARGUMENTS, SimpleNamespace(**{**fine, flag: value}))
+            streams.check_streaming(ARGUMENTS, SimpleNamespace(**{**fine, flag: value}))
 
 
 # --- the model ---
@@ -246,7 +251,7 @@ def test_what_is_made_of_a_caption_fits_the_model(tmp_path):
     row = {"image": PictureImage.new("RGB", (8, 8)), "captions": [name, other], "tags": [tags, None]}
     random.seed(0)
     texts = [contrastive.training_item(row, arguments, tokenizer, 8)["caption"] for _ in range(60)]
-    short = [sentence for sentence in contrastive.SENTENCES if len(sentence.split()) == 4]
+    short = [sentence for sentence in SENTENCES if len(sentence.split()) == 4]
     assert {*texts} == {name, *(sentence.format(name) for sentence in short)}, "32 tokens hold three words more"
     assert max(map(len, tokenizer(texts).input_ids)) <= 32
 

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 from recipes.arguments import DataArguments
@@ -147,16 +147,17 @@ class Finder:
         root = Path(arguments.dataset).expanduser()
         is_below = table.parent != root and root in table.parent.parents
         above = [table.parent.parent] if is_below or table.parent.name.lower() == "annotations" else []
-        own_split = split_of_name(table.stem, arguments)
-
-        def of_split(folders: Iterable[Path]) -> list[Path]:
-            folders = [folder for folder in folders if folder != table.parent]
-            own = [f for f in folders if own_split is not None and own_split == split_of_name(f.name, arguments)]
-            return own or folders
-
-        self.beside = of_split(_folders_in([table.parent, *above]))
-        self.below = lambda: of_split(_folders_in(_folders_in([table.parent, *above])))
+        self.near, self.split_of = [table.parent, *above], partial(split_of_name, arguments=arguments)
         self.start, self.dropped = self.usual[0], 0
+
+    def _folders(self, depth: int) -> list[Path]:
+        """Folders near the table, those of its split alone if it names one that they have."""
+        found = self.near
+        for _ in range(depth):
+            found = _folders_in(found)
+        split = self.split_of(self.table.stem)
+        own = [folder for folder in found if split is not None and self.split_of(folder.name) == split]
+        return own or [folder for folder in found if folder != self.table.parent]
 
     def fit(self, names: Sequence[str]) -> Finder:
         """Chooses where the paths of `names` start.
@@ -167,11 +168,12 @@ class Finder:
         step = max(1, len(names) // NUM_TRIED)
         sample = [name for name in names[::step] if name and not os.path.isabs(name)][:NUM_TRIED]
         depth = max((len(_parts(name)) for name in sample), default=1)
-        for starts in (lambda: [*self.usual, *self.beside], self.below):
+        for level in (1, 2):
+            starts = [*self.usual, *self._folders(1)] if level == 1 else self._folders(2)
             found = {
                 (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
                 for dropped in range(depth)
-                for start in starts()
+                for start in starts
             }
             most = max(found.values(), default=0)
             if most:

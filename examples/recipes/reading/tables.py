@@ -11,16 +11,17 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import datasets
-from datasets import Dataset, DatasetDict, Value
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
 from recipes.reading.cells import Cells, likely_separator, rows_of_lines
-from recipes.reading.place import CAPTION_NUMBER, Finder, Place, split_of_file, split_of_paths, split_of_word
+from recipes.reading.place import CAPTION_NUMBER, NUM_TRIED, Finder, Place, split_of_file, split_of_paths, split_of_word
 from vit_embed.retrieval import sources
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
@@ -221,13 +222,21 @@ def read_tables(
         for file in files:
             for own, row in _rows(place, file, arguments, columns):
                 splits.setdefault(own or split, []).append(row)
+    return from_rows(splits)
+
+
+def from_rows(splits: dict[str, list[dict]]) -> DatasetDict:
+    """Splits of rows, each a dict of its cells; all get the columns that any has."""
     names = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
     read = {s: {name: [row.get(name) for row in rows] for name in names} for s, rows in splits.items()}
     return DatasetDict({split: from_columns(found) for split, found in read.items()})
 
 
 def from_columns(columns: dict[str, list]) -> Dataset:
-    """A dataset of columns; ValueError names one whose cells are of several kinds."""
+    """A dataset of columns; one of texts and lists becomes one of lists, and ValueError names one of other kinds."""
+    for name, cells in columns.items():
+        if {type(cell) for cell in cells} - {type(None)} == {str, list}:
+            columns[name] = [[cell] if isinstance(cell, str) else cell for cell in cells]
     try:
         return Dataset.from_dict(columns)
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
@@ -350,20 +359,27 @@ def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Datas
     return _renamed(rows, column, IMAGE, split)
 
 
-def _with_paths(rows: Dataset, column: str, split: str, arguments: DataArguments) -> Dataset:
+def _with_paths(rows: Dataset | IterableDataset, column: str, split: str, arguments: DataArguments):
     """Paths as they were written -> paths from here.
 
     Raises:
-        ValueError: none of them leads to a file.
+        ValueError: none of them, or of the first of a stream, leads to a file.
     """
-    cells = rows[column][:]
+    is_stream = isinstance(rows, IterableDataset)
+    cells = [row[column] for row in rows.select_columns([column]).take(NUM_TRIED)] if is_stream else rows[column][:]
     given = [cell for cell in cells if cell]
-    if not any(map(os.path.isfile, given[:: max(1, len(given) // 64)])):
-        finder = Finder(Place(arguments.dataset).folder / "table", arguments).fit(given)
-        if given and not any(map(finder.finds, given)):
-            raise ValueError(
-                f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
-                "other of its paths; set --image_folder, or --image_column"
-            )
-        cells = [cell and finder(cell) for cell in cells]
-    return rows.remove_columns(column).add_column(column, cells)
+    if any(map(os.path.isfile, given[:: max(1, len(given) // NUM_TRIED)])):
+        return rows
+    finder = Finder(Place(arguments.dataset).folder / "table", arguments).fit(given)
+    if given and not any(map(finder.finds, given)):
+        raise ValueError(
+            f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
+            "other of its paths; set --image_folder, or --image_column"
+        )
+    if is_stream:
+        return rows.map(partial(_found, column=column, finder=finder), features=rows.features)
+    return rows.remove_columns(column).add_column(column, [cell and finder(cell) for cell in cells])
+
+
+def _found(row: dict, column: str, finder: Finder) -> dict[str, str | None]:
+    return {column: row[column] and finder(row[column])}
