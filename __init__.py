@@ -35,6 +35,7 @@ __all__ = [
     "VitEmbedTextConfig",
     "VitEmbedTextModel",
     "VitEmbedTextModelWithProjection",
+    "load_picture",
 ]
 
 
@@ -51,9 +52,19 @@ _register_with_auto_classes()
 
 
 def __getattr__(name: str) -> Any:
-    """`vit_embed.embed`, whose packages (pyarrow, fsspec) only those who call it have to wait for."""
+    """`vit_embed.embed` and `vit_embed.load_picture`; only those who call `embed` wait for its packages (pyarrow,
+    fsspec).
+    """
     if name == "embed":
         from vit_embed.retrieval.callables import embed
 
         return embed
+    if name == "load_picture":
+        from vit_embed.retrieval.pictures import load_picture
+
+        return load_picture
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "embed"})

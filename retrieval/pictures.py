@@ -6,13 +6,16 @@ log (`NoteCounts`, `recipes.data.check_rows`).
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import re
 from collections import Counter
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageColor, ImageOps, UnidentifiedImageError
 
 # What opening or converting a picture can raise; AttributeError where the cell of a dataset is empty.
 UNREADABLE = (OSError, ValueError, SyntaxError, AttributeError, Image.DecompressionBombError)
@@ -23,10 +26,64 @@ SCALED = "16 bits of grey, scaled to 8"
 ON_WHITE = "transparency, put on white"
 ON_BLACK = "a white drawing on transparency, put on black"
 Source = str | Path | BinaryIO | Image.Image
+Colour = str | tuple[int, int, int]
 # Below this many pixels a picture is read whole: decoding it smaller would save little and show.
 LEAST_REDUCED = 1_000_000
 # Two greys nearer than this (of 255) look alike: what is drawn in one cannot be seen on the other.
 VISIBLE_CONTRAST = 16
+
+
+def load_picture(
+    source: str | os.PathLike | bytes | BinaryIO | Image.Image, background: Colour | None = None
+) -> Image.Image:
+    """A picture as the recipes of this repository show it to a model: RGB of 8 bits, upright, no transparency.
+
+    For processors and pipelines. transformers' own `load_image`, which its pipelines read paths with, shows what lies
+    under the alpha channel, and cuts 16 bits of grey at 255.
+
+    Args:
+        source: path, bytes or binary file of a picture; or a PIL picture, which stays as it is. Of an animated one the
+            first frame, or that which the PIL picture stands at.
+        background: colour under what is transparent, a name that Pillow knows or (red, green, blue) of 0 to 255. None
+            is white, and black where the drawing is white and could not be seen.
+
+    Raises:
+        ValueError: the source is an address, or no picture; or the background is no colour.
+        OSError: the file cannot be opened.
+    """
+    colour = None if background is None else _opaque(background)
+    if isinstance(source, Image.Image):
+        return _load(source, colour, f"a PIL picture of mode {source.mode}")
+    if isinstance(source, str) and re.match(r"(\w[\w+.-]+://|data:)", source):
+        raise ValueError(f"expected a file, got the address {source[:80]!r}; download it and pass the path or bytes")
+    if isinstance(source, str | os.PathLike):
+        with open(source, "rb") as file:
+            return _load(file, colour, repr(os.fspath(source)))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _load(io.BytesIO(source), colour, f"{len(source):,} bytes, {bytes(source[:8])!r} first")
+    if hasattr(source, "read") and not isinstance(source, io.TextIOBase):
+        return _load(source, colour, f"the file {getattr(source, 'name', type(source).__name__)!r}")
+    kind = type(source).__name__
+    raise ValueError(f"expected the path, the bytes or the binary file of a picture, or a PIL picture, got {kind}")
+
+
+def _load(picture: BinaryIO | Image.Image, background: Colour | None, shown: str) -> Image.Image:
+    try:
+        return read_rgb(picture)[0] if background is None else put_on(read_rgba(picture)[0], background)
+    except UNREADABLE as error:
+        reason = "no format that Pillow reads" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"expected a picture, got {shown}: {reason}") from error
+
+
+def _opaque(colour: Any) -> Colour:
+    """A colour, checked."""
+    try:
+        values = ImageColor.getrgb(colour) if isinstance(colour, str) else tuple(colour)
+        if len(values) == 3 and all(int(value) == value and 0 <= value <= 255 for value in values):
+            return tuple(int(value) for value in values)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"expected background to be a colour's name or (red, green, blue) of 0 to 255, got {colour!r}")
 
 
 def read_rgba(picture: Source) -> tuple[Image.Image, list[str]]:
@@ -93,7 +150,10 @@ def _upright(picture: Image.Image) -> tuple[Image.Image, list[str]]:
     if picture.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         notes.append(TURNED)
     if upright.mode.startswith("I"):  # Pillow would cut values above 255
-        upright = Image.fromarray((np.asarray(upright).clip(0, 65535) / 257).round().astype(np.uint8))
+        deep, hidden = np.asarray(upright), upright.info.get("transparency")
+        upright = Image.fromarray((deep.clip(0, 65535) / 257).round().astype(np.uint8))
+        if hidden is not None:  # the one grey that a PNG shows as transparent
+            upright.putalpha(Image.fromarray(np.where(deep == hidden, 0, 255).astype(np.uint8)))
         notes.append(SCALED)
     elif upright.mode == "F":
         raise ValueError("expected a picture of 8 or 16 bits, got floating point values of unknown range")
@@ -105,7 +165,7 @@ def as_rgb(picture: Source) -> Image.Image:
     return read_rgb(picture)[0]
 
 
-def put_on(rgba: Image.Image, colour: str) -> Image.Image:
+def put_on(rgba: Image.Image, colour: Colour) -> Image.Image:
     """An RGBA picture on a ground of one colour, in RGB."""
     return Image.alpha_composite(Image.new("RGBA", rgba.size, colour), rgba).convert("RGB")
 

@@ -7,8 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from vit_embed.retrieval.fonts import fitting, paste_text, shortened
 from vit_embed.retrieval.pictures import UNREADABLE, read_rgb
 from vit_embed.retrieval.sources import Item, open_content
 
@@ -24,18 +25,17 @@ def draw_sheet(pictures: Sequence[tuple[Item | None, str]], title: str, output: 
     width = MARGIN + columns * (SIDE + MARGIN)
     sheet = Image.new("RGB", (width, 2 * MARGIN + LINE + rows * (SIDE + LINE + 2 * MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
-    large, small = ImageFont.load_default(LINE), ImageFont.load_default(LINE - 6)
-    draw.text((MARGIN, MARGIN), _shortened(title, columns * MAX_LETTERS), "black", large)
+    _write(sheet, (MARGIN, MARGIN), title, columns * MAX_LETTERS, "black", LINE)
     for place, (item, caption) in enumerate(pictures):
         left = MARGIN + place % columns * (SIDE + MARGIN)
         top = 3 * MARGIN + LINE + place // columns * (SIDE + LINE + 2 * MARGIN)
         thumbnail = _thumbnail(item)
         if thumbnail is None:
             draw.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), outline="grey")
-            draw.text((left + MARGIN, top + SIDE // 2), "cannot be read", "grey", small)
+            _write(sheet, (left + MARGIN, top + SIDE // 2), "cannot be read", MAX_LETTERS, "grey", LINE - 6)
         else:
             sheet.paste(thumbnail, (left + (SIDE - thumbnail.width) // 2, top + (SIDE - thumbnail.height) // 2))
-        draw.text((left, top + SIDE + 4), _shortened(caption, MAX_LETTERS), "black", small)
+        _write(sheet, (left, top + SIDE + 4), caption, MAX_LETTERS, "black", LINE - 6)
     output.parent.mkdir(parents=True, exist_ok=True)
     aside = output.with_name(f".{output.name}.partial")
     sheet.save(aside, format="PNG")
@@ -53,5 +53,6 @@ def _thumbnail(item: Item | None) -> Image.Image | None:
     return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
-def _shortened(text: str, letters: int) -> str:
-    return text if len(text) <= letters else f"{text[: letters - 1]}…"
+def _write(sheet: Image.Image, place: tuple[int, int], text: str, letters: int, colour: str, size: int) -> None:
+    """A text in one line of as many letters at most, wide ones counted twice."""
+    paste_text(sheet, place, shortened(fitting(" ".join(text.split()))[0], letters), colour, size)

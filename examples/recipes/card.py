@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from recipes.arguments import SHIPPED_CHECKPOINT
 from vit_embed.card_vit_embed import CARD_FILE, LICENCE_FILES, LOADED_AS, NOTICE_FILES
+from vit_embed.retrieval.pictures import SCALED
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def write_model_card(
     training: TrainingArguments,
     steps: int,
     results: dict[str, dict[str, float]],
+    data_notes: dict[str, list[str]] | None = None,
 ) -> None:
     """Writes the card into the output folder, and beside it the licence files of the base.
 
@@ -117,6 +119,7 @@ def write_model_card(
         data: folder or Hub id of the data set.
         steps: how many were trained.
         results: {"eval" or "test": metrics, with that before their names}.
+        data_notes: {split: what was left out of it or changed in it}.
     """
     output_dir = Path(training.output_dir)
     licence_files = base.copy_licence(output_dir)
@@ -142,20 +145,22 @@ def write_model_card(
         f"# {name.split('/')[-1]}": f"`{model_class.__name__}` of vit_embed for {task.replace('-', ' ')}: "
         f"{parameters:,} parameters, pictures of {height} x {width} pixels, {start} on `{public_name(data)}`.",
         "## Metrics": metrics_table(results) or "Not evaluated.",
+        "## Data": data_text(data_notes or {}),
         "## Use": f"""```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import {auto_class}, {processor_class}
 
 name = "{training.hub_model_id or "path/to/this/folder"}"
 model = {auto_class}.from_pretrained(name, trust_remote_code=True)
 processor = {processor_class}.from_pretrained(name, trust_remote_code=True)
-image = Image.open("picture.jpg").convert("RGB")
+image = ImageOps.exif_transpose(Image.open("picture.jpg")).convert("RGBA")  # upright and on white, as in training
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 {use}
 ```""",
         "## Training": training_table(training, steps),
         "## Licence": licence_text(base, licence_files),
     }
-    text = "\n\n".join(f"{heading}\n\n{content}" for heading, content in sections.items())
+    text = "\n\n".join(f"{heading}\n\n{content}" for heading, content in sections.items() if content)
     (output_dir / CARD_FILE).write_text(f"---\n{matter.to_yaml()}\n---\n\n{text}\n", encoding="utf-8")
 
 
@@ -173,6 +178,18 @@ def metrics_table(results: dict[str, dict[str, float]]) -> str:
         values = [metrics.get(name) for metrics in columns.values()]
         rows.append([name, *("" if value is None else f"{value:.4g}" for value in values)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) if names else ""
+
+
+def data_text(notes: dict[str, list[str]]) -> str:
+    """A line for each split, and how to read pictures where transformers would read them in another way."""
+    text = "\n".join(f"- {split}: {'; '.join(lines)}" for split, lines in notes.items() if lines)
+    if not any(changed in text for changed in (SCALED, "transparency")):
+        return text
+    return (
+        f"{text}\n\nPipelines and `load_image` of transformers show what lies under the alpha channel, and cut 16 bits "
+        "of grey at 255: read pictures as below, or with `vit_embed.load_picture`, which also puts white drawings on "
+        "black and scales greys."
+    )
 
 
 def training_table(training: TrainingArguments, steps: int) -> str:

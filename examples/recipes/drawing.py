@@ -5,19 +5,26 @@ Figures are made without pyplot, which would look for a screen and keep them ali
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from recipes.files import written_aside
+from vit_embed.retrieval.fonts import columns_of, fitting, shortened
 
 DOTS_PER_INCH = 105
+# Letters of a tick's label that is written in codes; more would push the axes off the sheet.
+MOST_CODES = 20
+# The second column of a wide letter while a text is broken into lines; no text has it, as none is `fitting` with it.
+FILLER = "\0"
 
 
 def new_sheet(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
@@ -57,7 +64,12 @@ def draw_label(axis: Axes, text: str, width: int = 20) -> None:
 
 
 def _wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.fill(line, width) for line in text.splitlines())
+    """Lines of at most `width` Latin letters, of which a Chinese one or an emoji counts two."""
+    shown = fitting(text)[0]
+    if "U+" in shown:
+        width = 2 * width // 3  # capitals and digits are wider than the letters that widths are meant for
+    as_wide = re.sub(".", lambda letter: letter[0].ljust(columns_of(letter[0]), FILLER), shown)
+    return "\n".join(textwrap.fill(line, width) for line in as_wide.split("\n")).replace(FILLER, "")
 
 
 def frame(axis: Axes, colour: str) -> None:
@@ -80,14 +92,22 @@ def as_colours(pixel_values: torch.Tensor, processor) -> np.ndarray:
 
 
 def save_figure(figure: Figure, path: Path, num_colours: int | None = None) -> None:
-    """Writes a figure, whole or not at all. A dollar in a text is a dollar, not the start of a formula.
+    """Writes a figure, whole or not at all. A dollar in a text is a dollar, not the start of a formula, and letters of
+    any script are drawn with the fonts that have them (`fitting`).
 
     Args:
         path: its suffix says the format, PNG where there is none.
         num_colours: of a PNG, to save bytes; None keeps all.
     """
+    for axis in figure.findobj(Axis):  # which writes its labels anew when it is drawn
+        labels = [label.get_text() for label in axis.get_ticklabels()]
+        shown = [label if fitting(label)[0] == label else shortened(fitting(label)[0], MOST_CODES) for label in labels]
+        if shown != labels:
+            axis.set_ticklabels(shown)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
+        shown, families = fitting(text.get_text(), tuple(text.get_fontfamily()))
+        text.set(text=shown, fontfamily=families)
     file_format = path.suffix.removeprefix(".") or "png"
     with written_aside(path) as aside:
         figure.savefig(aside, format=file_format, dpi=DOTS_PER_INCH, bbox_inches="tight", pad_inches=0.05)

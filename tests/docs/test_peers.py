@@ -61,6 +61,7 @@ def test_our_lines_are_as_many_and_give_the_embedding(library, clip_folder, pict
     for line in theirs:
         compile(line, library, "exec")
     names = {"folder": clip_folder, "out": str(REPO), "picture": picture, "SentenceTransformer": SentenceTransformer}
+    names["load_picture"] = vit_embed.load_picture
     embeds = torch.as_tensor(value_of(ours, names))
     assert embeds.shape[0] == 1 and embeds.isfinite().all()
 

@@ -21,6 +21,7 @@ from PIL import Image
 from training_runs import REPO, losses, results, run_apart, run_here, weights
 
 import vit_embed
+from vit_embed.retrieval.pictures import as_rgb
 
 # recipe -> class of the model that it leaves
 CLASSES = {
@@ -161,7 +162,7 @@ def assert_same_training(folder: Path, one: Path, recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", CLASSES)
-def test_the_model_card_says_what_the_folder_is_and_its_code_runs(recipe, options, unbroken, monkeypatch):
+def test_the_model_card_says_what_the_folder_is_and_its_code_runs(recipe, options, unbroken, monkeypatch, tmp_path):
     folder = unbroken(recipe)
     card = ModelCard.load(folder / "README.md")
     assert card.data.library_name == "transformers" and card.data.license is None and card.data.base_model is None
@@ -176,8 +177,12 @@ def test_the_model_card_says_what_the_folder_is_and_its_code_runs(recipe, option
         assert set(shown) - set(measured) == {"steps", "seed"}
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     names = {}
-    picture = next(options["train_depth"]["dataset"].rglob("*.png"))
+    icon, exif = Image.new("RGBA", (64, 48), (0, 0, 0, 0)), Image.Exif()
+    icon.paste((0, 0, 0, 255), (30, 4, 60, 24))  # black on black, but for the alpha channel
+    exif[0x0112] = 6  # to be turned by a quarter
+    icon.save(tmp_path / "icon.png", exif=exif)
     monkeypatch.chdir(os.path.dirname(folder))
-    exec(code.replace("path/to/this/folder", str(folder)).replace("picture.jpg", str(picture)), names)
+    exec(code.replace("path/to/this/folder", str(folder)).replace("picture.jpg", str(tmp_path / "icon.png")), names)
+    assert names["image"] == as_rgb(tmp_path / "icon.png"), "what training saw"
     used = {"train_contrastive": "probabilities", "train_classification": "logits", "pretrain_masked": "features"}
     assert names[used.get(recipe, "depth")].isfinite().all()

@@ -2,18 +2,24 @@
 
 import logging
 import random
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
+from font_files import forget, only_fonts
 from PIL import Image, ImageDraw
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments
 
 from recipes import classification, contrastive, depth, masked, search, tokens
+from recipes.card import Base, write_model_card
+from recipes.drawing import _wrapped, draw_label, draw_picture, new_sheet, save_figure
+from vit_embed import VitEmbedForImageClassification, load_picture
 from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
 
 REPO = Path(__file__).resolve().parents[2]
@@ -106,6 +112,14 @@ def test_every_recipe_and_viewer_sees_the_drawing(recipe, name, tmp_path):
     assert (corner - middle if note == ON_WHITE else middle - corner) > 3
 
 
+@pytest.mark.parametrize("name", ICONS)
+def test_a_pipeline_that_is_given_load_picture_sees_what_the_recipe_evaluates(name, tmp_path):
+    ICONS[name][0].save(tmp_path / "icon.png")
+    evaluated = pixels_of("classification", Image.open(tmp_path / "icon.png"), "")
+    given = AutoImageProcessor.from_pretrained(REPO)(load_picture(tmp_path / "icon.png"), return_tensors="pt")
+    torch.testing.assert_close(given["pixel_values"][0], evaluated, rtol=0, atol=0)
+
+
 def test_training_on_captions_draws_it_in_any_colour_on_any_ground():
     arguments, tokenizer = contrastive.DataArguments(dataset="x"), AutoTokenizer.from_pretrained(REPO)
     random.seed(0)
@@ -128,3 +142,68 @@ def test_the_log_counts_what_was_changed(tmp_path, caplog):
     assert f"4 of 6 pictures with {ON_WHITE}" in caplog.text and f"2 of 6 pictures with {ON_BLACK}" in caplog.text
     masked.check_pictures(masked.load_pictures(masked.DataArguments(str(tmp_path)))["train"], "train")
     assert f"split train: 2 rows with {ON_BLACK}: ['nearly white.png', 'white.png']" in caplog.text
+
+
+def card_text(folder: Path, **notes) -> str:
+    model = VitEmbedForImageClassification(tiny.vision_config())
+    training = TrainingArguments(folder, use_cpu=True, report_to=[])
+    folder.mkdir(exist_ok=True)
+    write_model_card(model, type(model), Base(""), "data", training, 3, {}, **notes)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_card_says_what_became_of_the_data(tmp_path):
+    left_out, icons = "1,234 rows, 5 left out: 5 with an unreadable picture", f"17 rows with {ON_WHITE}"
+    text = card_text(tmp_path, data_notes={"train": [left_out, icons], "validation": [], "test": ["9 rows"]})
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## Metrics", "## Data", "## Use", "## Training", "## Licence"]
+    assert f"\n- train: {left_out}; {icons}\n- test: 9 rows\n\nPipelines" in text and "vit_embed.load_picture" in text
+    opaque = card_text(tmp_path, data_notes={"train": [left_out]})
+    assert f"## Data\n\n- train: {left_out}\n\n## Use" in opaque and "load_picture" not in opaque
+    assert "load_picture" in card_text(tmp_path, data_notes={"train": [f"3 rows with {SCALED}"]})
+    assert "## Data" not in card_text(tmp_path) and "## Data" not in card_text(tmp_path, data_notes={"train": []})
+
+
+def sheet_of(caption: str, path: Path) -> np.ndarray:
+    """A figure with a caption in each place that captions have."""
+    figure, (axes,) = new_sheet(1, 3, (9, 3))
+    draw_label(axes[0], caption)
+    draw_picture(axes[1], np.ones((8, 8, 3)), f"{caption}\nis {caption}")
+    axes[2].axis("on")
+    axes[2].set(xticks=[0, 1], yticks=[0, 1], xlabel=caption)
+    axes[2].set_xticklabels(["plain", caption])
+    figure.suptitle(caption)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what matplotlib says of a letter that it draws as a box
+        save_figure(figure, path)
+    return np.asarray(Image.open(path).convert("L"))
+
+
+@pytest.fixture
+def squares(monkeypatch, tmp_path):
+    """A font in which a cat and a rocket are black squares."""
+    with monkeypatch.context() as patched:
+        only_fonts(patched, tmp_path, squares={"letters": "猫🚀"})
+        yield
+    forget()
+
+
+def test_a_sheet_of_a_recipe_shows_captions_of_any_script(squares, tmp_path):
+    for caption, shown in {"犬 🐎": "U+72AC :horse:", "猫 🐎": "猫 :horse:", "$a 🚀": "$a 🚀"}.items():
+        assert (sheet_of(caption, tmp_path / "a.png") == sheet_of(shown, tmp_path / "b.png")).all()
+    assert (sheet_of("猫" * 5, tmp_path / "a.png") < 128).sum() > 5 * 5 * 40, "five squares in five places"
+
+
+def test_a_label_in_codes_does_not_push_the_axes_off_the_sheet(squares, tmp_path):
+    labels = {"犬" * 9: "U+72AC U+72AC U+72A…", "猫" * 8: "猫" * 8, "long " * 5: "long " * 5}
+    figure, ((axis,),) = new_sheet(1, 1, (9, 3))
+    axis.axis("on")
+    axis.set_xticks(range(len(labels)), labels)
+    save_figure(figure, tmp_path / "sheet.png")
+    assert [label.get_text() for label in axis.get_xticklabels()] == list(labels.values())
+
+
+def test_a_line_breaks_where_wide_letters_fill_it(squares):
+    assert _wrapped("猫" * 7, 6) == "猫猫猫\n猫猫猫\n猫" and _wrapped("a cat 猫猫", 6) == "a cat\n猫猫"
+    assert _wrapped("犬犬犬犬", 22) == "U+72AC U+72AC\nU+72AC U+72AC"
+    assert _wrapped("one two\n\nthree", 5) == "one\ntwo\n\nthree"

@@ -21,6 +21,7 @@ from transformers import AutoProcessor
 from recipes import contrastive, streams
 from recipes.contrastive import Collator, DataArguments, Groups, ModelArguments, check_pairs
 from recipes.data import hold_out
+from recipes.negatives import check_captions_differ, leave_out_single, share_that_teaches
 from recipes.reading.tables import ROW
 from recipes.retrieval import caption_id, recalls
 from recipes.texts import SENTENCES, draw_caption
@@ -161,11 +162,45 @@ def test_bad_rows_of_a_stream_are_passed_over_and_named(processor, tmp_path, cap
     assert stream.lost.sum() == 3 and stream.lost.is_shared()
 
 
+def batches_of(pairs: int, processes: int = 1) -> SimpleNamespace:
+    """What the checks of batches read of TrainingArguments."""
+    return SimpleNamespace(
+        train_batch_size=pairs, per_device_train_batch_size=pairs, world_size=processes, dataloader_drop_last=False
+    )
+
+
 def test_captions_that_most_rows_share_are_named(caplog):
     for captions in (["a", "b", "c", "d"], ["a", "b", "A "]):
         assert not caplog.text
-        contrastive.check_captions_differ(Dataset.from_dict({"captions": captions}), "train", ARGUMENTS)
+        ids = list(map(caption_id, captions))
+        check_captions_differ(ids, "split 'train'", batches_of(8), None, negatives=False)
     assert "2 of 3 rows share their first caption with others, 2 captions differ" in caplog.text
+
+
+def test_batches_of_one_caption_are_refused_or_named(caplog):
+    """By the share of batches of the joined size, drawn without replacement, that hold no other."""
+    ids = [0] * 999 + [1]
+    for pairs, processes in ((8, 1), (4, 2)):
+        message = "999 of the 1000 rows of split 'train' .* batches of 8 pairs 99% hold no other.*--contrastive_chunk"
+        with pytest.raises(ValueError, match=message):
+            check_captions_differ(ids, "split 'train'", batches_of(pairs, processes), None, negatives=False)
+    check_captions_differ(ids, "split 'train'", batches_of(600), None, negatives=False)
+    assert "batches of 600 pairs 40% hold no other" in caplog.text
+    assert share_that_teaches([0, 0, 1], 2) == pytest.approx(2 / 3)
+    assert share_that_teaches([0, 0, 1], 8) == pytest.approx(1)
+
+
+def test_a_batch_of_one_pair_is_refused_and_a_last_one_left_out(small, tmp_path):
+    single = {**small, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    message = (
+        "at least 2 pairs in the joined batch .*--gradient_accumulation_steps adds none; .*--contrastive_chunk_size"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_here(train_contrastive, **single, output_dir=tmp_path / "run")
+    for pairs, processes, count, left_out in ((4, 1, 9, True), (4, 1, 10, False), (4, 2, 9, False), (4, 1, 1, False)):
+        training = batches_of(pairs, processes)
+        leave_out_single(count, training)
+        assert training.dataloader_drop_last == left_out
 
 
 def test_one_caption_for_all_is_refused_before_the_first_step(small, tmp_path):
@@ -239,6 +274,19 @@ def test_shares_of_the_texts_drawn():
     assert only == {"cat"}
 
 
+def test_captions_without_tags_are_equals_and_only_short_texts_are_put_in_sentences():
+    random.seed(0)
+    sentences = ["a cat on a sofa looks out of the window", "A cat.", "a dog, a cat, and a very small bird in a tree"]
+    arguments = DataArguments(dataset="x", sentence_share=1.0)
+    texts = [draw_caption([*sentences, "cat"], [], arguments) for _ in range(4000)]
+    for text in sentences:
+        assert texts.count(text) / len(texts) == pytest.approx(0.25, abs=0.03)
+    assert {*texts} == {*sentences, *(sentence.format("cat") for sentence in SENTENCES)}
+    named = [draw_caption(["cat", "kitty"], ["pet"], DataArguments(dataset="x", tag_column="t")) for _ in range(2000)]
+    assert named.count("cat") / len(named) == pytest.approx(0.6 * 0.8, abs=0.04)
+    assert {sentence.format("cat, pet") for sentence in SENTENCES} <= set(named)
+
+
 def test_what_is_made_of_a_caption_fits_the_model(tmp_path):
     """Or is left at the name: nothing is cut. The limit is the model's, also of a tokenizer that names none."""
     for name in ("vocab.json", "merges.txt"):
@@ -246,7 +294,8 @@ def test_what_is_made_of_a_caption_fits_the_model(tmp_path):
     names = ModelArguments(model_name_or_path=str(REPO), tokenizer_name=str(tmp_path))
     tokenizer = contrastive.load_two_towers(names)[1].tokenizer
     assert tokenizer.model_max_length == 32
-    name, other, tags = (" ".join([word] * count) for word, count in (("red", 25), ("green", 31), ("blue", 5)))
+    name, other, tags = "xqzjkvwx xqzjkvwx xqzjkvwx zzqzzq", " ".join(["green"] * 31), " ".join(["blue"] * 5)
+    assert len(tokenizer(name).input_ids) == 27
     arguments = DataArguments(dataset="x", tag_column="tags", name_share=0.3, sentence_share=0.5)
     row = {"image": PictureImage.new("RGB", (8, 8)), "captions": [name, other], "tags": [tags, None]}
     random.seed(0)

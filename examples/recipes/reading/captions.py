@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
 from recipes.reading import stored, tars
-from recipes.reading.layouts import Layout, Sign
+from recipes.reading.layouts import HAS_TABLE, Layout, Sign
 from recipes.reading.place import Finder, Place, split_folders, split_of_file
 from recipes.reading.tables import IMAGE, PROBLEM, ROW, from_rows, read_tables, tables_of
 
@@ -43,11 +43,6 @@ def as_list(captions: str | list[str] | None) -> list[str]:
 
 def caption_tables(place: Place, arguments: DataArguments) -> list[str]:
     return tables_of(place, arguments, arguments.caption_column, CAPTION_COLUMNS, HEADERLESS)
-
-
-def has_pictures(place: Place, arguments: DataArguments) -> bool:
-    """A table given by its own path has them somewhere: where not, its rows say so."""
-    return bool(place.pictures) or bool(arguments.image_folder) or place.path.is_file()
 
 
 def with_pictures(splits: dict[str, list[dict]]) -> DatasetDict:
@@ -218,7 +213,7 @@ LAYOUTS = (
         "table of captions",
         "captions.csv (or .tsv, .txt, .jsonl, .json), metadata.jsonl in each split: a path and a caption a row",
         (
-            Sign("pictures", has_pictures),
+            HAS_TABLE,
             Sign(
                 "a table with a column of pictures and one of captions (--image_column, --caption_column)",
                 lambda place, arguments: bool(caption_tables(place, arguments)),

@@ -9,7 +9,7 @@ from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
 from recipes.reading import stored
-from recipes.reading.layouts import Layout, Sign
+from recipes.reading.layouts import HAS_TABLE, Layout, Sign
 from recipes.reading.place import Place, split_folders
 from recipes.reading.tables import IMAGE, ROW, from_columns, read_tables, tables_of
 
@@ -79,7 +79,7 @@ LAYOUTS = (
         "table of labels",
         "labels.csv (or .tsv, .txt, .jsonl, .json), or train.csv and validation.csv: a path and a label a row",
         (
-            Sign("pictures", lambda place, arguments: bool(place.pictures) or bool(arguments.image_folder)),
+            HAS_TABLE,
             Sign(
                 "a table with a column of pictures and one of labels (--image_column, --label_column)",
                 lambda place, arguments: bool(label_tables(place, arguments)),

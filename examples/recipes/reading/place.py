@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +20,7 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+ABOUT = (".md", ".pdf", ".html", ".rst")  # what may lie beside the one folder of an archive
 IGNORED_FOLDERS = ("__MACOSX", "lost+found")
 NUM_TRIED = 64  # rows of a table that show where its paths start
 # What Flickr8k puts behind a file's name to number its captions.
@@ -27,10 +28,16 @@ CAPTION_NUMBER = re.compile(r"#\d+$")
 
 
 class Place:
-    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub."""
+    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub.
 
-    def __init__(self, name: str) -> None:
+    A folder that holds nothing but one other, as an unpacked archive does, stands for that other.
+    """
+
+    def __init__(self, name: str, splits: Collection[str] = ()) -> None:
         self.name, self.path = name, Path(name).expanduser()
+        self.tables_seen: dict[str, str] = {}  # what tables have in place of the columns looked for
+        while self.path.is_dir() and (inner := _only_folder(self.path)) and inner.name.lower() not in splits:
+            self.path = inner
 
     @property
     def folder(self) -> Path:
@@ -80,6 +87,13 @@ class Place:
         return f"{kinds_text}" + (f"; in {', '.join(top[:8])}{more}" if top else "")
 
 
+def _only_folder(path: Path) -> Path | None:
+    """The folder in `path`, where there is nothing else but texts about it."""
+    visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    rest = [entry for entry in visible if entry.suffix.lower() not in ABOUT and entry.name not in IGNORED_FOLDERS]
+    return rest[0] if len(rest) == 1 and rest[0].is_dir() else None
+
+
 def split_of_word(arguments: DataArguments) -> dict[str, str]:
     """Lower-case word -> the split that it names; the user's own names go first."""
     words = {word: split for split, words in SPLIT_WORDS.items() for word in words}
@@ -94,10 +108,10 @@ def split_of_name(name: str, arguments: DataArguments) -> str | None:
 
 
 def split_of_file(file: str, arguments: DataArguments) -> str | None:
-    """The split that a file's name speaks of, or else the nearest of its folders that does."""
+    """The split that a file's name speaks of, or else the nearest folder that it lies in."""
     path = PurePosixPath(file)
-    words = (split_of_name(name, arguments) for name in (path.stem, *reversed(path.parent.parts)))
-    return next(filter(None, words), None)
+    names = (path.name.split(".")[0], *reversed(path.parent.parts))
+    return next(filter(None, (split_of_name(name, arguments) for name in names)), None)
 
 
 def split_of_paths(paths: Sequence[str], arguments: DataArguments) -> list[str | None]:

@@ -87,7 +87,13 @@ def rows_of_parquet(parts: list[tuple[str, int, int]], folder: Path) -> Iterator
 
 
 def read_hub(place: Place, arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
-    splits = load_dataset(place.name, streaming=arguments.streaming)
+    try:
+        splits = load_dataset(place.name, streaming=arguments.streaming)
+    except (OSError, ValueError) as error:  # of the network, or no data set of that name
+        raise ValueError(
+            f"expected a file, a folder or a data set on the Hub of the name {place.name}: neither file nor folder is "
+            f"here, and as a data set it cannot be read ({error})"
+        ) from error
     if not arguments.streaming:
         return named_rows(splits)
     return IterableDatasetDict({split: _numbered(rows) for split, rows in splits.items()})

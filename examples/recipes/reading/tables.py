@@ -95,7 +95,7 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
     separator, stray = separator_of(path, arguments), []
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = _words(file) if separator is None else rows_of_lines(file, separator)
-        first = next(rows, None)
+        first = next((row for row in rows if any(map(str.strip, row.cells))), None)
         if first is None:
             return
         if is_header(first.cells, path, arguments):
@@ -175,19 +175,24 @@ def tables_of(
         stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
         near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
         near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
-        vars(place)[key] = [f for f in near if _has(Path(place.full(f)), arguments, asked, usual, columns)]
+        vars(place)[key] = [file for file in near if _has(place, file, arguments, asked, usual, columns)]
     return vars(place)[key]
 
 
-def _has(path: Path, arguments: DataArguments, asked, usual, columns) -> bool:
+def _has(place: Place, file: str, arguments: DataArguments, asked, usual, columns) -> bool:
+    """Whether a table has the columns; what it has instead goes to `place.tables_seen`."""
     try:
-        first = list(itertools.islice(records(path, arguments, columns), NUM_SNIFFED))
+        first = list(itertools.islice(records(Path(place.full(file)), arguments, columns), NUM_SNIFFED))
     except (ValueError, OSError) as error:
-        logger.warning("%s is left out: %s", path, error)
+        place.tables_seen[file] = str(error)
         return False
-    found = first[0].cells if first else {}
-    image = column_of(list(found), arguments.image_column, IMAGE_COLUMNS)
-    return image is not None and column_of([c for c in found if c != image], asked, usual) is not None
+    found = list(next((record.cells for record in first if record.cells), {}))
+    image = column_of(found, arguments.image_column, IMAGE_COLUMNS)
+    if image is None or column_of([name for name in found if name != image], asked, usual) is None:
+        if len(found) > 1:
+            place.tables_seen[file] = f"has the columns {', '.join(map(str, found[:12]))}"
+        return False
+    return True
 
 
 def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) -> dict[str, list[str]]:
@@ -299,19 +304,19 @@ class Target(NamedTuple):
 
 
 def with_known_columns(
-    splits: DatasetDict, arguments: DataArguments, target: Target | None, needs_pictures: bool
+    splits: DatasetDict, folder: Path, arguments: DataArguments, target: Target | None, needs_pictures: bool
 ) -> DatasetDict:
     """The splits with their pictures in the column IMAGE and what is learned in that of the target's name.
 
-    Pictures are cast to datasets.Image from paths, bytes, or {bytes, path}. A split without a column of what is
-    learned, as of unlabelled pictures, is left without.
+    Pictures are cast to datasets.Image from paths (relative ones start at `folder`), bytes, or {bytes, path}. A split
+    without a column of what is learned, as of unlabelled pictures, is left without.
 
     Raises:
         ValueError: a split has no column of pictures, or it holds something else; no split has the target's.
     """
     renamed = dict(splits)
     if needs_pictures:
-        renamed = {split: _with_pictures(rows, split, arguments) for split, rows in splits.items()}
+        renamed = {split: _with_pictures(rows, split, folder, arguments) for split, rows in splits.items()}
     if target is None:
         return type(splits)(renamed)
     found = {split: column_of(own_columns(rows), target.asked, target.usual) for split, rows in renamed.items()}
@@ -337,7 +342,7 @@ def _renamed(rows: Dataset, column: str, name: str, split: str) -> Dataset:
     return (rows.remove_columns(name) if name in rows.column_names else rows).rename_column(column, name)
 
 
-def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Dataset:
+def _with_pictures(rows: Dataset, split: str, folder: Path, arguments: DataArguments) -> Dataset:
     columns = [name for name in rows.column_names if name not in (ROW, PROBLEM)]
     column = column_of(columns, arguments.image_column, IMAGE_COLUMNS)
     if column is None:
@@ -346,40 +351,56 @@ def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Datas
             f"expected pictures in column {asked!r} of split {split!r}, found columns {columns}; set --image_column"
         )
     feature = rows.features[column]
+    is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not isinstance(feature, ImageFeature):
-        is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
         if feature not in (*Texts, *Bytes) and not is_struct:
             raise ValueError(
                 f"expected pictures in column {column!r} of split {split!r} (paths, bytes or {{bytes, path}}), it has "
                 f"{feature}; set --image_column"
             )
-        if feature in Texts:
-            rows = _with_paths(rows, column, split, arguments)
+        if feature in Texts or is_struct:
+            rows = _with_paths(rows, column, split, folder, arguments)
         rows = rows.cast_column(column, ImageFeature())
     return _renamed(rows, column, IMAGE, split)
 
 
-def _with_paths(rows: Dataset | IterableDataset, column: str, split: str, arguments: DataArguments):
+def path_in(cell: object) -> str | None:
+    """The path that a cell of pictures stands for; None where it holds the bytes, or nothing."""
+    if isinstance(cell, dict):
+        return None if cell.get("bytes") else cell.get("path")
+    return cell if isinstance(cell, str) else None
+
+
+def _with_paths(
+    rows: Dataset | IterableDataset, column: str, split: str, folder: Path, arguments: DataArguments
+) -> Dataset | IterableDataset:
     """Paths as they were written -> paths from here.
 
     Raises:
         ValueError: none of them, or of the first of a stream, leads to a file.
     """
-    is_stream = isinstance(rows, IterableDataset)
-    cells = [row[column] for row in rows.select_columns([column]).take(NUM_TRIED)] if is_stream else rows[column][:]
-    given = [cell for cell in cells if cell]
-    if any(map(os.path.isfile, given[:: max(1, len(given) // NUM_TRIED)])):
+    if isinstance(rows, IterableDataset):
+        some = list(rows.select_columns([column]).take(NUM_TRIED))
+    else:
+        some = [rows[place] for place in range(0, len(rows), max(1, len(rows) // NUM_TRIED))]
+    sample = [path for row in some if (path := path_in(row[column]))]
+    if not sample or any(map(os.path.isfile, sample)):
         return rows
-    finder = Finder(Place(arguments.dataset).folder / "table", arguments).fit(given)
-    if given and not any(map(finder.finds, given)):
+    finder = Finder(folder / "table", arguments).fit(sample)
+    if not any(map(finder.finds, sample)):
         raise ValueError(
-            f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
-            "other of its paths; set --image_folder, or --image_column"
+            f"expected pictures in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any other "
+            "of its paths; set --image_folder, or --image_column"
         )
-    if is_stream:
-        return rows.map(partial(_found, column=column, finder=finder), features=rows.features)
-    return rows.remove_columns(column).add_column(column, [cell and finder(cell) for cell in cells])
+    said = {} if isinstance(rows, IterableDataset) else {"desc": f"paths of {split}"}
+    return rows.map(partial(_found, column=column, finder=finder), batched=True, features=rows.features, **said)
 
 
-def _found(row: dict, column: str, finder: Finder) -> dict[str, str | None]:
-    return {column: row[column] and finder(row[column])}
+def _found(cells: dict[str, list], column: str, finder: Finder) -> dict[str, list]:
+    paths = [(cell, path_in(cell)) for cell in cells[column]]
+    return {
+        column: [
+            cell if path is None else {**cell, "path": finder(path)} if isinstance(cell, dict) else finder(path)
+            for cell, path in paths
+        ]
+    }
