@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
+from recipes.reading.place import CAPTION_NUMBER
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
 SEPARATORS = ("\t", ";", "|", ",")
 MOST_LINES = 100  # of a quoted text
-# Two ways to write a quote inside quotes: "" and \".
-DIALECTS = ({"strict": True}, {"strict": True, "doublequote": False, "escapechar": "\\"})
+ESCAPED = {"doublequote": False, "escapechar": "\\"}  # \" for a quote inside quotes, which is "" else
 
 
 class Cells(NamedTuple):
@@ -46,8 +46,10 @@ def rows_of_lines(lines: Iterable[str], separator: str) -> Iterator[Cells]:
 
 def _quoted(lines: Sequence[str], separator: str) -> tuple[list[str], int] | None:
     """The cells of the row at the first line, and how many lines it has; None where its quotes do not close."""
-    for dialect in DIALECTS:
-        reader = csv.reader(iter(lines), delimiter=separator, skipinitialspace=separator != "\t", **dialect)
+    for dialect in ({}, ESCAPED) if '\\"' in lines[0] else ({},):
+        reader = csv.reader(
+            iter(lines), delimiter=separator, strict=True, skipinitialspace=separator != "\t", **dialect
+        )
         try:
             cells = next(reader)
         except csv.Error:
@@ -74,9 +76,10 @@ def likely_separator(lines: Sequence[str]) -> str | None:
     # The last row may go on behind the lines that were looked at.
     even = [s for s, found in several.items() if all(len(row) == len(found[0]) for row in found[:-1])]
     some = even or list(several)
-    with_path = [s for s in some if any(map(_is_path, rows[s][-1]))]
+    with_path = [s for s in some if any(map(is_path, rows[s][-1]))]
     return next(iter(with_path or some), None)
 
 
-def _is_path(cell: str) -> bool:
-    return cell.strip().lower().partition("#")[0].endswith(PICTURE_SUFFIXES)
+def is_path(cell: str) -> bool:
+    """Whether a cell is a picture's path by its end, a number of Flickr8k's behind it or not."""
+    return CAPTION_NUMBER.sub("", cell.strip()).lower().endswith(PICTURE_SUFFIXES)

@@ -20,10 +20,9 @@ from datasets import Dataset, DatasetDict, IterableDataset, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
-from recipes.reading.cells import Cells, likely_separator, rows_of_lines
-from recipes.reading.place import CAPTION_NUMBER, NUM_TRIED, Finder, Place, split_of_file, split_of_paths, split_of_word
+from recipes.reading.cells import Cells, is_path, likely_separator, rows_of_lines
+from recipes.reading.place import NUM_TRIED, Finder, Place, split_of_file, split_of_paths, split_of_word
 from vit_embed.retrieval import sources
-from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +100,7 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
         if is_header(first.cells, path, arguments):
             columns = [name.strip() for name in first.cells]
         else:
-            count = len(first.cells)
-            columns = [*names[:count], *(f"column {number}" for number in range(len(names) + 1, count + 1))]
-            rows = itertools.chain([first], rows)
+            columns, rows = headerless_columns(first.cells, names), itertools.chain([first], rows)
         for line, cells, is_stray in rows:
             if not any(cell.strip() for cell in cells):
                 continue
@@ -141,10 +138,17 @@ def separator_of(path: Path, arguments: DataArguments) -> str | None:
     return None if is_list and all(len(line.split()) > 1 for line in first[:NUM_SNIFFED]) else ","
 
 
+def headerless_columns(first: Sequence[str], names: Sequence[str]) -> list[str]:
+    """`names` for the columns of a table without a header, where the first name is that of the pictures' column."""
+    columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
+    place = next((place for place, cell in enumerate(first) if is_path(cell)), 0)
+    return [*columns[1 : place + 1], columns[0], *columns[place + 1 :]] if columns else columns
+
+
 def is_header(first: Sequence[str], path: Path, arguments: DataArguments) -> bool:
     """Whether the first row of a table names its columns: none of its cells is a picture."""
     cells = [cell for cell in first if cell and not cell.isspace()]
-    if any(CAPTION_NUMBER.sub("", cell.strip().lower()).endswith(PICTURE_SUFFIXES) for cell in cells):
+    if any(map(is_path, cells)):
         return False
     finder = Finder(path, arguments).fit(cells)
     return not any(finder.finds(cell) for cell in cells)
