@@ -155,8 +155,8 @@ class Finder:
 
     def __init__(self, table: Path, arguments: DataArguments, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> None:
         self.table, self.suffixes = table, suffixes
-        given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
-        self.usual = [*given, table.parent, table.parent.parent]
+        self.given = arguments.image_folder is not None
+        self.usual = [Path(arguments.image_folder).expanduser()] if self.given else [table.parent, table.parent.parent]
         # COCO's tables lie in annotations/, its pictures beside that folder.
         root = Path(arguments.dataset).expanduser()
         is_below = table.parent != root and root in table.parent.parents
@@ -180,10 +180,10 @@ class Finder:
             ValueError: two folders beside the table hold files of these names.
         """
         step = max(1, len(names) // NUM_TRIED)
-        sample = [name for name in names[::step] if name and not os.path.isabs(name)][:NUM_TRIED]
+        sample = [name for name in names[::step] if name and not _is_there(name)][:NUM_TRIED]
         depth = max((len(_parts(name)) for name in sample), default=1)
-        for level in (1, 2):
-            starts = [*self.usual, *self._folders(1)] if level == 1 else self._folders(2)
+        for level in (0,) if self.given else (1, 2):
+            starts = self.usual * (level < 2) + self._folders(level) * (level > 0)
             found = {
                 (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
                 for dropped in range(depth)
@@ -206,7 +206,7 @@ class Finder:
 
     def __call__(self, name: str) -> str:
         """The path of the file, also where it is missing: opening it says so."""
-        if os.path.isabs(name) and os.path.isfile(name):
+        if _is_there(name):
             return name
         return self._at(name, self.start, self.dropped) or os.path.join(self.start, *_parts(name)[self.dropped :])
 
@@ -220,6 +220,10 @@ class Finder:
         path = os.path.join(start, *parts)
         endings = ("",) if path.lower().endswith(self.suffixes) else ("", *self.suffixes)
         return next((path + ending for ending in endings if os.path.isfile(path + ending)), None)
+
+
+def _is_there(name: str) -> bool:
+    return os.path.isabs(name) and os.path.isfile(name)
 
 
 def _folders_in(folders: Iterable[Path]) -> list[Path]:

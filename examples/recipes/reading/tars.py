@@ -125,7 +125,7 @@ def texts_of(value: object, name: str) -> list[str]:
 
 def empty_row(name: str, asked: Fields, captions: str, problem: str | None = None) -> dict:
     empty = {**dict.fromkeys((captions, *asked.lists), []), **dict.fromkeys((*asked.texts, NOTE))}
-    return {IMAGE: {"bytes": None, "path": None}, **empty, ROW: name, PROBLEM: problem}
+    return {IMAGE: None, **empty, ROW: name, PROBLEM: problem}
 
 
 def row_of(name: str, fields: dict[str, bytes], asked: Fields, captions: str) -> dict:
@@ -135,7 +135,7 @@ def row_of(name: str, fields: dict[str, bytes], asked: Fields, captions: str) ->
     if not pictures:
         row[PROBLEM] = f"no picture{f' of the name {asked.image!r}' if asked.image else ''}, but {', '.join(fields)}"
         return row
-    row[IMAGE]["bytes"] = fields[pictures[0]]
+    row[IMAGE] = {"bytes": fields[pictures[0]], "path": None}
     if len(pictures) > 1:
         row[NOTE] = f"{' and '.join(pictures)}, of which {pictures[0]} is used (--image_column)"
     try:
