@@ -13,9 +13,10 @@ import pytest
 import tiny
 import torch
 import train_contrastive
+from captioned_sets import caption, content, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PictureImage
-from training_runs import REPO, results, run_here, text_fields
+from training_runs import REPO, results, run_apart, run_here, text_fields
 from transformers import AutoProcessor
 
 from recipes import contrastive, streams
@@ -91,6 +92,28 @@ def test_a_stream_of_tar_shards_trains_and_is_evaluated(small, tmp_path, monkeyp
     options |= {"image_column": "png", "caption_column": "txt", "output_dir": tmp_path / "run"}
     run_here(train_contrastive, **options, per_device_train_batch_size=4)
     assert_recalls(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
+def test_a_spoiled_stream_trains_to_the_end_and_says_what_it_lost(processes, workers, small, tmp_path):
+    """Each row once, in whatever process or worker, over two passes: a corrupt picture, no JSON, and a torn tar."""
+    good = {str(n): {"png": content(n, "png"), "txt": caption(n).encode()} for n in range(16)}
+    spoiled = {**good, "3": {**good["3"], "png": b"no picture"}, "9": {**good["9"], "json": b"{"}}
+    (tmp_path / "data").mkdir()
+    for name, files in (("0.tar", spoiled), ("1.tar", good), ("2.tar", good), ("3.tar", good)):
+        write_tar(tmp_path / "data" / name, files)
+    torn = tmp_path / "data" / "1.tar"
+    torn.write_bytes(torn.read_bytes()[:20_000])
+    options = {**small, "dataset": tmp_path / "data", "streaming": True, "dataloader_num_workers": workers}
+    options |= {"per_device_train_batch_size": 4, "max_steps": 24 // processes, "output_dir": tmp_path / "run"}
+    run_apart("train_contrastive", options, processes=processes)
+    log = (tmp_path / "run.log").read_text()
+    for lost in (
+        *("row 0.tar/3 with an unreadable picture", "row 0.tar/9 with a .json that is none"),
+        "row 1.tar with the rest of a tar that cannot be read (unexpected end of data)",
+    ):
+        assert log.count(f"stream: {lost}") == 1, log
+    assert "0 rows were left out before the first step, 3 could not be read later" in log
 
 
 def test_the_shipped_checkpoint_trains_on_groups(small, tmp_path):
