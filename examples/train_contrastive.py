@@ -82,13 +82,12 @@ def main() -> None:
         trained = training_stream(splits[data.train_split], data, processor.tokenizer, canvas, training.seed)
     elif training.do_train:
         rows, split = checked[data.train_split], data.train_split
-        groups = Groups(rows, data.group_column)
-        ids = first_ids(rows.select([group[0] for group in groups.rows]))
+        rows = rows if data.group_column is None else Groups(rows, data.group_column)
         where = f"split {split!r}"
-        check_captions_differ(ids, where, training, data.caption_column, data.duplicates_are_negatives)
-        leave_out_single(len(groups), training)
+        check_captions_differ(first_ids(rows), where, training, data.caption_column, data.duplicates_are_negatives)
+        leave_out_single(len(rows), training)
         make = partial(training_item, arguments=data, tokenizer=processor.tokenizer, canvas=canvas)
-        trained = SeededRows(groups, make, training.seed)
+        trained = SeededRows(rows, make, training.seed)
     validation = {split: judged[split] for split in data.validation_split * training.do_eval}
     is_one = len(validation) == 1
     sheets = {"eval" if is_one else f"eval_{split}": checked[split] for split in validation}

@@ -164,11 +164,6 @@ def check_pairs(
     return check_rows(dataset, split, examine, report)
 
 
-def first_ids(rows: Dataset) -> list[int]:
-    """The id of the first caption of each row."""
-    return [caption_id(as_list(captions)[0]) for captions in rows[CAPTIONS][:]]
-
-
 # --- rows ---
 
 # What a training item has.
@@ -224,6 +219,13 @@ class Groups:
 
     def __getitem__(self, index: int) -> dict:
         return self.dataset[random.choice(self.rows[index])]
+
+
+def first_ids(rows: Dataset | Groups) -> list[int]:
+    """The id of the first caption of each row, or of the first row of each group."""
+    if isinstance(rows, Groups):
+        rows = rows.dataset.select([group[0] for group in rows.rows])
+    return [caption_id(as_list(captions)[0]) for captions in rows[CAPTIONS][:]]
 
 
 def evaluation_item(row: dict, image_processor: CLIPImageProcessor) -> dict[str, object]:

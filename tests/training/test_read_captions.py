@@ -126,6 +126,7 @@ def test_a_stray_quote_swallows_no_line_and_is_named(tmp_path, caplog):
         ("image_name| comment_number| comment\n1.png| 0| a cat, a dog; a cow\n2.png| 0| a cat\n", None),
         ('image,caption\n1.png,"a \\"cat\\", a dog"\n2.png, "b, c"\n', ['a "cat", a dog', "b, c"]),
         ("caption,image\na cat,1.png\n\n\na dog,2.png\n", ["a cat", "a dog"]),
+        ("image,caption,split\n1.png,a,train\n9.png,x,restval\n2.png,b,train\n1.png,y,test\n", ["a", "b"]),
         ("image,raw\n1.png,\"['a', 'b']\"\n2.png,\"['c']\"\n", [["a", "b"], ["c"]]),
     ],
 )
@@ -133,6 +134,14 @@ def test_separators_quotes_and_lists_in_cells(text, captions, tmp_path):
     captions = captions or ["a cat, a dog; a cow", "a cat"]
     found = read(table(tmp_path, "captions.csv", text, "1.png", "2.png"))["train"]
     assert [row[:2] for row in found] == [(n, as_list(each)) for n, each in enumerate(captions, 1)]
+
+
+def test_a_json_of_paths_and_captions(tmp_path):
+    folder = table(tmp_path, "captions.json", '{"1.png": "a", "2.png": ["b", "c"]}', "1.png", "2.png")
+    assert [row[:3] for row in read(folder)["train"]] == [
+        (1, ["a"], "captions.json:1"),
+        (2, ["b", "c"], "captions.json:2"),
+    ]
 
 
 def test_rows_of_one_picture_become_one_and_what_is_of_no_use_is_named(tmp_path, caplog):
@@ -181,6 +190,9 @@ def test_what_cocos_json_lacks_is_named(tmp_path, caplog):
         ([], "annotations/x.json image 3", "no caption"),
     ]
     assert "1 images have captions and are not among the images: [9]" in caplog.text
+    (folder / "annotations" / "captions_test.json").write_text(coco.replace(".png", ".gone"))
+    assert list(read(folder)) == ["train"]
+    assert "left out: expected the pictures of" in caplog.text and "captions_test.json, no file" in caplog.text
     with pytest.raises(ValueError, match=r"pictures of .*x.json, no file is at '.*1.png'; set --image_folder"):
         read(folder / "annotations" / "x.json", image_folder=str(folder / "images"))
 
@@ -291,4 +303,12 @@ def test_tars_without_captions_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"expected captions .txt, caption, json.captions.* they have jpg, json, json.label"
     ):
+        read(tmp_path)
+
+
+def test_tars_whose_samples_are_torn_apart_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.jpg", "1.jpg", "0.txt", "1.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(ValueError, match=r"beside its text in .*a.tar, each sample is one file; .* tar --sort=name"):
         read(tmp_path)

@@ -23,7 +23,7 @@ from recipes import contrastive, streams
 from recipes.contrastive import Collator, DataArguments, Groups, ModelArguments, check_pairs
 from recipes.data import hold_out
 from recipes.negatives import check_captions_differ, leave_out_single, share_that_teaches
-from recipes.reading.tables import ROW
+from recipes.reading.tables import PROBLEM, ROW
 from recipes.retrieval import caption_id, recalls
 from recipes.texts import SENTENCES, draw_caption
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
@@ -211,6 +211,24 @@ def test_batches_of_one_caption_are_refused_or_named(caplog):
     assert "batches of 600 pairs 40% hold no other" in caplog.text
     assert share_that_teaches([0, 0, 1], 2) == pytest.approx(2 / 3)
     assert share_that_teaches([0, 0, 1], 8) == pytest.approx(1)
+
+
+def test_the_first_rows_of_a_stream_are_checked_before_training(tmp_path, caplog):
+    """Those that are shuffled together. Rows of one picture cannot become one row, which is said."""
+    picture = str(PICTURES[0])
+
+    def check(captions: list[str], pictures: list[str]) -> None:
+        columns = {"image": pictures, "captions": captions, PROBLEM: [None] * len(captions)}
+        stream = Dataset.from_dict(columns).cast_column("image", Image()).to_iterable_dataset()
+        streams.check_first_rows(stream, "train", ARGUMENTS, batches_of(4))
+
+    with pytest.raises(ValueError, match="the first 3 rows of split 'train', which .* all 3 rows have the same"):
+        check(["a", "A", "a", ""], [picture] * 4)
+    with pytest.raises(ValueError, match="captioned pictures in split 'train', none of its first 1000 rows is one"):
+        check(["", ""], [picture] * 2)
+    assert not caplog.text
+    check(["a", "b", "c"], [picture, picture, str(PICTURES[1])])
+    assert f"1 pictures are in several rows, as {picture}, which a stream cannot make one row" in caplog.text
 
 
 def test_a_batch_of_one_pair_is_refused_and_a_last_one_left_out(small, tmp_path):

@@ -76,19 +76,31 @@ def _parsed(path: Path) -> dict:
 
 
 def read_jsons(place: Place, arguments: DataArguments, files: list[str], rows_of) -> DatasetDict:
-    """Splits of the rows that `rows_of(content of a file)` gives: (split or None, path, captions, name)."""
+    """Splits of the rows that `rows_of(content of a file)` gives: (split or None, path, captions, name).
+
+    A file whose pictures are not here is left out.
+
+    Raises:
+        ValueError: so are all.
+    """
     splits: dict[str, list[dict]] = {}
+    lacking = []
     for file in files:
         path = Path(place.full(file))
         rows = list(rows_of(_parsed(path)))
         finder = Finder(path, arguments).fit([row[1] for row in rows])
         if rows and not any(finder.finds(row[1]) for row in rows):
-            raise ValueError(f"expected the pictures of {path}, no file is at {rows[0][1]!r}; set --image_folder")
+            lacking.append(f"expected the pictures of {path}, no file is at {rows[0][1]!r}; set --image_folder")
+            continue
         of_file = split_of_file(file, arguments) or arguments.train_split
         for split, picture, captions, name in rows:
             problem = None if captions else "no caption"
             row = {IMAGE: finder(picture), CAPTIONS: captions, ROW: f"{file} {name}", PROBLEM: problem}
             splits.setdefault(split or of_file, []).append(row)
+    if lacking and not splits:
+        raise ValueError(lacking[0])
+    for each in lacking:
+        logger.warning("left out: %s", each)
     return with_pictures(splits)
 
 

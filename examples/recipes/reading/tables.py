@@ -62,7 +62,7 @@ def records(path: Path, arguments: DataArguments, columns: Sequence[str] = ()) -
     """
     try:
         yield from (
-            _json_records(path)
+            _json_records(path, columns)
             if path.suffix.lower() not in (".csv", ".tsv", *LIST_SUFFIXES)
             else _text_records(path, arguments, columns)
         )
@@ -70,14 +70,17 @@ def records(path: Path, arguments: DataArguments, columns: Sequence[str] = ()) -
         raise ValueError(f"expected text in UTF-8 in {path}, {error}; save it as UTF-8") from error
 
 
-def _json_records(path: Path) -> Iterator[Record]:
-    """Objects, one a line, or a list of them; a line that is none has a problem."""
+def _json_records(path: Path, names: Sequence[str]) -> Iterator[Record]:
+    """Objects, one a line, or a list of them, of which one that is none has a problem; or {path of a picture: what is
+    learned}, to which `names` give columns."""
     with path.open(encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".json":
             try:
                 entries = json.load(file)
             except json.JSONDecodeError as error:
                 raise ValueError(f"expected JSON in {path}: {error}") from error
+            if isinstance(entries, dict) and len(names) > 1 and entries and all(map(is_path, entries)):
+                entries = [dict(zip(names, item)) for item in entries.items()]
             for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):
                 yield Record(number, entry) if isinstance(entry, dict) else Record(number, {}, "no JSON object")
             return
@@ -264,10 +267,12 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
     image = column_of(list(cells), arguments.image_column, IMAGE_COLUMNS)
     split = column_of(list(cells), None, SPLIT_COLUMNS)
     words = {str(record.cells.get(split)).lower() for record in found if record.problem is None}
-    if split is not None and not words <= set(known):
-        others = ", ".join(sorted(words - set(known))[:5])
-        logger.warning("%s: column %r is not read as splits, as these are none: %s", file, split, others)
-        split = None
+    others = sorted(words - set(known))
+    if split is not None and others:
+        is_split = len({known[word] for word in words & set(known)}) > 1
+        what = "rows of these are left out" if is_split else "is not read as splits, as these are none"
+        logger.warning("%s: column %r: %s: %s", file, split, what, ", ".join(others[:5]))
+        split = split if is_split else None
     paths = [cell if isinstance(cell := record.cells.get(image), str) else "" for record in found]
     finder = Finder(path, arguments).fit(list(filter(None, paths)))
     own = iter(split_of_paths(list(filter(None, paths)), arguments))
@@ -278,7 +283,9 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
             row[image] = picture_path(cell, finder)
         elif record.problem is None and image is not None and record.cells.get(image) is None:
             row[PROBLEM] = "no path of a picture"
-        yield known.get(str(record.cells.get(split)).lower()) if split is not None else of_path, row
+        word = str(record.cells.get(split)).lower()
+        if split is None or word in known or record.problem is not None:
+            yield known.get(word) if split is not None else of_path, row
 
 
 def picture_path(cell: str, finder: Finder) -> str:

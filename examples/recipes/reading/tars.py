@@ -26,6 +26,7 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 IMAGE_NAMES = tuple(suffix.removeprefix(".") for suffix in PICTURE_SUFFIXES)
 NOTE = "__note__"  # what was chosen for a row that could be read in two ways
 NUM_PEEKED = 64  # samples that show what there is
+SORTED = "the files of a sample have to lie next to each other, as tar --sort=name puts them"
 TORN = (tarfile.TarError, OSError, EOFError, zlib.error)
 
 
@@ -183,8 +184,10 @@ def check_fields(path: str, asked: Fields) -> None:
         what = f"files {missing}" if missing else f"captions ({', '.join(asked.usual_captions[:4])}, ...)"
         raise ValueError(
             f"expected {what} in the samples of {path}, they have {', '.join(there)}; set --image_column, "
-            "--caption_column, --tag_column and --group_column, where json.KEY is a key of the .json"
+            f"--caption_column, --tag_column and --group_column, where json.KEY is a key of the .json; {SORTED}"
         )
+    if len(peeked) > 1 and max(map(len, peeked)) == 1:
+        raise ValueError(f"expected a picture beside its text in {path}, each sample is one file; {SORTED}")
     logger.info("%s: captions are read from %s", path, " and ".join(sorted(names)))
 
 
