@@ -51,6 +51,8 @@ def main() -> None:
     data.streaming = data.streaming and not data.check_only  # which reads every row
     if training.do_train:
         check_batch_size(training)
+    if training.do_train and data.streaming:
+        check_streaming(data, training)
     model, processor = load_two_towers(model_arguments)
     prepare(model, recipe)
     splits = load_captioned(data)
@@ -71,13 +73,12 @@ def main() -> None:
     collate = Collator(processor, data, model.config.image_shape)
     if data.check_only:
         folder = Path(training.output_dir) / "check"
-        check_and_show(judged, report, collate, processor, lambda item: item["caption"], folder)
+        check_and_show(judged, report, collate, processor.image_processor, lambda item: item["caption"], folder)
         return
     # A margin keeps detail where a picture is enlarged.
     canvas = max(model.config.image_shape) * 4 // 3
     trained = None
     if training.do_train and data.streaming:
-        check_streaming(data, training)
         check_first_rows(splits[data.train_split], data.train_split, data, training)
         trained = training_stream(splits[data.train_split], data, processor.tokenizer, canvas, training.seed)
     elif training.do_train:

@@ -32,6 +32,8 @@ def check_streaming(data: DataArguments, training: TrainingArguments) -> None:
     """Set how processes share a stream, each reading its own part; ValueError for what a stream cannot do."""
     if data.group_column is not None:
         raise ValueError("--group_column picks from rows that are all known, which those of a stream are not; drop one")
+    if training.max_steps <= 0:
+        raise ValueError("expected --max_steps beside --streaming, as nothing tells how many rows a stream has")
     strategies = ("eval_strategy", "save_strategy", "logging_strategy")
     by_epoch = [name for name in strategies if getattr(training, name) == "epoch"]
     if training.world_size > 1 and by_epoch:

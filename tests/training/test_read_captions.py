@@ -55,7 +55,7 @@ NAMES = {
     "open_clip": ("train.csv:2", "train.csv:14"),  # two lines of a caption
     "cc3m": ("Train_GCC-training.tsv:1", "Train_GCC-training.tsv:12"),
     "flickr8k": ("captions.txt:2", "captions.txt:36"),
-    "coco": ("annotations/captions_train2017.json image 900", "annotations/captions_train2017.json image 911"),
+    "coco": tuple(f"annotations/captions_train2017.json {number:012}.jpg" for number in (0, 11)),
     "karpathy": ("dataset_coco.json COCO_val2014_000000000000.jpg", "dataset_coco.json COCO_val2014_000000000011.jpg"),
     "photos": ("train/a/000.png", "train/a/011.png"),
     "imagefolder": ("train/metadata.csv:2", "train/metadata.csv:13"),
@@ -186,8 +186,8 @@ def test_what_cocos_json_lacks_is_named(tmp_path, caplog):
     coco = json.dumps({"images": images, "annotations": annotations})
     folder = table(tmp_path, "annotations/x.json", coco, "val/1.png", "val/2.png", "images/train/3.png")
     assert [row[1:] for row in rows_of(load_captioned(DataArguments(dataset=str(folder)))["train"].select([1, 2]))] == [
-        ([], "annotations/x.json image 2", "no caption"),
-        ([], "annotations/x.json image 3", "no caption"),
+        ([], "annotations/x.json 2.png", "no caption"),
+        ([], "annotations/x.json 3.png", "no caption"),
     ]
     assert "1 images have captions and are not among the images: [9]" in caplog.text
     (folder / "annotations" / "captions_test.json").write_text(coco.replace(".png", ".gone"))

@@ -279,7 +279,9 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(small, tmp_path):
 def test_processes_cannot_meet_at_the_end_of_a_stream():
     """Each comes to the end of its part at a step of its own."""
     steps = {"eval_strategy": "no", "save_strategy": "steps", "logging_strategy": "steps"}
-    fine = {"world_size": 2, **steps, "gradient_accumulation_steps": 1}
+    fine = {"world_size": 2, **steps, "gradient_accumulation_steps": 1, "max_steps": 9}
+    with pytest.raises(ValueError, match="expected --max_steps beside --streaming"):
+        streams.check_streaming(ARGUMENTS, SimpleNamespace(**{**fine, "max_steps": -1}))
     wrong = [(name, "epoch", "steps") for name in steps] + [("gradient_accumulation_steps", 2, "1")]
     for flag, value, instead in wrong:
         with pytest.raises(ValueError, match=f"got --{flag} {value}; set it to {instead}"):

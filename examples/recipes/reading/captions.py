@@ -109,7 +109,7 @@ def coco_rows(content: dict) -> Iterator[tuple[None, str, list[str], str]]:
     for entry in content["annotations"]:
         captions.setdefault(entry.get("image_id"), []).append(entry.get("caption"))
     for image in content["images"]:
-        yield None, image["file_name"], as_list(captions.pop(image["id"], None)), f"image {image['id']}"
+        yield None, image["file_name"], as_list(captions.pop(image["id"], None)), image["file_name"]
     if captions:
         logger.warning("%d images have captions and are not among the images: %s", len(captions), list(captions)[:5])
 
