@@ -15,6 +15,7 @@ from PIL import Image as PictureImage
 
 from recipes.contrastive import DataArguments, load_captioned
 from recipes.data import columns_of
+from recipes.reading import stored
 from recipes.reading.captions import CAPTIONS, as_list
 from recipes.reading.tables import IMAGE, PROBLEM, ROW
 from recipes.reading.tars import NOTE
@@ -82,6 +83,20 @@ def test_every_set_reads_to_what_was_written_whole_and_as_a_stream(name, made):
     assert shuffled != whole["train"] and sorted(shuffled) == sorted(whole["train"]), "names go with their rows"
 
 
+def test_rows_of_a_stream_of_the_hub_are_named_by_their_shard(made, monkeypatch):
+    files = sorted(map(str, Path(made("parquet_structs").dataset).glob("*.parquet")))
+    splits = {"train": files[:2], "validation": files[2:]}
+    hub = stored.load_dataset("parquet", data_files=splits, streaming=True)
+    monkeypatch.setattr(stored, "load_dataset", lambda name, streaming: hub)
+    rows = load_captioned(DataArguments(dataset="owner/name", streaming=True))["train"]
+    named = {(number, row) for number, _, row, _ in rows_of(rows)}
+    assert rows.num_shards >= 2 and len({row.split(" row ")[0] for _, row in named}) == rows.num_shards
+    assert {row for number, row in named if number == 0} == {"shard 0 row 0"}
+    assert {(number, row) for number, _, row, _ in rows_of(rows.shuffle(seed=1, buffer_size=20))} == named
+    parts = [rows_of(rows.shard(2, part)) for part in (0, 1)]
+    assert {(number, row) for part in parts for number, _, row, _ in part} == named
+
+
 def test_tags_and_groups_come_with_the_rows(made):
     for name in ("json_shards", "imagefolder_jsonl"):
         arguments = made(name)
@@ -106,13 +121,13 @@ def table(folder: Path, name: str, text: str, *pictures: str) -> Path:
 
 
 def test_a_stray_quote_swallows_no_line_and_is_named(tmp_path, caplog):
-    text = 'filepath\ttitle\n1.png\t"a stray\n2.png\ta "quoted" word and one "\n3.png\t"not" closed\n4.png\t"a\nb"\n'
+    text = 'filepath\ttitle\n1.png\t"a stray\n2.png\tone at the end"\n3.png\t"not" closed\n4.png\t"a\nb"\n'
     folder = table(tmp_path, "captions.tsv", text, "1.png", "2.png", "3.png", "4.png")
     with caplog.at_level(logging.INFO, LOGGED):
         found = read(folder)["train"]
     assert [row[:3] for row in found] == [
         (1, ['"a stray'], "captions.tsv:2"),
-        (2, ['a "quoted" word and one "'], "captions.tsv:3"),
+        (2, ['one at the end"'], "captions.tsv:3"),
         (3, ['"not" closed'], "captions.tsv:4"),
         (4, ["a\nb"], "captions.tsv:5"),
     ]

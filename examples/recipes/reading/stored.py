@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from datasets import (
     IterableDataset,
     IterableDatasetDict,
     Value,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
@@ -41,7 +43,7 @@ def named_rows(splits: DatasetDict, files: dict[str, list[str]] | None = None, f
 
 def read_saved(place: Place, arguments: DataArguments) -> DatasetDict:
     """Also for --streaming: what is saved is mapped into memory, not copied."""
-    saved = load_from_disk(place.name)
+    saved = load_from_disk(str(place.path))
     return named_rows(DatasetDict({arguments.train_split: saved}) if isinstance(saved, Dataset) else saved)
 
 
@@ -100,10 +102,18 @@ def read_hub(place: Place, arguments: DataArguments) -> DatasetDict | IterableDa
 
 
 def _numbered(rows: IterableDataset) -> IterableDataset:
-    """ROW is the number among those that a process or a worker reads: a stream of the Hub tells no more."""
+    """ROW is the shard and the number of the row there, which stay with it whatever reads which shard when."""
     rows = rows if rows.features is not None else rows._resolve_features()
-    features = Features({**rows.features, ROW: Value("int64")})
-    return rows.map(lambda row, number: {ROW: number}, with_indices=True, features=features)
+    features = Features({**rows.features, ROW: Value("string")})
+    shards = [
+        rows.shard(rows.num_shards, shard).map(partial(_number, shard=shard), with_indices=True, features=features)
+        for shard in range(rows.num_shards)
+    ]
+    return concatenate_datasets(shards)
+
+
+def _number(row: dict, number: int, shard: int) -> dict[str, str]:
+    return {ROW: f"shard {shard} row {number}"}
 
 
 def is_saved(place: Place, arguments: DataArguments) -> bool:
