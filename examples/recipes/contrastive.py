@@ -1,43 +1,50 @@
-"""Captioned pictures: what is wrong with them, which text and which look a picture gets, rows and streams of pairs."""
+"""Captioned pictures: what is wrong with them, which look a picture gets, rows and batches of pairs."""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, Value
-from datasets import Image as ImageFeature
+from datasets import Dataset, IterableDataset, Value
 from kornia import augmentation
 from PIL import ImageOps
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, TrainingArguments
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
 from recipes import arguments as base
-from recipes.data import Finding, check_rows, picture_findings, require_columns, seeded
+from recipes.data import Finding, Report, SeededRows, check_rows, picture_findings, require_columns, seeded
 from recipes.embedding import token_ids
 from recipes.models import image_processor_of, load_model
-from recipes.reading.captions import CAPTION_COLUMNS, CAPTIONS, LAYOUTS
+from recipes.reading.captions import (
+    CAPTION_COLUMNS,
+    CAPTIONS,
+    LAYOUTS,
+    as_list,
+    as_stream,
+    lists_in_texts,
+    one_row_a_picture,
+)
 from recipes.reading.layouts import read_splits
 from recipes.reading.tables import IMAGE, Target
+from recipes.reading.tars import NOTE
 from recipes.retrieval import caption_id
+from recipes.texts import EMPTY, NAME_SHARE, caption_problem, draw_fitting
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedTextConfig
-from vit_embed.retrieval.pictures import UNREADABLE, as_rgb, is_one_grey, read_rgba
+from vit_embed.retrieval.pictures import as_rgb, is_one_grey, read_rgba
 
 logger = logging.getLogger(__name__)
 
 # Kinds of columns that hold texts, or lists of texts; the last is that of a column of empty lists.
 TEXT = (Value("string"), Value("large_string"), Value("string_view"), Value("null"))
-SENTENCES = ("a picture of {}", "a photo of {}", "an icon of {}", "This is a photo of {}.")
 # A mirrored picture keeps its caption unless the caption names a side.
 SIDED = {
     *("left", "right", "clockwise", "counterclockwise", "back", "next", "previous", "forward", "reverse"),
     *("clock", "quarter", "waxing", "waning", "button"),
 }
-EMPTY, TOO_LONG = "an empty caption", "a caption too long, cut"
 
 
 @dataclass
@@ -86,61 +93,46 @@ class DataArguments(base.DataArguments):
     duplicates_are_negatives: bool = field(
         default=False, metadata={"help": "keep pairs with the same first caption as each other's negatives, as CLIP"}
     )
-    name_share: float = field(
-        default=0.6, metadata={"help": "share of the texts that are the name alone, where there is more to draw from"}
+    name_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of the texts that are the first caption alone, where there is more to draw from; default: "
+            f"{NAME_SHARE} with --tag_column, else all captions of a picture are drawn alike"
+        },
     )
-    sentence_share: float = field(default=0.2, metadata={"help": "share of the texts put into a sentence"})
+    sentence_share: float = field(default=0.2, metadata={"help": "share of the short texts put into a sentence"})
     rotation: float = field(default=10.0, metadata={"help": "largest rotation, degrees"})
     mirror: float = field(default=0.0, metadata={"help": "chance of a mirrored picture, 0 to 1"})
     jitter: float = field(default=0.3, metadata={"help": "largest relative change of brightness, contrast, saturation"})
     hue: float = field(default=0.04, metadata={"help": "largest change of hue, 0 to 0.5 turns"})
 
 
-# --- captions ---
-
-
-def as_list(captions: str | list[str] | None) -> list[str]:
-    """Give one caption and a list of captions the same form."""
-    return [captions] if isinstance(captions, str) else list(captions or ())
-
-
-def caption_problem(captions: list, tokenizer: CLIPTokenizer) -> str | None:
-    """EMPTY, TOO_LONG or None."""
-    if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
-        return EMPTY
-    if max(map(len, tokenizer(captions, verbose=False).input_ids)) > tokenizer.model_max_length:
-        return TOO_LONG
-    return None
-
-
-def draw_caption(captions: list[str], tags: list[str], arguments: DataArguments) -> str:
-    """Draw one text: the name, the name with tags, another caption, or tags alone; at times in a sentence."""
-    text, others, choice = captions[0], captions[1:], random.random()
-    if choice > arguments.name_share and (others or tags):
-        some_tags = random.sample(tags, min(len(tags), random.randint(1, 3)))
-        if others and random.random() < 1 / 2:
-            text = random.choice(others)
-        elif len(some_tags) > 1 and random.random() < 1 / 3:
-            text = ", ".join(some_tags)
-        else:
-            text = ", ".join([text, *some_tags])
-    return random.choice(SENTENCES).format(text) if random.random() < arguments.sentence_share else text
-
-
-def draw_fitting(captions: list[str], tags: list[str], arguments: DataArguments, tokenizer: CLIPTokenizer) -> str:
-    """`draw_caption`, or the name where the drawn text is longer than the tokenizer's limit."""
-    text = draw_caption(captions, tags, arguments)
-    fits = len(tokenizer(text, verbose=False).input_ids) <= tokenizer.model_max_length
-    return text if fits else captions[0]
-
-
 # --- what is wrong with the data ---
 
 
-def load_captioned(arguments: DataArguments, needs_pictures: bool = True) -> DatasetDict | IterableDatasetDict:
-    """The splits of --dataset with the columns IMAGE (where there are pictures), CAPTIONS and ROW."""
+def load_captioned(arguments: base.DataArguments, needs_pictures: bool = True) -> dict[str, Dataset | IterableDataset]:
+    """The splits of --dataset with the columns IMAGE (where there are pictures), CAPTIONS and ROW.
+
+    A picture is one row, but in a stream. --streaming is for training; a split of what is mapped from the disk or is a
+    table of paths stays whole for evaluation.
+    """
     target = Target(CAPTIONS, arguments.caption_column, CAPTION_COLUMNS, "--caption_column")
-    return read_splits(LAYOUTS, arguments, target, needs_pictures)[1]
+    splits = dict(read_splits(LAYOUTS, arguments, target, needs_pictures)[1])
+    for split, rows in splits.items():
+        if isinstance(rows, Dataset) and needs_pictures and CAPTIONS in rows.column_names:
+            check_texts(rows, split, CAPTIONS, "--caption_column")
+            rows = one_row_a_picture(lists_in_texts(rows, split), split)
+            splits[split] = as_stream(rows) if arguments.streaming and split == arguments.train_split else rows
+    return splits
+
+
+def check_texts(rows: Dataset | IterableDataset, split: str, column: str, flag: str) -> None:
+    """ValueError where a column holds neither texts nor lists of texts."""
+    feature = rows.features[column]
+    if getattr(feature, "feature", feature) not in TEXT:
+        raise ValueError(
+            f"expected texts or lists of texts in column {column!r} of split {split!r}, it is {feature}; set {flag}"
+        )
 
 
 def check_columns(dataset: Dataset | IterableDataset, split: str, arguments: DataArguments) -> None:
@@ -148,52 +140,32 @@ def check_columns(dataset: Dataset | IterableDataset, split: str, arguments: Dat
     texts = {"--caption_column": CAPTIONS, "--tag_column": arguments.tag_column}
     require_columns(dataset, split, {**texts, "--group_column": arguments.group_column})
     for flag, column in texts.items():
-        feature = dataset.features[column] if column else Value("string")
-        if getattr(feature, "feature", feature) not in TEXT:
-            raise ValueError(
-                f"expected texts or lists of texts in column {column!r} of split {split!r}, it is {feature}; set {flag}"
-            )
+        if column is not None:
+            check_texts(dataset, split, column, flag)
 
 
-def check_pairs(dataset: Dataset, split: str, arguments: DataArguments, tokenizer: CLIPTokenizer) -> Dataset:
+def check_pairs(
+    dataset: Dataset, split: str, arguments: DataArguments, tokenizer: CLIPTokenizer, report: Report | None = None
+) -> Dataset:
     """Drop rows with an unreadable picture or no caption, count captions that will be cut, and name them in the log."""
     check_columns(dataset, split, arguments)
     all_captions, pictures = dataset[CAPTIONS][:], dataset.select_columns([IMAGE])
+    notes = dataset[NOTE][:] if NOTE in dataset.column_names else [None] * len(dataset)
 
     def examine(row: int) -> Iterator[Finding]:
         problem = caption_problem(as_list(all_captions[row]), tokenizer)
         if problem is not None:
             yield Finding(problem, drop=problem == EMPTY)
+        if notes[row] is not None:
+            yield Finding(notes[row], drop=False)
         if problem != EMPTY:
             yield from picture_findings(lambda: pictures[row][IMAGE])
 
-    return check_rows(dataset, split, examine)
-
-
-def check_captions_differ(dataset: Dataset, split: str, arguments: DataArguments) -> None:
-    """Warn where most pictures share their first caption with others; ValueError where all do, as nothing is learned.
-
-    Pairs of equal first captions are not each other's negatives, so a batch may hold none.
-    """
-    counts = Counter(caption_id(as_list(captions)[0]) for captions in dataset[CAPTIONS][:])
-    if len(counts) < 2:
-        raise ValueError(
-            f"expected at least two different captions in split {split!r}, all {len(dataset)} rows have the same in "
-            f"column {arguments.caption_column or CAPTIONS!r}; set --caption_column"
-        )
-    shared = sum(count for count in counts.values() if count > 1)
-    if 2 * shared > len(dataset):
-        meaning = "are" if arguments.duplicates_are_negatives else "are not"
-        logger.warning(
-            "split %s: %d of %d rows share their first caption with others, %d captions differ; pairs of equal "
-            "captions %s each other's negatives (--duplicates_are_negatives)",
-            *(split, shared, len(dataset), len(counts), meaning),
-        )
+    return check_rows(dataset, split, examine, report)
 
 
 # --- rows ---
 
-PLACE = "__place__"  # column of a stream: the number of the row before shuffling
 # What a training item has.
 ITEM = ("rgba", "is_mono", "caption", "group_id", "key")
 
@@ -249,73 +221,23 @@ class Groups:
         return self.dataset[random.choice(self.rows[index])]
 
 
-def evaluation_pictures(dataset: Dataset, image_processor: CLIPImageProcessor) -> Dataset:
-    """Give every row its pixels (C, H, W) through the stock processor, the first of its captions, and its id."""
-
-    def transform(rows: dict[str, list]) -> dict[str, list]:
-        flat = [as_rgb(picture) for picture in rows[IMAGE]]
-        captions = [as_list(captions)[0] for captions in rows[CAPTIONS]]
-        return {
-            "pixel_values": list(image_processor(flat, return_tensors="pt").pixel_values),
-            "caption": captions,
-            "group_id": list(map(caption_id, captions)),
-        }
-
-    return dataset.with_transform(transform)
+def first_ids(rows: Dataset | Groups) -> list[int]:
+    """The id of the first caption of each row, or of the first row of each group."""
+    if isinstance(rows, Groups):
+        rows = rows.dataset.select([group[0] for group in rows.rows])
+    return [caption_id(as_list(captions)[0]) for captions in rows[CAPTIONS][:]]
 
 
-# --- streams ---
+def evaluation_item(row: dict, image_processor: CLIPImageProcessor) -> dict[str, object]:
+    """A row -> its pixels (C, H, W) through the stock processor, the first of its captions, and its id."""
+    caption = as_list(row[CAPTIONS])[0]
+    pixel_values = image_processor(as_rgb(row[IMAGE]), return_tensors="pt").pixel_values[0]
+    return {"pixel_values": pixel_values, "caption": caption, "group_id": caption_id(caption)}
 
 
-def check_streaming(data: DataArguments, training: TrainingArguments) -> None:
-    """Set how processes share a stream, each reading its own part; ValueError for what a stream cannot do."""
-    if data.group_column is not None:
-        raise ValueError("--group_column picks from rows that are all known, which those of a stream are not; drop one")
-    strategies = ("eval_strategy", "save_strategy", "logging_strategy")
-    by_epoch = [name for name in strategies if getattr(training, name) == "epoch"]
-    if training.world_size > 1 and by_epoch:
-        raise ValueError(
-            f"the processes come to the end of their parts of a stream at different steps, got --{by_epoch[0]} epoch; "
-            "set it to steps"
-        )
-    if training.world_size > 1 and training.gradient_accumulation_steps > 1:
-        raise ValueError(
-            "the processes come to the end of their parts of a stream at different steps, got "
-            f"--gradient_accumulation_steps {training.gradient_accumulation_steps}; set it to 1"
-        )
-    if training.resume_from_checkpoint:
-        logger.warning("a stream goes on where it was stopped if that was in its first pass; later, in its second")
-    training.accelerator_config.dispatch_batches = False  # texts of a batch are as long as the longest of it
-
-
-def undecoded(dataset: IterableDataset) -> IterableDataset:
-    """A stream whose pictures are bytes or paths, so that one that cannot be read does not end it."""
-    return dataset.cast_column(IMAGE, ImageFeature(decode=False))
-
-
-def training_stream(dataset: IterableDataset, arguments: DataArguments, tokenizer, canvas: int, seed: int):
-    """Training items of a stream, shuffled in a buffer; rows that cannot be used are skipped and named."""
-    columns = dataset.column_names
-
-    def make(rows: dict[str, list], places: list[int]) -> dict[str, list]:
-        """One row as lists of length one -> a training item likewise, or lists of length zero."""
-        row = {name: values[0] for name, values in rows.items()}
-        problem = caption_problem(as_list(row[CAPTIONS]), tokenizer)
-        item = None
-        try:
-            if problem != EMPTY:
-                picture = ImageFeature().decode_example(row[IMAGE])
-                with seeded(seed, places[0]):
-                    item = training_item({**row, IMAGE: picture}, arguments, tokenizer, canvas)
-        except UNREADABLE as error:
-            problem = f"an unreadable picture ({error})"
-        if problem is not None:
-            logger.warning("stream: row %d with %s", row[PLACE], problem)
-        return {name: [] if item is None else [item[name]] for name in ITEM}
-
-    dataset = undecoded(dataset).map(lambda row, place: {PLACE: place}, with_indices=True)
-    dataset = dataset.shuffle(seed=seed, buffer_size=1000)
-    return dataset.map(make, with_indices=True, batched=True, batch_size=1, remove_columns=[*columns, PLACE])
+def evaluation_pictures(dataset: Dataset, image_processor: CLIPImageProcessor) -> SeededRows:
+    """The rows as they are judged."""
+    return SeededRows(dataset, partial(evaluation_item, image_processor=image_processor), seed=0)
 
 
 # --- batches ---

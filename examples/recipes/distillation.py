@@ -14,9 +14,10 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, CLIPTokenizer, EvalPrediction
 
 from recipes.arguments import DataArguments
-from recipes.contrastive import SENTENCES, as_list, load_captioned
+from recipes.contrastive import load_captioned
 from recipes.embedding import token_ids
-from recipes.reading.captions import CAPTIONS
+from recipes.reading.captions import CAPTIONS, as_list
+from recipes.texts import SENTENCES
 from recipes.trainer import RecipeTrainer
 
 logger = logging.getLogger(__name__)

@@ -80,7 +80,7 @@ def options(tmp_path_factory) -> dict[str, dict]:
             tiny.vision_config(**fields[recipe]).save_pretrained(folder / recipe)
             found[recipe] |= {"config_name": folder / recipe, "do_eval": True}
     found["train_contrastive"] |= {"tokenizer_name": REPO, "tag_column": "tags", "layer_decay": 0.8}
-    found[STREAM] = {**found["train_contrastive"], "streaming": True, "per_device_train_batch_size": 1}
+    found[STREAM] = {**found["train_contrastive"], "streaming": True, "per_device_train_batch_size": 2}
     return found
 
 

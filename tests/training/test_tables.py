@@ -49,6 +49,11 @@ TABLES = {
     ),
     "usual names in other letters": ("labels.csv", "Label,File_Name\ncat,1.png\ndog,2.png\n", [CAT, DOG]),
     "a moved table": ("labels.csv", "image,label\n/home/me/1.png,cat\nC:\\me\\2.png,dog\n", [CAT, DOG]),
+    "a table moved from one folder": (
+        "labels.csv",
+        "image,label\n/home/me/1.png,cat\n/home/me/2.png,dog\n",
+        [CAT, DOG],
+    ),
     "stems": ("labels.csv", "id,breed\n1,cat\n2,dog\n", [CAT, DOG]),
     "a vanished file": ("labels.csv", "image,label\n1.png,cat\n3.png,dog\n", [CAT, ("3.png", *DOG[1:])]),
     "quoted cells over two lines": (

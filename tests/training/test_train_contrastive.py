@@ -13,15 +13,19 @@ import pytest
 import tiny
 import torch
 import train_contrastive
+from captioned_sets import caption, content, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PictureImage
-from training_runs import REPO, results, run_here, text_fields
+from training_runs import REPO, results, run_apart, run_here, text_fields
 from transformers import AutoProcessor
 
-from recipes import contrastive
-from recipes.contrastive import Collator, DataArguments, Groups, ModelArguments, check_pairs, draw_caption
+from recipes import contrastive, streams
+from recipes.contrastive import Collator, DataArguments, Groups, ModelArguments, check_pairs
 from recipes.data import hold_out
+from recipes.negatives import check_captions_differ, leave_out_single, share_that_teaches
+from recipes.reading.tables import PROBLEM, ROW
 from recipes.retrieval import caption_id, recalls
+from recipes.texts import SENTENCES, draw_caption
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive
 
 PICTURES = sorted((REPO / "examples" / "pictures").glob("*.png"))[::40]
@@ -90,6 +94,28 @@ def test_a_stream_of_tar_shards_trains_and_is_evaluated(small, tmp_path, monkeyp
     assert_recalls(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])
+def test_a_spoiled_stream_trains_to_the_end_and_says_what_it_lost(processes, workers, small, tmp_path):
+    """Each row once, in whatever process or worker, over two passes: a corrupt picture, no JSON, and a torn tar."""
+    good = {str(n): {"png": content(n, "png"), "txt": caption(n).encode()} for n in range(16)}
+    spoiled = {**good, "3": {**good["3"], "png": b"no picture"}, "9": {**good["9"], "json": b"{"}}
+    (tmp_path / "data").mkdir()
+    for name, files in (("0.tar", spoiled), ("1.tar", good), ("2.tar", good), ("3.tar", good)):
+        write_tar(tmp_path / "data" / name, files)
+    torn = tmp_path / "data" / "1.tar"
+    torn.write_bytes(torn.read_bytes()[:20_000])
+    options = {**small, "dataset": tmp_path / "data", "streaming": True, "dataloader_num_workers": workers}
+    options |= {"per_device_train_batch_size": 4, "max_steps": 24 // processes, "output_dir": tmp_path / "run"}
+    run_apart("train_contrastive", options, processes=processes)
+    log = (tmp_path / "run.log").read_text()
+    for lost in (
+        *("row 0.tar/3 with an unreadable picture", "row 0.tar/9 with a .json that is none"),
+        "row 1.tar with the rest of a tar that cannot be read (unexpected end of data)",
+    ):
+        assert log.count(f"stream: {lost}") == 1, log
+    assert "0 rows were left out before the first step, 3 could not be read later" in log
+
+
 def test_the_shipped_checkpoint_trains_on_groups(small, tmp_path):
     """The folder that is left has all that loading needs, pictures of what captions find, the licence, and a card."""
     options = {**small, **ONE_SPLIT, "config_name": None, "tokenizer_name": None, "model_name_or_path": REPO}
@@ -148,19 +174,74 @@ def test_problems_are_named_before_training(processor, tmp_path, caplog):
 
 def test_bad_rows_of_a_stream_are_passed_over_and_named(processor, tmp_path, caplog):
     arguments = DataArguments(dataset="x", sentence_share=0.0)
-    stream = rows_with_problems(tmp_path).to_iterable_dataset()
-    found = list(contrastive.training_stream(stream, arguments, processor.tokenizer, 32, seed=0))
+    rows = rows_with_problems(tmp_path)
+    rows = rows.add_column(ROW, [f"captions.csv:{number}" for number in range(5)])
+    stream = streams.training_stream(rows.to_iterable_dataset(), arguments, processor.tokenizer, 32, seed=0)
+    found = list(stream)
     assert sorted(item["caption"] for item in found) == ["fine", "long " * 40]
     assert {np.shape(item["rgba"]) for item in found} == {(4, 32, 32)}
     for row, problem in ((1, "an unreadable"), (2, "an empty"), (3, "a caption too long"), (4, "an unreadable")):
-        assert f"stream: row {row} with {problem}" in caplog.text
+        assert f"stream: row captions.csv:{row} with {problem}" in caplog.text
+    assert stream.lost.sum() == 3 and stream.lost.is_shared()
+
+
+def batches_of(pairs: int, processes: int = 1) -> SimpleNamespace:
+    """What the checks of batches read of TrainingArguments."""
+    return SimpleNamespace(
+        train_batch_size=pairs, per_device_train_batch_size=pairs, world_size=processes, dataloader_drop_last=False
+    )
 
 
 def test_captions_that_most_rows_share_are_named(caplog):
     for captions in (["a", "b", "c", "d"], ["a", "b", "A "]):
         assert not caplog.text
-        contrastive.check_captions_differ(Dataset.from_dict({"captions": captions}), "train", ARGUMENTS)
+        ids = list(map(caption_id, captions))
+        check_captions_differ(ids, "split 'train'", batches_of(8), None, negatives=False)
     assert "2 of 3 rows share their first caption with others, 2 captions differ" in caplog.text
+
+
+def test_batches_of_one_caption_are_refused_or_named(caplog):
+    """By the share of batches of the joined size, drawn without replacement, that hold no other."""
+    ids = [0] * 999 + [1]
+    for pairs, processes in ((8, 1), (4, 2)):
+        message = "999 of the 1000 rows of split 'train' .* batches of 8 pairs 99% hold no other.*--contrastive_chunk"
+        with pytest.raises(ValueError, match=message):
+            check_captions_differ(ids, "split 'train'", batches_of(pairs, processes), None, negatives=False)
+    check_captions_differ(ids, "split 'train'", batches_of(600), None, negatives=False)
+    assert "batches of 600 pairs 40% hold no other" in caplog.text
+    assert share_that_teaches([0, 0, 1], 2) == pytest.approx(2 / 3)
+    assert share_that_teaches([0, 0, 1], 8) == pytest.approx(1)
+
+
+def test_the_first_rows_of_a_stream_are_checked_before_training(tmp_path, caplog):
+    """Those that are shuffled together. Rows of one picture cannot become one row, which is said."""
+    picture = str(PICTURES[0])
+
+    def check(captions: list[str], pictures: list[str]) -> None:
+        columns = {"image": pictures, "captions": captions, PROBLEM: [None] * len(captions)}
+        stream = Dataset.from_dict(columns).cast_column("image", Image()).to_iterable_dataset()
+        streams.check_first_rows(stream, "train", ARGUMENTS, batches_of(4))
+
+    with pytest.raises(ValueError, match="the first 3 rows of split 'train', which .* all 3 rows have the same"):
+        check(["a", "A", "a", ""], [picture] * 4)
+    with pytest.raises(ValueError, match="captioned pictures in split 'train', none of its first 1000 rows is one"):
+        check(["", ""], [picture] * 2)
+    assert not caplog.text
+    check(["a", "b", "c"], [picture, picture, str(PICTURES[1])])
+    assert f"1 pictures are in several rows, as {picture}, which a stream cannot make one row" in caplog.text
+
+
+def test_a_batch_of_one_pair_is_refused_and_a_last_one_left_out(small, tmp_path):
+    single = {**small, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    message = (
+        "at least 2 pairs in the joined batch .*--gradient_accumulation_steps adds none; .*--contrastive_chunk_size"
+    )
+    with pytest.raises(ValueError, match=message):
+        run_here(train_contrastive, **single, output_dir=tmp_path / "run")
+    for pairs, processes, count, left_out in ((4, 1, 9, True), (4, 1, 10, False), (4, 2, 9, False), (4, 1, 1, False)):
+        training = batches_of(pairs, processes)
+        leave_out_single(count, training)
+        assert training.dataloader_drop_last == left_out
 
 
 def test_one_caption_for_all_is_refused_before_the_first_step(small, tmp_path):
@@ -178,7 +259,7 @@ def test_one_caption_for_all_is_refused_before_the_first_step(small, tmp_path):
         ({"tokenizer_name": None}, "expected --tokenizer_name beside --config_name"),
         ({"do_predict": True}, r"expected splits \['test'\] in .*, found \['train', 'validation'\]"),
         ({"tag_column": "words"}, r"expected columns \['words'\] in split 'train', found \['image', 'captions',"),
-        ({"image_column": "group"}, "expected pictures in column 'group'"),
+        ({"image_column": "group"}, "expected paths of files in column 'group'"),
         ({"streaming": True, "group_column": "group"}, "--group_column picks from rows that are all known"),
         ({"caption_column": "image"}, "expected a column 'image', found columns .*; set --caption_column"),
     ],
@@ -198,11 +279,13 @@ def test_a_checkpoint_without_a_tokenizer_is_refused(small, tmp_path):
 def test_processes_cannot_meet_at_the_end_of_a_stream():
     """Each comes to the end of its part at a step of its own."""
     steps = {"eval_strategy": "no", "save_strategy": "steps", "logging_strategy": "steps"}
-    fine = {"world_size": 2, **steps, "gradient_accumulation_steps": 1}
+    fine = {"world_size": 2, **steps, "gradient_accumulation_steps": 1, "max_steps": 9}
+    with pytest.raises(ValueError, match="expected --max_steps beside --streaming"):
+        streams.check_streaming(ARGUMENTS, SimpleNamespace(**{**fine, "max_steps": -1}))
     wrong = [(name, "epoch", "steps") for name in steps] + [("gradient_accumulation_steps", 2, "1")]
     for flag, value, instead in wrong:
         with pytest.raises(ValueError, match=f"got --{flag} {value}; set it to {instead}"):
-            contrastive.check_streaming(ARGUMENTS, SimpleNamespace(**{**fine, flag: value}))
+            streams.check_streaming(ARGUMENTS, SimpleNamespace(**{**fine, flag: value}))
 
 
 # --- the model ---
@@ -234,6 +317,19 @@ def test_shares_of_the_texts_drawn():
     assert only == {"cat"}
 
 
+def test_captions_without_tags_are_equals_and_only_short_texts_are_put_in_sentences():
+    random.seed(0)
+    sentences = ["a cat on a sofa looks out of the window", "A cat.", "a dog, a cat, and a very small bird in a tree"]
+    arguments = DataArguments(dataset="x", sentence_share=1.0)
+    texts = [draw_caption([*sentences, "cat"], [], arguments) for _ in range(4000)]
+    for text in sentences:
+        assert texts.count(text) / len(texts) == pytest.approx(0.25, abs=0.03)
+    assert {*texts} == {*sentences, *(sentence.format("cat") for sentence in SENTENCES)}
+    named = [draw_caption(["cat", "kitty"], ["pet"], DataArguments(dataset="x", tag_column="t")) for _ in range(2000)]
+    assert named.count("cat") / len(named) == pytest.approx(0.6 * 0.8, abs=0.04)
+    assert {sentence.format("cat, pet") for sentence in SENTENCES} <= set(named)
+
+
 def test_what_is_made_of_a_caption_fits_the_model(tmp_path):
     """Or is left at the name: nothing is cut. The limit is the model's, also of a tokenizer that names none."""
     for name in ("vocab.json", "merges.txt"):
@@ -241,12 +337,13 @@ def test_what_is_made_of_a_caption_fits_the_model(tmp_path):
     names = ModelArguments(model_name_or_path=str(REPO), tokenizer_name=str(tmp_path))
     tokenizer = contrastive.load_two_towers(names)[1].tokenizer
     assert tokenizer.model_max_length == 32
-    name, other, tags = (" ".join([word] * count) for word, count in (("red", 25), ("green", 31), ("blue", 5)))
+    name, other, tags = "xqzjkvwx xqzjkvwx xqzjkvwx zzqzzq", " ".join(["green"] * 31), " ".join(["blue"] * 5)
+    assert len(tokenizer(name).input_ids) == 27
     arguments = DataArguments(dataset="x", tag_column="tags", name_share=0.3, sentence_share=0.5)
     row = {"image": PictureImage.new("RGB", (8, 8)), "captions": [name, other], "tags": [tags, None]}
     random.seed(0)
     texts = [contrastive.training_item(row, arguments, tokenizer, 8)["caption"] for _ in range(60)]
-    short = [sentence for sentence in contrastive.SENTENCES if len(sentence.split()) == 4]
+    short = [sentence for sentence in SENTENCES if len(sentence.split()) == 4]
     assert {*texts} == {name, *(sentence.format(name) for sentence in short)}, "32 tokens hold three words more"
     assert max(map(len, tokenizer(texts).input_ids)) <= 32
 

@@ -6,8 +6,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 from recipes.arguments import DataArguments
@@ -101,6 +101,16 @@ def split_of_file(file: str, arguments: DataArguments) -> str | None:
     return next(filter(None, (split_of_name(name, arguments) for name in names)), None)
 
 
+def split_of_paths(paths: Sequence[str], arguments: DataArguments) -> list[str | None]:
+    """The split of each path of a table, where one of their folders has names of splits alone, two at least."""
+    known, parts = split_of_word(arguments), [_parts(path) for path in paths]
+    for position in range(min(map(len, parts), default=1) - 1):
+        splits = [known.get(each[position].lower()) for each in parts]
+        if None not in splits and len(set(splits)) > 1:
+            return splits
+    return [None] * len(paths)
+
+
 def split_folders(place: Place, arguments: DataArguments, files: Sequence[str] | None = None) -> dict[str, str]:
     """{name of a folder at the top: split}, where the folders at the top are those of splits.
 
@@ -138,15 +148,24 @@ class Finder:
         skip: tuple[str, ...] = (),
     ) -> None:
         """`skip`: names, in lower case, of folders beside the table whose files are something else."""
-        self.table, self.suffixes = table, suffixes
-        given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
-        self.usual = [*given, table.parent, table.parent.parent]
-        beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-        self.beside = [path for path in beside if path.name.lower() not in skip]
-        own_split = split_of_name(table.stem, arguments)
-        if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
-            self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]
+        self.table, self.suffixes, self.skip = table, suffixes, skip
+        self.given = arguments.image_folder is not None
+        self.usual = [Path(arguments.image_folder).expanduser()] if self.given else [table.parent, table.parent.parent]
+        # COCO's tables lie in annotations/, its pictures beside that folder.
+        root = Path(arguments.dataset).expanduser()
+        is_below = table.parent != root and root in table.parent.parents
+        above = [table.parent.parent] if is_below or table.parent.name.lower() == "annotations" else []
+        self.near, self.split_of = [table.parent, *above], partial(split_of_name, arguments=arguments)
         self.start, self.dropped = self.usual[0], 0
+
+    def _folders(self, depth: int) -> list[Path]:
+        """Folders near the table, those of its split alone if it names one that they have."""
+        found = self.near
+        for _ in range(depth):
+            found = [folder for folder in _folders_in(found) if folder.name.lower() not in self.skip]
+        split = self.split_of(self.table.stem)
+        own = [folder for folder in found if split is not None and self.split_of(folder.name) == split]
+        return own or [folder for folder in found if folder != self.table.parent]
 
     def fit(self, names: Sequence[str]) -> Finder:
         """Chooses where the paths of `names` start.
@@ -155,14 +174,18 @@ class Finder:
             ValueError: two folders beside the table hold files of these names.
         """
         step = max(1, len(names) // NUM_TRIED)
-        sample = [name for name in names[::step] if name and not os.path.isfile(_absolute(name))][:NUM_TRIED]
+        sample = [name for name in names[::step] if name and not _is_there(name)][:NUM_TRIED]
         depth = max((len(_parts(name)) for name in sample), default=1)
-        found = {
-            (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
-            for dropped in range(depth)
-            for start in (*self.usual, *self.beside)
-        }
-        most = max(found.values(), default=0)
+        for level in (0,) if self.given else (1, 2):
+            starts = self.usual * (level < 2) + self._folders(level) * (level > 0)
+            found = {
+                (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
+                for dropped in range(depth)
+                for start in starts
+            }
+            most = max(found.values(), default=0)
+            if most:
+                break
         best = [choice for choice, count in found.items() if count == most > 0]
         if not best:
             return self
@@ -177,7 +200,7 @@ class Finder:
 
     def __call__(self, name: str) -> str:
         """The path of the file, also where it is missing: opening it says so."""
-        if os.path.isfile(_absolute(name)):
+        if _is_there(name):
             return name
         return self._at(name, self.start, self.dropped) or os.path.join(self.start, *_parts(name)[self.dropped :])
 
@@ -193,9 +216,17 @@ class Finder:
         return next((path + ending for ending in endings if os.path.isfile(path + ending)), None)
 
 
-def _absolute(name: str) -> str:
-    """The path, if it is absolute: some lists have a slash before paths that start at a folder of theirs."""
-    return name if os.path.isabs(name) else ""
+def _is_there(name: str) -> bool:
+    return os.path.isabs(name) and os.path.isfile(name)
+
+
+def _folders_in(folders: Iterable[Path]) -> list[Path]:
+    found = []
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found += [folder / name for name in names]
+    return found
 
 
 def _parts(name: str) -> tuple[str, ...]:
