@@ -237,3 +237,11 @@ def test_a_path_is_found_where_most_of_the_table_is(tmp_path):
     draw(tmp_path, "one/a/1.png", "one/a/2.png", "two/1.png")
     finder = Finder(tmp_path / "two" / "t.csv", DataArguments(dataset="x")).fit(["x/one/a/1.png", "x/one/a/2.png"])
     assert finder("x/one/a/1.png") == str(tmp_path / "one" / "a" / "1.png")
+
+
+def test_a_split_without_its_files_is_left_out_and_the_others_are_read(tmp_path, caplog):
+    draw(tmp_path, "1.png")
+    (tmp_path / "train.csv").write_text("image,label\n1.png,cat\n")
+    (tmp_path / "test.csv").write_text("image,label\nunseen/7.png,cat\n")
+    assert list(read(tmp_path)) == ["train"]
+    assert "split test is left out: expected paths of files in column 'image' of split 'test'" in caplog.text

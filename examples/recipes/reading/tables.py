@@ -364,11 +364,19 @@ def with_known_columns(
     without a column of what is learned, as of unlabelled pictures, is left without.
 
     Raises:
-        ValueError: a split has no column of pictures, or it holds something else; no split has the target's.
+        ValueError: a split has no column of pictures, or it holds something else; the files of every split are missing;
+            no split has the target's column.
     """
-    renamed = dict(splits)
-    if needs_pictures:
-        renamed = {split: _with_pictures(rows, split, folder, arguments) for split, rows in splits.items()}
+    renamed, missing = dict(splits), None
+    for split, rows in splits.items() if needs_pictures else ():
+        try:
+            renamed[split] = _with_pictures(rows, split, folder, arguments)
+        except FileNotFoundError as error:
+            missing = error
+            del renamed[split]
+            logger.warning("split %s is left out: %s", split, error)
+    if missing is not None and not renamed:
+        raise ValueError(str(missing)) from missing
     if target is None:
         return type(splits)(renamed)
     found = {split: column_of(own_columns(rows), target.asked, target.usual) for split, rows in renamed.items()}
@@ -437,7 +445,7 @@ def _with_paths(
     """Paths as they were written -> paths from here.
 
     Raises:
-        ValueError: none of them, or of the first of a stream, leads to a file.
+        FileNotFoundError: none of them, or of the first of a stream, leads to a file.
     """
     if isinstance(rows, IterableDataset):
         some = list(rows.select_columns([column]).take(NUM_TRIED))
@@ -448,7 +456,7 @@ def _with_paths(
         return rows
     finder = Finder(folder / "table", arguments, suffixes).fit(sample)
     if not any(map(finder.finds, sample)):
-        raise ValueError(
+        raise FileNotFoundError(
             f"expected paths of files in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any "
             "other of its paths; set --image_folder, or which column it is"
         )
