@@ -126,7 +126,8 @@ class Finder:
         self.table, self.suffixes = table, suffixes
         given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
         self.usual = [*given, table.parent, table.parent.parent]
-        self.beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        beside = table.parent.iterdir() if table.parent.is_dir() else ()
+        self.beside = sorted(path for path in beside if path.is_dir() and not path.name.startswith("."))
         own_split = split_of_name(table.stem, arguments)
         if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
             self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]

@@ -12,11 +12,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Value
 from datasets import Image as ImageFeature
 
@@ -186,23 +187,43 @@ def tables_of(
         asked, usual: the column of what is learned, by the command line, or by its usual names.
         columns: names for the columns of a table without a header.
     """
-    key = ("tables", asked, tuple(usual))
+
+    def holds(found: list[Record], image: str) -> bool:
+        return column_of([name for name in found[0].cells if name != image], asked, usual) is not None
+
+    return tables_with(place, arguments, f"{asked} {usual}", holds, columns)
+
+
+def tables_with(
+    place: Place,
+    arguments: DataArguments,
+    what: str,
+    holds: Callable[[list[Record], str], bool],
+    columns: Sequence[str],
+) -> list[str]:
+    """The tables of a place that have a column of pictures and of which `holds` is true.
+
+    Args:
+        what: names `holds`, as each table is looked into once.
+        holds: the first rows of a table and its column of pictures -> whether it has what is looked for.
+        columns: names for the columns of a table without a header.
+    """
+    key = f"tables with {what}"
     if key not in vars(place):
         stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
         near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
         near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
-        vars(place)[key] = [f for f in near if _has(Path(place.full(f)), arguments, asked, usual, columns)]
+        vars(place)[key] = [file for file in near if _has(Path(place.full(file)), arguments, holds, columns)]
     return vars(place)[key]
 
 
-def _has(path: Path, arguments: DataArguments, asked, usual, columns) -> bool:
+def _has(path: Path, arguments: DataArguments, holds: Callable[[list[Record], str], bool], columns) -> bool:
     try:
         first = list(itertools.islice(records(path, arguments, columns), NUM_SNIFFED))
     except (ValueError, OSError):
         return False
-    found = first[0].cells if first else {}
-    image = column_of(list(found), arguments.image_column, IMAGE_COLUMNS)
-    return image is not None and column_of([c for c in found if c != image], asked, usual) is not None
+    image = column_of(list(first[0].cells) if first else [], arguments.image_column, IMAGE_COLUMNS)
+    return image is not None and holds(first, image)
 
 
 def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) -> dict[str, list[str]]:
@@ -270,8 +291,8 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
     for record in found:
         row = {**record.cells, ROW: f"{file}:{record.line}", PROBLEM: record.problem}
         cell = row.get(image)
-        if isinstance(cell, str):
-            row[image] = picture_path(cell, finder)
+        if isinstance(cell, (str, int)):
+            row[image] = picture_path(str(cell), finder)
         elif record.problem is None and image is not None and cell is None:
             row[PROBLEM] = "no path of a picture"
         yield known[str(record.cells[split]).lower()] if split is not None else None, row
@@ -358,10 +379,20 @@ def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Datas
                 f"expected pictures in column {column!r} of split {split!r} (paths, bytes or {{bytes, path}}), it has "
                 f"{feature}; set --image_column"
             )
+        if is_struct and "path" in feature and not _has_bytes(rows, column):
+            paths = pc.struct_field(rows.with_format("arrow")[column][:], "path").to_pylist()
+            rows, feature = rows.remove_columns(column).add_column(column, paths), Texts[0]
         if feature in Texts:
             rows = _with_paths(rows, column, split, arguments)
         rows = rows.cast_column(column, ImageFeature())
     return _renamed(rows, column, IMAGE, split)
+
+
+def _has_bytes(rows: Dataset, column: str) -> bool:
+    """Whether a column of {bytes, path} has any bytes; without them pictures are where the paths lead."""
+    cells = rows.with_format("arrow")[column][:]
+    names = [field.name for field in cells.type]
+    return "bytes" in names and pc.struct_field(cells, "bytes").null_count < len(cells)
 
 
 def _with_paths(rows: Dataset, column: str, split: str, arguments: DataArguments) -> Dataset:
@@ -373,7 +404,7 @@ def _with_paths(rows: Dataset, column: str, split: str, arguments: DataArguments
     cells = rows[column][:]
     given = [cell for cell in cells if cell]
     if not any(map(os.path.isfile, given[:: max(1, len(given) // 64)])):
-        finder = Finder(Path(arguments.dataset) / "table", arguments).fit(given)
+        finder = Finder(Path(Place(arguments.dataset).full("table")), arguments).fit(given)
         if given and not any(map(finder.finds, given)):
             raise ValueError(
                 f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
