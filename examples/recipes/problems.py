@@ -131,12 +131,16 @@ class Problem:
         names: of the classifier's outputs, in order.
         columns: of the data set, or LABEL.
         separator: of several names in a cell.
+        has_vectors: whether a cell has a number for each output, in their order, in place of names.
+        minus_one: what -1 stands for in such numbers: 0 where it is the opposite of 1, UNKNOWN where there is a 0, too.
     """
 
     kind: str
     names: tuple[str, ...]
     columns: tuple[str, ...]
     separator: str | None = None
+    has_vectors: bool = False
+    minus_one: float = 0.0
     places: dict[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -167,8 +171,8 @@ class Problem:
 
 
 def _class_number(problem: Problem, cell: object) -> tuple[Target, str | None]:
-    if isinstance(cell, list) and cell and not isinstance(cell[0], str):
-        return (cell.index(1), None) if Counter(cell)[1] == 1 and set(cell) <= {0, 1, -1} else (None, "no one label")
+    if problem.has_vectors:
+        return (cell.index(1), None) if cell.count(1) == 1 and set(cell) <= {0, 1, -1} else (None, "not one label")
     if isinstance(cell, list):
         if len(cell) != 1:
             return None, f"{len(cell)} labels where one is expected"
@@ -178,11 +182,12 @@ def _class_number(problem: Problem, cell: object) -> tuple[Target, str | None]:
 
 
 def _several(problem: Problem, cell: object) -> tuple[Target, str | None]:
-    cells = cell if isinstance(cell, list) else [cell]
-    if is_vector(cells, len(problem.names)):
-        targets = [float(UNKNOWN) if value is None else max(float(value), 0.0) for value in cells]
-        return (targets, None) if max(targets) <= 1 else (None, "a value above 1")
-    places = [problem.places.get(text_of(name)) for name in cells]
+    if problem.has_vectors:
+        meaning = {None: float(UNKNOWN), -1: problem.minus_one}
+        targets = [float(meaning.get(value, value)) for value in cell]
+        is_usable = len(targets) == len(problem.names) and all(0 <= t <= 1 or t == UNKNOWN for t in targets)
+        return (targets, None) if is_usable else (None, "other numbers than one in [0, 1] for each label")
+    places = [problem.places.get(text_of(name)) for name in (cell if isinstance(cell, list) else [cell])]
     if None in places:
         return None, problem.outside()
     return [float(place in places) for place in range(len(problem.names))], None
@@ -207,11 +212,6 @@ def _shares(problem: Problem, cell: object) -> tuple[Target, str | None]:
     if (numbers < 0).any() or abs(total - 1) > SUM_TOLERANCE:
         return None, "probabilities that do not sum to 1"
     return (numbers / total).tolist(), None
-
-
-def is_vector(cells: list, length: int) -> bool:
-    """Whether a cell has a number for each label in place of names."""
-    return len(cells) == length > 1 and all(value is None or not isinstance(value, (str, bool)) for value in cells)
 
 
 def _counts(problem: Problem, counts: Sequence[float]) -> str:
@@ -380,19 +380,28 @@ def find_separator(cells: list, where: str) -> str | None:
     return found[0] if found else None
 
 
-def names_of(kind: str, cells: list, columns: Sequence[str]) -> list[str]:
-    """The names of the outputs: of the columns, where there are several, or those that occur."""
-    known = [cell for cell in cells if cell is not None]
+def make_problem(kind: str, cells: list, columns: Sequence[str], separator: str | None = None) -> Problem:
+    """A problem with the outputs that the cells of the training split have."""
+    lists = [cell for cell in cells if isinstance(cell, list)]
+    values = {value for cell in lists for value in cell} - {None}
+    lengths = set(map(len, lists))
+    length = max(lengths, default=1)
+    are_numbers = len(lengths) == 1 and length > 1 and not any(isinstance(value, str) for value in values)
+    has_vectors = are_numbers and (kind in (REGRESSION, SOFT) or all(-1 <= value <= 1 for value in values))
+    minus_one = float(UNKNOWN) if 0 in values else 0.0
+    if kind == MULTI and has_vectors and -1 in values:
+        meaning = "unknown, left out of the loss" if 0 in values else "no"
+        logger.info("-1 in the columns of labels stands for: %s", meaning)
     if len(columns) > 1:
-        return list(columns)
-    lists = [cell for cell in known if isinstance(cell, list)]
-    length = max(map(len, lists), default=1)
-    if kind == REGRESSION:
-        return [columns[0]] if length == 1 else [f"{columns[0]} {number}" for number in range(length)]
-    if kind == SOFT or (lists and length > 1 and all(is_vector(cell, length) for cell in lists)):
-        if all(set(cell) <= {0, 1, -1, None} for cell in lists) or kind in (SOFT, MULTI):
-            return [str(number) for number in range(length)]
-    return in_order({text_of(name) for cell in known for name in (cell if isinstance(cell, list) else [cell])})
+        names = list(columns)
+    elif has_vectors:
+        names = [f"{columns[0]} {number}" if kind == REGRESSION else str(number) for number in range(length)]
+    elif kind == REGRESSION:
+        names = [columns[0]]
+    else:
+        each = (name for cell in cells if cell is not None for name in (cell if isinstance(cell, list) else [cell]))
+        names = in_order({text_of(name) for name in each})
+    return Problem(kind, tuple(names), tuple(columns), separator, has_vectors, minus_one)
 
 
 def say_alike(names: Sequence[str]) -> None:

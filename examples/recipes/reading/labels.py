@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
 from recipes.reading import stored
 from recipes.reading.layouts import Layout, Sign
+from recipes.reading.pictures import read_folder
 from recipes.reading.place import Place, split_folders, split_of_name, split_of_word
 from recipes.reading.tables import (
     IMAGE,
@@ -223,8 +224,11 @@ def _texts(rows: Dataset, name: str) -> list[str]:
     return rows[name][:] if getattr(rows.features[name], "dtype", None) == "string" else []
 
 
-def label_columns_of(splits: DatasetDict, arguments: DataArguments) -> list[str]:
+def label_columns_of(splits: DatasetDict, arguments: DataArguments, needs_one: bool = True) -> list[str]:
     """The columns that are learned: those asked for, one of the usual names, or all where all hold 0 and 1.
+
+    Args:
+        needs_one: else that of the usual name, which is not there, stands for none.
 
     Raises:
         ValueError: there is none, or one that is asked for is not there.
@@ -249,6 +253,8 @@ def label_columns_of(splits: DatasetDict, arguments: DataArguments) -> list[str]
     cells = (cell for name in others for cell in splits[split][name][:])
     if arguments.label_column is None and len(others) > 1 and all(is_share(cell) for cell in cells if cell is not None):
         return others
+    if not needs_one and arguments.label_column is None:
+        return [LABEL]
     wanted = arguments.label_column or " or ".join(LABEL_COLUMNS)
     raise ValueError(
         f"expected a column {wanted!r}, found columns {list(own)}; set --label_column, or --label_columns for several"
@@ -285,6 +291,17 @@ LAYOUTS = (
             Sign("folders of two labels at least", has_class_folders),
         ),
         read_class_folders,
+    ),
+    Layout(
+        "pictures without labels",
+        "pictures at any depth, for --do_predict alone",
+        (
+            Sign("pictures", lambda place, arguments: bool(place.pictures)),
+            Sign("--do_predict alone, which needs no labels", lambda place, arguments: arguments.only_predicts),
+        ),
+        lambda place, arguments: DatasetDict(
+            {arguments.test_split: concatenate_datasets(list(read_folder(place, arguments).values()))}
+        ),
     ),
     stored.HUB,
 )
