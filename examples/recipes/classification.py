@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -110,10 +110,7 @@ class DataArguments(base.DataArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.problem_type is not None and self.problem_type not in PROBLEMS:
-            near = difflib.get_close_matches(self.problem_type, PROBLEMS, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"expected --problem_type {', '.join(PROBLEMS)}, got {self.problem_type!r}; near is {near}"
-            )
+            raise ValueError(f"expected --problem_type {', '.join(PROBLEMS)}, got {self.problem_type!r}")
         if self.label_column is not None and self.label_columns:
             raise ValueError("expected one of --label_column and --label_columns, got both")
         if self.label_separator is not None and self.problem_type not in (None, MULTI):
@@ -143,7 +140,14 @@ def load_labelled(arguments: DataArguments) -> Labelled:
         ValueError: it has no layout that is read, or no column of labels.
     """
     _, splits = read_splits(LAYOUTS, arguments)
-    return Labelled(splits, label_columns_of(splits, arguments, needs_one=not arguments.only_predicts))
+    columns = label_columns_of(splits, arguments, needs_one=not arguments.only_predicts)
+    if (
+        arguments.only_predicts
+        and len(splits) == 1
+        and not set(columns) & set(next(iter(splits.values())).column_names)
+    ):
+        splits = DatasetDict({arguments.test_split: next(iter(splits.values()))})
+    return Labelled(splits, columns)
 
 
 def known_problem(config: VitEmbedConfig) -> Problem | None:
@@ -245,17 +249,17 @@ def held_out(problem: Problem, rows: Dataset, share: float, seed: int) -> np.nda
 
 
 def stratified_rows(labels: list, share: float, seed: int) -> np.ndarray:
-    """The numbers of a `share` of the rows of each label; a label with one picture keeps it in training.
+    """The numbers of a `share` of the rows of each label, one at least; a label with one picture keeps it in training.
 
     Raises:
-        ValueError: the share is less than one picture a label.
+        ValueError: no row is left to train on.
     """
     counts = Counter(labels)
     rest = [row for row, label in enumerate(labels) if counts[label] > 1]
+    kinds = [str(labels[row]) for row in rest]
+    count = max(math.ceil(share * len(rest)), len(set(kinds)))
     try:
-        _, chosen = train_test_split(
-            rest, test_size=share, stratify=[str(labels[row]) for row in rest], random_state=seed
-        )
+        _, chosen = train_test_split(rest, test_size=count, stratify=kinds, random_state=seed)
     except ValueError as error:
         raise ValueError(f"--validation_share {share} of {len(rest)} pictures: {error}") from error
     return np.array(chosen)

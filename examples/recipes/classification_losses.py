@@ -170,7 +170,7 @@ class UnitLinear(torch.nn.Linear):
 
     @classmethod
     def of(cls, layer: torch.nn.Linear, spreads: torch.Tensor, means: torch.Tensor | None) -> UnitLinear:
-        """The same outputs as `layer`; with `means` a new one's, which start there.
+        """The same outputs as `layer`; with `means` a new one, whose outputs all are these.
 
         Args:
             spreads, means: (out_features,) of the training rows.
@@ -181,7 +181,7 @@ class UnitLinear(torch.nn.Linear):
             if means is None:
                 new.load_state_dict(layer.state_dict())
             else:
-                new.weight.copy_(layer.weight)
+                new.weight.zero_()
                 new.bias.copy_(means / new.spreads)
         return new
 

@@ -39,13 +39,15 @@ class DrawMistakes:
             badness = BADNESS[problem.kind](outputs)
             worst = np.argsort(-badness, kind="stable")
             worst = worst[badness[worst] > 0]
-            what = "rows" if problem.kind in (REGRESSION, SOFT) else "mistakes"
-            title = f"{min(len(worst), NUM_SHOWN)} worst of {len(worst)} {what}" if len(worst) else "no mistakes"
+            count = min(len(worst), NUM_SHOWN)
+            title = f"{count} worst of {len(worst)} mistakes" if len(worst) else "no mistakes"
+            if problem.kind in (REGRESSION, SOFT):
+                title = f"{count} of {len(badness)} rows, the worst first"
             right.suptitle(title, fontsize=10)
         else:
             _draw_said(left.subplots(), problem, outputs)
             worst = np.argsort(_sureness(problem, outputs), kind="stable")
-            right.suptitle(f"no labels; {min(len(worst), NUM_SHOWN)} of {len(worst)} rows", fontsize=10)
+            right.suptitle(f"no labels: {min(len(worst), NUM_SHOWN)} of {len(worst)} rows", fontsize=10)
         for axis in right.subplots(4, columns).flat:
             axis.axis("off")
         for row, axis in zip(map(int, worst[:NUM_SHOWN]), right.axes):
@@ -81,8 +83,8 @@ def true(problem: Problem, target: np.ndarray) -> str:
 
 def _numbers(problem: Problem, values: np.ndarray) -> str:
     if len(values) == 1:
-        return f"{values[0]:.4g}"
-    return ", ".join(f"{name} {value:.4g}" for name, value in zip(problem.names[:MOST_PLOTS], values))
+        return f"{values[0]:.6g}"
+    return ", ".join(f"{name} {value:.6g}" for name, value in zip(problem.names[:MOST_PLOTS], values))
 
 
 def _several(problem: Problem, is_there: np.ndarray) -> str:

@@ -9,7 +9,6 @@ import labelled_sets as sets
 import numpy as np
 import pytest
 import tiny
-import train_classification
 from labelled_sets import COUNTS, SETS
 from training_runs import REPO
 from transformers import HfArgumentParser
@@ -97,3 +96,168 @@ def test_every_row_has_its_own_picture_and_label(command, tmp_path):
         assert problem.names == ("width", "price")
         labels = np.array(splits["train"]["labels"][:])
         np.testing.assert_allclose(labels[:, 1], 1000 * labels[:, 0])
+
+
+# --- what is refused and said ---
+
+
+def table(folder: Path, text: str) -> Path:
+    """labels.csv of `text`, with pictures 0.png to 11.png beside it."""
+    for row in range(12):
+        sets.save(folder / f"{row}.png", sets.SINGLE, row)
+    (folder / "labels.csv").write_text(text)
+    return folder
+
+
+def column(*cells: object, name: str = "label") -> str:
+    """A table of pictures and cells, which are repeated up to 12 rows."""
+    return f"image,{name}\n" + "".join(f"{row}.png,{cells[row % len(cells)]}\n" for row in range(12))
+
+
+REFUSED = {
+    "floats that are whole": (
+        column("1.0", "2.0"),
+        "column 'label' can be read in two ways, found 1.0, 2.0; .*regression",
+    ),
+    "an id": (column(*"abcdefghijkl"), "every row has one of its own .a, b, c.* set --label_column"),
+    "an id of numbers": (column(*range(12)), "--problem_type single_label_classification or regression"),
+    "names in one cell": (column("cat|dog", "cat", "dog"), r"found cat\|dog: --label_separator '\|' reads each"),
+    "words in one cell": (
+        column("clear primary", "clear", "primary", "water clear", "water", "primary water"),
+        "--label_separator ' ' reads each as several labels",
+    ),
+    "one of several columns": (column("1,0", "0,1", name="cat,dog"), "columns cat, dog can be read in two ways"),
+    "shares of several": (column("0.5,0.9", "0,1", name="a,b"), "multi_label_classification reads .*regression reads"),
+    "uncertain ones": (column("1,0", "-1,1", "0,0", name="a,b"), r"found \[1.0, 0.0\], \[-1.0, 1.0\]"),
+    "no column": (column("x", name="colour"), r"found columns \['colour'\]; set --label_column, or --label_columns"),
+    "text for a number": (
+        column("1,x", "0,1", name="a,b"),
+        "in column 'b', got 'x'; set --label_columns",
+        "label_columns",
+        "a",
+        "b",
+    ),
+    "a column that is not there": (column("x"), r"expected columns \['b'\]", "label_columns", "b"),
+    "two separators": (
+        *(column("cat|dog", "cat;dog"), r"found \| and ;; set --label_separator"),
+        *("problem_type", "multi_label_classification"),
+    ),
+    "a space": (column("cat dog", "cow"), "of which 'cat dog' may be", "problem_type", "multi_label_classification"),
+    "an unknown kind": (
+        column("x"),
+        "multi_label_classification, regression, soft_labels, got 'multi_label'",
+        "problem_type",
+        "multi_label",
+    ),
+    "level 0": (column("x"), "expected --label_level 1 for the first folder", "label_level", "0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_two_readings_is_refused(case, tmp_path):
+    text, message, *flags = REFUSED[case]
+    given = [f"--{flags[0]}", *flags[1:]] if flags else []
+    with pytest.raises(ValueError, match=message):
+        read(table(tmp_path, text), *given)
+
+
+SAID = {
+    "the kind and the counts": (
+        column("cat", "dog", "cat"),
+        "split train: single_label_classification, 2 labels: cat 8, dog 4",
+    ),
+    "labels alike": (
+        column("Cat", "cat", "dog"),
+        "differ only in case or spaces, each is learned as its own: 'Cat' and 'cat'",
+    ),
+    "an empty cell": (column("cat", "dog", ""), "split train: 4 rows with no label: ['labels.csv:4', 'labels.csv:7'"),
+    "the separator": (
+        *(column("cat;dog", "cat"), "column 'label': names are separated by ';'"),
+        *("problem_type", "multi_label_classification"),
+    ),
+    "what -1 is": (
+        *(
+            column("1,0", "-1,1", "0,0", name="a,b"),
+            "-1 in the columns of labels stands for: unknown, left out of the loss",
+        ),
+        *("problem_type", "multi_label_classification"),
+    ),
+    "no number": (
+        *(
+            column("1.5", "x", "3", "4"),
+            "3 rows with no number for a value: ['labels.csv:3', 'labels.csv:7', 'labels.csv:11']",
+        ),
+        *("problem_type", "regression"),
+    ),
+    "not one": (
+        *(column("0.5,0.5", "0.5,0.2", name="a,b"), "6 rows with probabilities that do not sum to 1: ['labels.csv:3'"),
+        *("problem_type", "soft_labels"),
+    ),
+    "more than one": (
+        *(column("1,0", "0,1", "1,1", name="a,b"), "4 rows with not one label: ['labels.csv:4'"),
+        *("problem_type", "single_label_classification"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_what_is_said(case, tmp_path, caplog):
+    text, message, *flags = SAID[case]
+    with caplog.at_level(logging.INFO):
+        read(table(tmp_path, text), *([f"--{flags[0]}", *flags[1:]] if flags else []))
+    assert message in caplog.text
+
+
+def test_numbers_are_classes_in_the_order_of_their_values(tmp_path):
+    assert read(table(tmp_path / "table", "image,label\n" + column(10, 9, 2).split("\n", 1)[1]))[0].names == (
+        "2",
+        "9",
+        "10",
+    )
+    for row in range(12):
+        sets.save(tmp_path / "folders" / str((2, 10, 9)[row % 3]) / f"{row}.png", sets.SINGLE, row)
+    assert read(tmp_path / "folders")[0].names == ("2", "9", "10")
+
+
+def test_many_labels_are_counted_in_a_line(tmp_path, caplog):
+    rows = "".join(f"{row % 12}.png,name {row // 2}\n" for row in range(60)) + "0.png,rare\n" + "1.png,name 0\n" * 5
+    with caplog.at_level(logging.INFO):
+        read(table(tmp_path, "image,label\n" + rows), "--problem_type", "single_label_classification")
+    line = next(record.message for record in caplog.records if "31 labels" in record.message)
+    assert "31 labels: name 0 7, " in line and line.endswith("and 11 more down to rare 1")
+
+
+def test_folders_that_can_be_read_in_two_ways(tmp_path, caplog):
+    sets.splits_in_labels(tmp_path)
+    sets.save(tmp_path / "bird" / "1.png", sets.SINGLE, 0)
+    with pytest.raises(ValueError, match=r"found .*/train/.*png and bird/1.png; lay them out as train/LABEL"):
+        read(tmp_path)
+    deep = tmp_path / "deep"
+    sets.deep_folders(deep)
+    with caplog.at_level(logging.INFO):
+        assert read(deep)[0].names == ("Kuh", "cat", "dog")
+    assert "those below them (batch0, batch1) are passed through: --label_level 2 would make them" in caplog.text
+    assert read(deep, "--label_level", "-1")[0].names == ("batch0", "batch1")
+
+
+def test_a_form_of_kaggle_is_no_table_of_labels(tmp_path, caplog):
+    sets.kaggle(tmp_path)
+    with caplog.at_level(logging.INFO):
+        _, splits = read(tmp_path)
+    assert "left out, a form to fill in: sample_submission.csv" in caplog.text
+    assert "split test: the 4 pictures of test, unlabelled" in caplog.text
+    (tmp_path / "test.csv").write_text("id\n" + "".join(f"b{row}\n" for row in (2, 0)))
+    _, splits = read(tmp_path)
+    assert splits["test"]["__row__"][:] == ["test.csv:2", "test.csv:3"] and "labels" not in splits["test"].column_names
+
+
+def test_rows_to_be_labelled_stand_beside_labelled_ones(tmp_path, caplog):
+    rows = column("cat", "dog").splitlines()
+    (table(tmp_path, "") / "labels.csv").unlink()
+    (tmp_path / "train.csv").write_text("\n".join(rows[:9]))
+    (tmp_path / "test.csv").write_text("\n".join([rows[0], rows[9], "9.png,", "10.png,cow"]))
+    with caplog.at_level(logging.INFO):
+        problem, splits = read(tmp_path)
+    assert splits["test"]["labels"][:] == [problem.names.index("cat"), UNKNOWN, UNKNOWN]
+    assert "1 rows with no label, predicted and not judged: ['test.csv:3']" in caplog.text
+    assert "1 rows with a label outside the 2 known, predicted and not judged: ['test.csv:4']" in caplog.text

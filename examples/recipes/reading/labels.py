@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
@@ -137,7 +137,7 @@ def read_class_folders(place: Place, arguments: DataArguments) -> DatasetDict:
         found[arguments.test_split] = [(file, None) for file, _ in found[arguments.test_split]]
     names = in_order({label for files in found.values() for _, label in files} - {None})
     if arguments.label_level is None:
-        _say_deeper(found, names)
+        _say_deeper(found, names, split_of_word(arguments))
     number = {name: index for index, name in enumerate(names)}
     splits = DatasetDict()
     for split, files in found.items():
@@ -150,13 +150,14 @@ def read_class_folders(place: Place, arguments: DataArguments) -> DatasetDict:
     return splits
 
 
-def _say_deeper(found: dict[str, Labelled], names: list[str]) -> None:
-    """Says which folders below those of the labels are no labels, if there are any."""
+def _say_deeper(found: dict[str, Labelled], names: list[str], splits: Mapping[str, str]) -> None:
+    """Says which folders below those of the labels are neither labels nor splits, if there are any."""
     below = set()
     for file, label in (each for files in found.values() for each in files):
         parts = PurePosixPath(file).parts
         if label is not None and (place := parts.index(label) + 1) < len(parts) - 1:
             below.add(parts[place])
+    below = {name for name in below if name.lower() not in splits}
     if below:
         logger.info(
             "labels are the folders %s; those below them (%s) are passed through: --label_level 2 would make them "
@@ -177,10 +178,15 @@ def label_tables(place: Place, arguments: DataArguments) -> list[str]:
     real = [table for table in tables if SUBMISSION not in PurePosixPath(table).stem.lower()]
     splits = {split_of_name(PurePosixPath(table).stem, arguments) for table in real}
     if arguments.train_split in splits and arguments.test_split not in splits:
-        more = tables_with(place, arguments, "pictures", lambda records, image: True, HEADERLESS)
-        stems = {table: PurePosixPath(table).stem for table in more if table not in tables}
+        stems = {table: PurePosixPath(table).stem for table in picture_tables(place, arguments) if table not in tables}
         real += [t for t, stem in stems.items() if split_of_name(stem, arguments) == arguments.test_split][:1]
     return real
+
+
+def picture_tables(place: Place, arguments: DataArguments) -> list[str]:
+    """The tables that have a column of pictures, whatever else; no form of Kaggle's."""
+    tables = tables_with(place, arguments, "pictures", lambda records, image: True, HEADERLESS)
+    return [table for table in tables if SUBMISSION not in PurePosixPath(table).stem.lower()]
 
 
 def _has_numbers(records: list[Record], image: str) -> bool:
@@ -293,15 +299,20 @@ LAYOUTS = (
         read_class_folders,
     ),
     Layout(
+        "table of pictures",
+        "a table or list of paths without labels, for --do_predict alone",
+        (Sign("a table with a column of pictures (--image_column)", lambda place, a: bool(picture_tables(place, a))),),
+        lambda place, arguments: read_tables(place, picture_tables(place, arguments), arguments, HEADERLESS),
+        has_user_columns=True,
+    ),
+    Layout(
         "pictures without labels",
         "pictures at any depth, for --do_predict alone",
         (
             Sign("pictures", lambda place, arguments: bool(place.pictures)),
             Sign("--do_predict alone, which needs no labels", lambda place, arguments: arguments.only_predicts),
         ),
-        lambda place, arguments: DatasetDict(
-            {arguments.test_split: concatenate_datasets(list(read_folder(place, arguments).values()))}
-        ),
+        read_folder,
     ),
     stored.HUB,
 )
