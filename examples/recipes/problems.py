@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -298,6 +299,8 @@ def find_kind(cells: list, columns: Sequence[str], separator: str | None, is_dec
             return REGRESSION
         if any(isinstance(cell, float) or (isinstance(cell, str) and not _is_integer(cell)) for cell in known):
             raise two_readings(where, known, SINGLE, REGRESSION)
+    if not is_declared and all(re.fullmatch(r"-?\d+,\d+", str(cell)) for cell in known):
+        raise ValueError(f"expected numbers with decimal points in {where}, found {some(known)}; write 1.5 for 1,5")
     if not is_declared and separator is None:
         _refuse_joined_names(known, where)
     if not is_declared and len(known) > 3 and len(set(known)) == len(known):

@@ -22,6 +22,7 @@ from recipes.reading.tables import (
     column_of,
     from_columns,
     read_tables,
+    records,
     tables_of,
     tables_with,
 )
@@ -31,8 +32,10 @@ logger = logging.getLogger(__name__)
 LABEL = "label"
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "y", "breed", "species")
 HEADERLESS = (IMAGE, LABEL)
+INDEX_COLUMNS = ("", "unnamed: 0", "index", "id")  # what pandas and databases number rows by
 SUBMISSION = "submission"  # in the name of a table of Kaggle: a form whose labels are no one's
 NUM_NAMED = 6
+FIRST = Record(1, {})  # a table with a header has its first row in line 2
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -191,9 +194,14 @@ def picture_tables(place: Place, arguments: DataArguments) -> list[str]:
 
 def _has_numbers(records: list[Record], image: str) -> bool:
     """Whether all columns but that of the pictures hold numbers in [-1, 1], as labels of 0 and 1 do."""
-    names = [name for name in records[0].cells if name != image and name.lower() not in SPLIT_COLUMNS]
+    names = [name for name in records[0].cells if name != image and is_own(name)]
     cells = [record.cells.get(name) for record in records for name in names]
     return len(names) > 1 and all(is_share(cell) for cell in cells if cell is not None)
+
+
+def is_own(column: str) -> bool:
+    """Whether a column may hold labels, by its name."""
+    return column.lower() not in (*SPLIT_COLUMNS, *INDEX_COLUMNS)
 
 
 def is_share(cell: object) -> bool:
@@ -207,6 +215,7 @@ def is_share(cell: object) -> bool:
 def read_label_tables(place: Place, arguments: DataArguments) -> DatasetDict:
     """The rows of the tables, and of a folder `test` of which no table speaks, whose pictures are unlabelled."""
     tables = label_tables(place, arguments)
+    _refuse_lists_beside_folders(place, tables, arguments)
     splits = read_tables(place, tables, arguments, HEADERLESS)
     forms = [file for file in place.files if SUBMISSION in file.lower() and file.lower().endswith(".csv")]
     if forms:
@@ -214,9 +223,8 @@ def read_label_tables(place: Place, arguments: DataArguments) -> DatasetDict:
     if arguments.test_split in splits:
         return splits
     used = {cell for rows in splits.values() for name in rows.column_names for cell in _texts(rows, name)}
-    known = split_of_word(arguments)
-    untold = [file for file in place.pictures if place.full(file) not in used]
-    tests = [file for file in untold if "/" in file and known.get(file.split("/")[0].lower()) == arguments.test_split]
+    untold = [file for file in place.pictures if "/" in file and place.full(file) not in used]
+    tests = [file for file in untold if split_of_name(file.split("/")[0], arguments) == arguments.test_split]
     if tests:
         logger.info(
             "split %s: the %d pictures of %s, unlabelled", arguments.test_split, len(tests), Path(tests[0]).parts[0]
@@ -224,6 +232,20 @@ def read_label_tables(place: Place, arguments: DataArguments) -> DatasetDict:
         column = arguments.image_column or IMAGE
         splits[arguments.test_split] = from_columns({column: [place.full(file) for file in tests], ROW: tests})
     return splits
+
+
+def _refuse_lists_beside_folders(place: Place, tables: list[str], arguments: DataArguments) -> None:
+    """ValueError where tables have no header that says what they hold, and the folders of the pictures may be labels."""
+    if arguments.label_column or arguments.label_columns or not has_class_folders(place, arguments):
+        return
+    lists = [t for t in tables if t.lower().endswith((".txt", ".lst", ".csv", ".tsv"))]
+    lists = [t for t in lists if next(records(Path(place.full(t)), arguments, HEADERLESS), FIRST).line == FIRST.line]
+    if lists and len(lists) == len(tables):
+        labels = {label for files in class_paths(place, arguments).values() for _, label in files} - {None}
+        raise ValueError(
+            f"{place.name} can be read in two ways, found lists without a header ({some(lists)}) and folders that may be "
+            f"labels ({some(sorted(labels))}); --label_column {LABEL} reads the lists, --label_level 1 the folders"
+        )
 
 
 def _texts(rows: Dataset, name: str) -> list[str]:
@@ -255,7 +277,7 @@ def label_columns_of(splits: DatasetDict, arguments: DataArguments, needs_one: b
     usual = column_of(list(own), arguments.label_column, LABEL_COLUMNS)
     if usual is not None:
         return [usual]
-    others = [name for name in splits[split].column_names if name in own and name.lower() not in SPLIT_COLUMNS]
+    others = [name for name in splits[split].column_names if name in own and is_own(name)]
     cells = (cell for name in others for cell in splits[split][name][:])
     if arguments.label_column is None and len(others) > 1 and all(is_share(cell) for cell in cells if cell is not None):
         return others
@@ -283,7 +305,7 @@ LAYOUTS = (
             Sign(
                 "a table with a column of pictures and one of labels (--image_column, --label_column), or several "
                 "columns of 0 and 1 (--label_columns)",
-                lambda place, arguments: bool(label_tables(place, arguments)),
+                lambda place, arguments: arguments.label_level is None and bool(label_tables(place, arguments)),
             ),
         ),
         read_label_tables,

@@ -101,7 +101,7 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
         if is_header(first, path, arguments):
             columns, begin = [name.strip() for name in first], lines.line_num + 1
         else:
-            columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
+            columns = _columns_of_headerless(first, names, path, arguments)
             lines, begin = _Again(first, lines), 1
         for cells in lines:
             line, begin = begin, lines.line_num + 1
@@ -156,6 +156,15 @@ def separator_of(path: Path, arguments: DataArguments) -> str | None:
             return separator
     is_list = path.suffix.lower() in LIST_SUFFIXES
     return None if is_list and all(len(line.split()) > 1 for line in first[:NUM_SNIFFED]) else ","
+
+
+def _columns_of_headerless(first: list[str], names: Sequence[str], path: Path, arguments: DataArguments) -> list[str]:
+    """Names for the columns of a table without a header: the first of `names` for that of the pictures, then the rest."""
+    finder = Finder(path, arguments).fit(first)
+    are_pictures = [cell.lower().endswith(PICTURE_SUFFIXES) or finder.finds(cell) for cell in first]
+    place = are_pictures.index(True) if True in are_pictures else 0
+    others = itertools.chain(names[1:], (f"column {number}" for number in itertools.count(len(names) + 1)))
+    return [names[0] if number == place and names else next(others) for number in range(len(first))]
 
 
 def is_header(first: Sequence[str], path: Path, arguments: DataArguments) -> bool:
