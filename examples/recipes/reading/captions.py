@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from recipes.arguments import DataArguments
 from recipes.reading import stored, tars
-from recipes.reading.layouts import Layout, Sign
+from recipes.reading.layouts import HAS_TABLE, Layout, Sign
 from recipes.reading.place import Place
 from recipes.reading.tables import IMAGE, read_tables, tables_of
 
@@ -36,7 +36,7 @@ LAYOUTS = (
         "table of captions",
         "captions.csv (or .tsv, .txt, .jsonl, .json), metadata.jsonl in each split: a path and a caption a row",
         (
-            Sign("pictures", lambda place, arguments: bool(place.pictures) or bool(arguments.image_folder)),
+            HAS_TABLE,
             Sign(
                 "a table with a column of pictures and one of captions (--image_column, --caption_column)",
                 lambda place, arguments: bool(caption_tables(place, arguments)),

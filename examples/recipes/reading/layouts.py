@@ -10,8 +10,10 @@ from accelerate import PartialState
 from datasets import DatasetDict, IterableDatasetDict
 
 from recipes.arguments import DataArguments
-from recipes.reading.place import Place
-from recipes.reading.tables import Target, with_known_columns
+from recipes.reading.place import Place, split_of_word
+from recipes.reading.tables import TEXT_TABLES, Target, with_known_columns
+
+NUM_NAMED = 4  # tables that an error says the columns of
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ class Layout(NamedTuple):
     has_user_columns: bool = False
 
 
+HAS_TABLE = Sign(f"a table ({', '.join(TEXT_TABLES)})", lambda place, arguments: bool(place.with_suffix(*TEXT_TABLES)))
+
+
 def read_splits(
     layouts: Sequence[Layout], arguments: DataArguments, target: Target | None = None, needs_pictures: bool = True
 ) -> tuple[Layout, DatasetDict | IterableDatasetDict]:
@@ -52,7 +57,7 @@ def read_splits(
     Raises:
         ValueError: it has none of them, or lacks a column.
     """
-    place = Place(arguments.dataset)
+    place = Place(arguments.dataset, split_of_word(arguments))
     with PartialState().main_process_first():  # one process fills the cache of `datasets`, the others read it
         layout = next((layout for layout in layouts if all(s.holds(place, arguments) for s in layout.signs)), None)
         if layout is None:
@@ -60,7 +65,7 @@ def read_splits(
         logger.info("%s is read as: %s (%s)", arguments.dataset, layout.name, layout.form)
         splits = layout.read(place, arguments)
     if layout.has_user_columns:
-        splits = with_known_columns(splits, arguments, target, needs_pictures)
+        splits = with_known_columns(splits, place.folder, arguments, target, needs_pictures)
     return layout, splits
 
 
@@ -73,5 +78,6 @@ def unknown_layout(layouts: Sequence[Layout], place: Place, arguments: DataArgum
     if any(held[nearest]):
         lacks = [sign.words for sign, holds in zip(nearest.signs, held[nearest]) if not holds]
         lines.append(f"nearest: {nearest.name} ({nearest.form}), but it lacks {' and '.join(lacks)}")
+    lines += [f"{table}: {columns}" for table, columns in list(place.tables_seen.items())[:NUM_NAMED]]
     lines += ["layouts:", *(f"- {layout.name}: {layout.form}" for layout in layouts)]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +20,7 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+ABOUT = (".md", ".pdf", ".html", ".rst")  # what may lie beside the one folder of an archive
 IGNORED_FOLDERS = ("__MACOSX", "lost+found")
 NUM_TRIED = 64  # rows of a table that show where its paths start
 # What Flickr8k puts behind a file's name to number its captions.
@@ -27,10 +28,16 @@ CAPTION_NUMBER = re.compile(r"#\d+$")
 
 
 class Place:
-    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub."""
+    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub.
 
-    def __init__(self, name: str) -> None:
+    A folder that holds nothing but one other, as an unpacked archive does, stands for that other.
+    """
+
+    def __init__(self, name: str, splits: Collection[str] = ()) -> None:
         self.name, self.path = name, Path(name).expanduser()
+        self.tables_seen: dict[str, str] = {}  # what tables have in place of the columns looked for
+        while self.path.is_dir() and (inner := _only_folder(self.path)) and inner.name.lower() not in splits:
+            self.path = inner
 
     @property
     def folder(self) -> Path:
@@ -80,6 +87,13 @@ class Place:
         return f"{kinds_text}" + (f"; in {', '.join(top[:8])}{more}" if top else "")
 
 
+def _only_folder(path: Path) -> Path | None:
+    """The folder in `path`, where there is nothing else but texts about it."""
+    visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    rest = [entry for entry in visible if entry.suffix.lower() not in ABOUT and entry.name not in IGNORED_FOLDERS]
+    return rest[0] if len(rest) == 1 and rest[0].is_dir() else None
+
+
 def split_of_word(arguments: DataArguments) -> dict[str, str]:
     """Lower-case word -> the split that it names; the user's own names go first."""
     words = {word: split for split, words in SPLIT_WORDS.items() for word in words}
@@ -91,6 +105,13 @@ def split_of_name(name: str, arguments: DataArguments) -> str | None:
     known = split_of_word(arguments)
     whole = known.get(name.lower())
     return whole or next((known[word] for word in re.findall(r"[a-z]+", name.lower()) if word in known), None)
+
+
+def split_of_file(file: str, arguments: DataArguments) -> str | None:
+    """The split that a file's name speaks of, or else the nearest folder that it lies in."""
+    path = PurePosixPath(file)
+    names = (path.name.split(".")[0], *reversed(path.parent.parts))
+    return next(filter(None, (split_of_name(name, arguments) for name in names)), None)
 
 
 def split_folders(place: Place, arguments: DataArguments, files: Sequence[str] | None = None) -> dict[str, str]:
@@ -126,8 +147,7 @@ class Finder:
         self.table, self.suffixes = table, suffixes
         given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
         self.usual = [*given, table.parent, table.parent.parent]
-        beside = table.parent.iterdir() if table.parent.is_dir() else ()
-        self.beside = sorted(path for path in beside if path.is_dir() and not path.name.startswith("."))
+        self.beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
         own_split = split_of_name(table.stem, arguments)
         if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
             self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]
@@ -153,7 +173,7 @@ class Finder:
             return self
         self.start, self.dropped = best[0]
         alike = [str(start) for start, dropped in best if dropped == self.dropped]
-        if self.start in self.beside and len(alike) > 1:
+        if self.start not in self.usual and len(alike) > 1:
             raise ValueError(
                 f"expected the pictures of {self.table} in one folder, found files of these names in "
                 f"{' and in '.join(alike)}; set --image_folder"

@@ -10,13 +10,12 @@ from datasets import (
     DatasetDict,
     IterableDatasetDict,
     load_dataset,
-    load_dataset_builder,
     load_from_disk,
 )
 
 from recipes.arguments import DataArguments
 from recipes.reading.layouts import Layout, Sign
-from recipes.reading.place import Place
+from recipes.reading.place import Place, split_of_file
 from recipes.reading.tables import ROW
 
 
@@ -43,21 +42,25 @@ def read_saved(place: Place, arguments: DataArguments) -> DatasetDict | Iterable
 
 
 def read_parquet(place: Place, arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
+    files: dict[str, list[str]] = {}
     for file in place.with_suffix(".parquet"):
         try:
             pq.read_metadata(place.full(file))
         except (OSError, ValueError) as error:
             raise ValueError(f"{place.full(file)} cannot be read as parquet: {error}; remove or replace it") from error
-    given = {"data_dir": place.name} if place.path.is_dir() else {"data_files": place.name}
-    splits = load_dataset("parquet", **given, streaming=arguments.streaming)
-    if arguments.streaming:
-        return splits
-    files = load_dataset_builder("parquet", **given).config.data_files
-    return named_rows(splits, {str(split): list(paths) for split, paths in files.items()})
+        files.setdefault(split_of_file(file, arguments) or arguments.train_split, []).append(place.full(file))
+    splits = load_dataset("parquet", data_files=files, streaming=arguments.streaming)
+    return splits if arguments.streaming else named_rows(splits, files)
 
 
 def read_hub(place: Place, arguments: DataArguments) -> DatasetDict | IterableDatasetDict:
-    splits = load_dataset(place.name, streaming=arguments.streaming)
+    try:
+        splits = load_dataset(place.name, streaming=arguments.streaming)
+    except (OSError, ValueError) as error:  # of the network, or no data set of that name
+        raise ValueError(
+            f"expected a file, a folder or a data set on the Hub of the name {place.name}: neither file nor folder is "
+            f"here, and as a data set it cannot be read ({error})"
+        ) from error
     return splits if arguments.streaming else named_rows(splits)
 
 

@@ -12,17 +12,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import datasets
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
-from recipes.reading.place import Finder, Place, split_of_name, split_of_word
+from recipes.reading.place import NUM_TRIED, Finder, Place, split_of_file, split_of_word
 from vit_embed.retrieval import sources
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
@@ -97,12 +96,13 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
     separator = separator_of(path, arguments)
     with path.open(encoding="utf-8-sig", newline="") as file:
         lines = _split_lines(file) if separator is None else csv.reader(file, delimiter=separator)
-        first = next(lines, [])
+        first = next(filter(None, lines), [])
         if is_header(first, path, arguments):
             columns, begin = [name.strip() for name in first], lines.line_num + 1
         else:
-            columns = _columns_of_headerless(first, names, path, arguments)
-            lines, begin = _Again(first, lines), 1
+            columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
+            begin = lines.line_num
+            lines = _Again(first, lines)
         for cells in lines:
             line, begin = begin, lines.line_num + 1
             if not any(cell.strip() for cell in cells):
@@ -158,15 +158,6 @@ def separator_of(path: Path, arguments: DataArguments) -> str | None:
     return None if is_list and all(len(line.split()) > 1 for line in first[:NUM_SNIFFED]) else ","
 
 
-def _columns_of_headerless(first: list[str], names: Sequence[str], path: Path, arguments: DataArguments) -> list[str]:
-    """Names for the columns of a table without a header: the first of `names` for that of the pictures, then the rest."""
-    finder = Finder(path, arguments).fit(first)
-    are_pictures = [cell.lower().endswith(PICTURE_SUFFIXES) or finder.finds(cell) for cell in first]
-    place = are_pictures.index(True) if True in are_pictures else 0
-    others = itertools.chain(names[1:], (f"column {number}" for number in itertools.count(len(names) + 1)))
-    return [names[0] if number == place and names else next(others) for number in range(len(first))]
-
-
 def is_header(first: Sequence[str], path: Path, arguments: DataArguments) -> bool:
     """Whether the first row of a table names its columns: none of its cells is a picture."""
     cells = [cell for cell in first if cell and not cell.isspace()]
@@ -196,43 +187,29 @@ def tables_of(
         asked, usual: the column of what is learned, by the command line, or by its usual names.
         columns: names for the columns of a table without a header.
     """
-
-    def holds(found: list[Record], image: str) -> bool:
-        return column_of([name for name in found[0].cells if name != image], asked, usual) is not None
-
-    return tables_with(place, arguments, f"{asked} {usual}", holds, columns)
-
-
-def tables_with(
-    place: Place,
-    arguments: DataArguments,
-    what: str,
-    holds: Callable[[list[Record], str], bool],
-    columns: Sequence[str],
-) -> list[str]:
-    """The tables of a place that have a column of pictures and of which `holds` is true.
-
-    Args:
-        what: names `holds`, as each table is looked into once.
-        holds: the first rows of a table and its column of pictures -> whether it has what is looked for.
-        columns: names for the columns of a table without a header.
-    """
-    key = f"tables with {what}"
+    key = ("tables", asked, tuple(usual))
     if key not in vars(place):
         stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
         near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
         near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
-        vars(place)[key] = [file for file in near if _has(Path(place.full(file)), arguments, holds, columns)]
+        vars(place)[key] = [file for file in near if _has(place, file, arguments, asked, usual, columns)]
     return vars(place)[key]
 
 
-def _has(path: Path, arguments: DataArguments, holds: Callable[[list[Record], str], bool], columns) -> bool:
+def _has(place: Place, file: str, arguments: DataArguments, asked, usual, columns) -> bool:
+    """Whether a table has the columns; what it has instead goes to `place.tables_seen`."""
     try:
-        first = list(itertools.islice(records(path, arguments, columns), NUM_SNIFFED))
-    except (ValueError, OSError):
+        first = list(itertools.islice(records(Path(place.full(file)), arguments, columns), NUM_SNIFFED))
+    except (ValueError, OSError) as error:
+        place.tables_seen[file] = str(error)
         return False
-    image = column_of(list(first[0].cells) if first else [], arguments.image_column, IMAGE_COLUMNS)
-    return image is not None and holds(first, image)
+    found = list(next((record.cells for record in first if record.cells), {}))
+    image = column_of(found, arguments.image_column, IMAGE_COLUMNS)
+    if image is None or column_of([name for name in found if name != image], asked, usual) is None:
+        if len(found) > 1:
+            place.tables_seen[file] = f"has the columns {', '.join(map(str, found[:12]))}"
+        return False
+    return True
 
 
 def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) -> dict[str, list[str]]:
@@ -243,10 +220,7 @@ def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) 
     """
     named: dict[str, list[str]] = {}
     for table in tables:
-        path = PurePosixPath(table)
-        folders = [split_of_name(folder, arguments) for folder in reversed(path.parent.parts)]
-        split = next(filter(None, [split_of_name(path.stem, arguments), *folders]), None)
-        named.setdefault(split, []).append(table)
+        named.setdefault(split_of_file(table, arguments), []).append(table)
     rest = named.pop(None, [])
     if not named and len(rest) > 1:
         raise ValueError(
@@ -300,8 +274,8 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
     for record in found:
         row = {**record.cells, ROW: f"{file}:{record.line}", PROBLEM: record.problem}
         cell = row.get(image)
-        if isinstance(cell, (str, int)):
-            row[image] = picture_path(str(cell), finder)
+        if isinstance(cell, str):
+            row[image] = picture_path(cell, finder)
         elif record.problem is None and image is not None and cell is None:
             row[PROBLEM] = "no path of a picture"
         yield known[str(record.cells[split]).lower()] if split is not None else None, row
@@ -334,19 +308,19 @@ class Target(NamedTuple):
 
 
 def with_known_columns(
-    splits: DatasetDict, arguments: DataArguments, target: Target | None, needs_pictures: bool
+    splits: DatasetDict, folder: Path, arguments: DataArguments, target: Target | None, needs_pictures: bool
 ) -> DatasetDict:
     """The splits with their pictures in the column IMAGE and what is learned in that of the target's name.
 
-    Pictures are cast to datasets.Image from paths, bytes, or {bytes, path}. A split without a column of what is
-    learned, as of unlabelled pictures, is left without.
+    Pictures are cast to datasets.Image from paths (relative ones start at `folder`), bytes, or {bytes, path}. A split
+    without a column of what is learned, as of unlabelled pictures, is left without.
 
     Raises:
         ValueError: a split has no column of pictures, or it holds something else; no split has the target's.
     """
     renamed = dict(splits)
     if needs_pictures:
-        renamed = {split: _with_pictures(rows, split, arguments) for split, rows in splits.items()}
+        renamed = {split: _with_pictures(rows, split, folder, arguments) for split, rows in splits.items()}
     if target is None:
         return type(splits)(renamed)
     found = {split: column_of(own_columns(rows), target.asked, target.usual) for split, rows in renamed.items()}
@@ -372,7 +346,7 @@ def _renamed(rows: Dataset, column: str, name: str, split: str) -> Dataset:
     return (rows.remove_columns(name) if name in rows.column_names else rows).rename_column(column, name)
 
 
-def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Dataset:
+def _with_pictures(rows: Dataset, split: str, folder: Path, arguments: DataArguments) -> Dataset:
     columns = [name for name in rows.column_names if name not in (ROW, PROBLEM)]
     column = column_of(columns, arguments.image_column, IMAGE_COLUMNS)
     if column is None:
@@ -381,43 +355,50 @@ def _with_pictures(rows: Dataset, split: str, arguments: DataArguments) -> Datas
             f"expected pictures in column {asked!r} of split {split!r}, found columns {columns}; set --image_column"
         )
     feature = rows.features[column]
+    is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not isinstance(feature, ImageFeature):
-        is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
         if feature not in (*Texts, *Bytes) and not is_struct:
             raise ValueError(
                 f"expected pictures in column {column!r} of split {split!r} (paths, bytes or {{bytes, path}}), it has "
                 f"{feature}; set --image_column"
             )
-        if is_struct and "path" in feature and not _has_bytes(rows, column):
-            paths = pc.struct_field(rows.with_format("arrow")[column][:], "path").to_pylist()
-            rows, feature = rows.remove_columns(column).add_column(column, paths), Texts[0]
-        if feature in Texts:
-            rows = _with_paths(rows, column, split, arguments)
+        if feature in Texts or is_struct:
+            rows = _with_paths(rows, column, split, folder, arguments)
         rows = rows.cast_column(column, ImageFeature())
     return _renamed(rows, column, IMAGE, split)
 
 
-def _has_bytes(rows: Dataset, column: str) -> bool:
-    """Whether a column of {bytes, path} has any bytes; without them pictures are where the paths lead."""
-    cells = rows.with_format("arrow")[column][:]
-    names = [field.name for field in cells.type]
-    return "bytes" in names and pc.struct_field(cells, "bytes").null_count < len(cells)
+def path_in(cell: object) -> str | None:
+    """The path that a cell of pictures stands for; None where it holds the bytes, or nothing."""
+    if isinstance(cell, dict):
+        return None if cell.get("bytes") else cell.get("path")
+    return cell if isinstance(cell, str) else None
 
 
-def _with_paths(rows: Dataset, column: str, split: str, arguments: DataArguments) -> Dataset:
+def _with_paths(rows: Dataset, column: str, split: str, folder: Path, arguments: DataArguments) -> Dataset:
     """Paths as they were written -> paths from here.
 
     Raises:
         ValueError: none of them leads to a file.
     """
-    cells = rows[column][:]
-    given = [cell for cell in cells if cell]
-    if not any(map(os.path.isfile, given[:: max(1, len(given) // 64)])):
-        finder = Finder(Path(Place(arguments.dataset).full("table")), arguments).fit(given)
-        if given and not any(map(finder.finds, given)):
-            raise ValueError(
-                f"expected pictures in column {column!r} of split {split!r}, no file is at {given[0]!r} or at any "
-                "other of its paths; set --image_folder, or --image_column"
-            )
-        cells = [cell and finder(cell) for cell in cells]
-    return rows.remove_columns(column).add_column(column, cells)
+    sample = [path_in(rows[place][column]) for place in range(0, len(rows), max(1, len(rows) // NUM_TRIED))]
+    sample = [path for path in sample if path]
+    if not sample or any(map(os.path.isfile, sample)):
+        return rows
+    finder = Finder(folder / "table", arguments).fit(sample)
+    if not any(map(finder.finds, sample)):
+        raise ValueError(
+            f"expected pictures in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any other "
+            "of its paths; set --image_folder, or --image_column"
+        )
+
+    def found(cells: dict[str, list]) -> dict[str, list]:
+        paths = [(cell, path_in(cell)) for cell in cells[column]]
+        return {
+            column: [
+                cell if path is None else {**cell, "path": finder(path)} if isinstance(cell, dict) else finder(path)
+                for cell, path in paths
+            ]
+        }
+
+    return rows.map(found, batched=True, desc=f"paths of {split}")

@@ -6,13 +6,13 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
-from recipes.reading.place import Place, split_of_name
+from recipes.reading.place import Place, split_of_file
 from recipes.reading.tables import IMAGE, PROBLEM, ROW, column_of
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
@@ -82,9 +82,7 @@ def read_tars(
 ) -> DatasetDict | IterableDatasetDict:
     files: dict[str, list[str]] = {}
     for file in place.with_suffix(*SUFFIXES):
-        path = PurePosixPath(file)
-        words = [split_of_name(word, arguments) for word in (*reversed(path.parent.parts), path.stem)]
-        files.setdefault(next(filter(None, words), arguments.train_split), []).append(place.full(file))
+        files.setdefault(split_of_file(file, arguments) or arguments.train_split, []).append(place.full(file))
     make, kind = (IterableDataset, IterableDatasetDict) if arguments.streaming else (Dataset, DatasetDict)
     return kind(
         {
