@@ -112,6 +112,7 @@ def wrapped_folders(folder: Path) -> None:
     for split, name in (("train", "Train"), ("validation", "val")):
         for row in rows_of(split):
             save(folder / "pets" / name / "images" / label_of(row) / f"{row}.png", SINGLE, row)
+    (folder / "notes.txt").write_text("photographed by ann\n")
 
 
 def splits_in_labels(folder: Path) -> None:

@@ -261,3 +261,28 @@ def test_rows_to_be_labelled_stand_beside_labelled_ones(tmp_path, caplog):
     assert splits["test"]["labels"][:] == [problem.names.index("cat"), UNKNOWN, UNKNOWN]
     assert "1 rows with no label, predicted and not judged: ['test.csv:3']" in caplog.text
     assert "1 rows with a label outside the 2 known, predicted and not judged: ['test.csv:4']" in caplog.text
+
+
+def test_lists_beside_folders_are_refused(tmp_path):
+    """As the lists of boxes of Tiny ImageNet are, which stand beside its folders of labels."""
+    sets.class_folders(tmp_path)
+    (tmp_path / "train.txt").write_text("".join(f"Kuh/{row}.png 3 4\n" for row in (2, 5, 8)))
+    with pytest.raises(
+        ValueError, match=r"lists without a header .train.txt. .* --label_column label reads the lists, "
+    ):
+        read(tmp_path)
+    problem, splits = read(tmp_path, "--label_level", "1")
+    assert problem.names == ("Kuh", "cat", "dog") and len(splits["train"]) == 12
+
+
+def test_a_list_may_have_the_label_first(tmp_path):
+    lines = "".join(f"{sets.label_of(row)} {row}.png\n" for row in range(12))
+    (table(tmp_path, "") / "labels.csv").unlink()
+    (tmp_path / "train.txt").write_text(lines)
+    problem, splits = read(tmp_path)
+    assert [problem.names[label] for label in splits["train"]["labels"]] == [sets.label_of(row) for row in range(12)]
+
+
+def test_an_index_column_is_no_label(tmp_path):
+    rows = "".join(f"{row},{row}.png,{row % 2},{row % 3 // 2}\n" for row in range(12))
+    assert read(table(tmp_path, ",image,red,round\n" + rows))[0].names == ("red", "round")

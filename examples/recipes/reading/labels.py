@@ -11,7 +11,7 @@ from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
 from recipes.reading import stored
-from recipes.reading.layouts import Layout, Sign
+from recipes.reading.layouts import HAS_TABLE, Layout, Sign
 from recipes.reading.pictures import read_folder
 from recipes.reading.place import Place, split_folders, split_of_name, split_of_word
 from recipes.reading.tables import (
@@ -177,7 +177,7 @@ def label_tables(place: Place, arguments: DataArguments) -> list[str]:
     asked = arguments.label_columns[0] if arguments.label_columns else arguments.label_column
     tables = tables_of(place, arguments, asked, LABEL_COLUMNS, HEADERLESS)
     if not tables and asked is None:
-        tables = tables_with(place, arguments, "numbers", _has_numbers, HEADERLESS)
+        tables = tables_with(place, arguments, "numbers", _lacks_numbers, HEADERLESS)
     real = [table for table in tables if SUBMISSION not in PurePosixPath(table).stem.lower()]
     splits = {split_of_name(PurePosixPath(table).stem, arguments) for table in real}
     if arguments.train_split in splits and arguments.test_split not in splits:
@@ -188,15 +188,18 @@ def label_tables(place: Place, arguments: DataArguments) -> list[str]:
 
 def picture_tables(place: Place, arguments: DataArguments) -> list[str]:
     """The tables that have a column of pictures, whatever else; no form of Kaggle's."""
-    tables = tables_with(place, arguments, "pictures", lambda records, image: True, HEADERLESS)
+    tables = tables_with(place, arguments, "pictures", lambda rows, image: None, HEADERLESS)
     return [table for table in tables if SUBMISSION not in PurePosixPath(table).stem.lower()]
 
 
-def _has_numbers(records: list[Record], image: str) -> bool:
-    """Whether all columns but that of the pictures hold numbers in [-1, 1], as labels of 0 and 1 do."""
-    names = [name for name in records[0].cells if name != image and is_own(name)]
-    cells = [record.cells.get(name) for record in records for name in names]
-    return len(names) > 1 and all(is_share(cell) for cell in cells if cell is not None)
+def _lacks_numbers(rows: list[Record], image: str) -> str | None:
+    """None where all columns but that of the pictures hold numbers in [-1, 1], as labels of 0 and 1 do; else what is
+    there."""
+    names = [name for name in rows[0].cells if name != image and is_own(name)]
+    cells = [record.cells.get(name) for record in rows for name in names]
+    if len(names) > 1 and all(is_share(cell) for cell in cells if cell is not None):
+        return None
+    return f"has the columns {', '.join(list(rows[0].cells)[:12])}"
 
 
 def is_own(column: str) -> bool:
@@ -243,8 +246,8 @@ def _refuse_lists_beside_folders(place: Place, tables: list[str], arguments: Dat
     if lists and len(lists) == len(tables):
         labels = {label for files in class_paths(place, arguments).values() for _, label in files} - {None}
         raise ValueError(
-            f"{place.name} can be read in two ways, found lists without a header ({some(lists)}) and folders that may be "
-            f"labels ({some(sorted(labels))}); --label_column {LABEL} reads the lists, --label_level 1 the folders"
+            f"{place.name} can be read in two ways, found lists without a header ({some(lists)}) and folders that may "
+            f"be labels ({some(sorted(labels))}); --label_column {LABEL} reads the lists, --label_level 1 the folders"
         )
 
 
@@ -298,10 +301,7 @@ LAYOUTS = (
         "table of labels",
         "labels.csv (or .tsv, .txt, .jsonl, .json), or train.csv and validation.csv: a path and a label a row",
         (
-            Sign(
-                "pictures",
-                lambda place, arguments: bool(place.pictures or arguments.image_folder) or place.path.is_file(),
-            ),
+            HAS_TABLE,
             Sign(
                 "a table with a column of pictures and one of labels (--image_column, --label_column), or several "
                 "columns of 0 and 1 (--label_columns)",

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -100,7 +100,7 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
         if is_header(first, path, arguments):
             columns, begin = [name.strip() for name in first], lines.line_num + 1
         else:
-            columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
+            columns = _columns_of_headerless(first, names, path, arguments)
             begin = lines.line_num
             lines = _Again(first, lines)
         for cells in lines:
@@ -158,6 +158,15 @@ def separator_of(path: Path, arguments: DataArguments) -> str | None:
     return None if is_list and all(len(line.split()) > 1 for line in first[:NUM_SNIFFED]) else ","
 
 
+def _columns_of_headerless(first: list[str], names: Sequence[str], path: Path, arguments: DataArguments) -> list[str]:
+    """Names for the columns of a table without a header: the first name is that of the pictures, wherever they are."""
+    finder = Finder(path, arguments).fit(first)
+    are_pictures = [cell.lower().endswith(PICTURE_SUFFIXES) or finder.finds(cell) for cell in first]
+    place = are_pictures.index(True) if True in are_pictures else 0
+    others = itertools.chain(names[1:], (f"column {number}" for number in itertools.count(len(names) + 1)))
+    return [names[0] if number == place and names else next(others) for number in range(len(first))]
+
+
 def is_header(first: Sequence[str], path: Path, arguments: DataArguments) -> bool:
     """Whether the first row of a table names its columns: none of its cells is a picture."""
     cells = [cell for cell in first if cell and not cell.isspace()]
@@ -187,29 +196,56 @@ def tables_of(
         asked, usual: the column of what is learned, by the command line, or by its usual names.
         columns: names for the columns of a table without a header.
     """
-    key = ("tables", asked, tuple(usual))
+
+    def lacks(found: list[Record], image: str) -> str | None:
+        names = list(found[0].cells)
+        is_there = column_of([name for name in names if name != image], asked, usual) is not None
+        return None if is_there else _columns(names)
+
+    return tables_with(place, arguments, f"{asked} {usual}", lacks, columns)
+
+
+def tables_with(
+    place: Place,
+    arguments: DataArguments,
+    what: str,
+    lacks: Callable[[list[Record], str], str | None],
+    columns: Sequence[str],
+) -> list[str]:
+    """The tables of a place that have a column of pictures and lack nothing; what they have instead goes to
+    `place.tables_seen`.
+
+    Args:
+        what: names `lacks`, as each table is looked into once.
+        lacks: the first rows of a table and its column of pictures -> None, or what it has instead.
+        columns: names for the columns of a table without a header.
+    """
+    key = f"tables with {what}"
     if key not in vars(place):
         stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
         near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
         near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
-        vars(place)[key] = [file for file in near if _has(place, file, arguments, asked, usual, columns)]
+        vars(place)[key] = [file for file in near if _has(place, file, arguments, lacks, columns)]
     return vars(place)[key]
 
 
-def _has(place: Place, file: str, arguments: DataArguments, asked, usual, columns) -> bool:
-    """Whether a table has the columns; what it has instead goes to `place.tables_seen`."""
+def _has(place: Place, file: str, arguments: DataArguments, lacks, columns) -> bool:
     try:
         first = list(itertools.islice(records(Path(place.full(file)), arguments, columns), NUM_SNIFFED))
     except (ValueError, OSError) as error:
         place.tables_seen[file] = str(error)
         return False
-    found = list(next((record.cells for record in first if record.cells), {}))
-    image = column_of(found, arguments.image_column, IMAGE_COLUMNS)
-    if image is None or column_of([name for name in found if name != image], asked, usual) is None:
-        if len(found) > 1:
-            place.tables_seen[file] = f"has the columns {', '.join(map(str, found[:12]))}"
-        return False
-    return True
+    first = [record for record in first if record.cells]
+    names = list(first[0].cells) if first else []
+    image = column_of(names, arguments.image_column, IMAGE_COLUMNS)
+    instead = _columns(names) if image is None else lacks(first, image)
+    if instead and len(names) > 1:
+        place.tables_seen[file] = instead
+    return image is not None and instead is None
+
+
+def _columns(names: Sequence[str]) -> str:
+    return f"has the columns {', '.join(map(str, names[:12]))}"
 
 
 def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) -> dict[str, list[str]]:
@@ -274,8 +310,8 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterato
     for record in found:
         row = {**record.cells, ROW: f"{file}:{record.line}", PROBLEM: record.problem}
         cell = row.get(image)
-        if isinstance(cell, str):
-            row[image] = picture_path(cell, finder)
+        if isinstance(cell, (str, int)):
+            row[image] = picture_path(str(cell), finder)
         elif record.problem is None and image is not None and cell is None:
             row[PROBLEM] = "no path of a picture"
         yield known[str(record.cells[split]).lower()] if split is not None else None, row
