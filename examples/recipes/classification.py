@@ -297,7 +297,11 @@ def check_labelled(
 
 
 def check_label_sets(checked: dict[str, Dataset], arguments: DataArguments, problem: Problem) -> None:
-    """Name the labels that cannot be learned or judged, and folders for labels that hold no picture."""
+    """Name the labels that cannot be learned or judged, and folders for labels that hold no picture.
+
+    Raises:
+        ValueError: validation has no label of training.
+    """
     folder = Path(arguments.dataset)
     if folder.is_dir() and not (folder / "dataset_dict.json").exists():
         empty = sorted(str(path) for path in folder.rglob("*") if path.is_dir() and not any(path.iterdir()))
@@ -311,6 +315,11 @@ def check_label_sets(checked: dict[str, Dataset], arguments: DataArguments, prob
         unseen = sorted(set(problem.names) - train)[:10]
         logger.warning("split %s: no picture of labels %s", arguments.train_split, unseen)
     for split, labels in has.items():
+        if labels and not labels & train and split == arguments.validation_split:
+            raise ValueError(
+                f"expected labels of training in split {split!r}, found none of them: {some(sorted(labels))} in place "
+                f"of {some(sorted(train))}; lay it out as the training split, or leave --do_eval out"
+            )
         if labels - train:
             unseen = sorted(labels - train)[:10]
             logger.warning("split %s: labels that training lacks, always counted as mistakes: %s", split, unseen)

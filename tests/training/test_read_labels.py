@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from labelled_sets import COUNTS, SETS
-from training_runs import REPO
+from training_runs import REPO, run_here
 from transformers import HfArgumentParser
 
 from recipes.classification import DataArguments, check_labelled, find_problem, load_labelled
@@ -129,7 +129,7 @@ REFUSED = {
     "one of several columns": (column("1,0", "0,1", name="cat,dog"), "columns cat, dog can be read in two ways"),
     "shares of several": (column("0.5,0.9", "0,1", name="a,b"), "multi_label_classification reads .*regression reads"),
     "uncertain ones": (column("1,0", "-1,1", "0,0", name="a,b"), r"found \[1.0, 0.0\], \[-1.0, 1.0\]"),
-    "no column": (column("x", name="colour"), r"found columns \['colour'\]; set --label_column, or --label_columns"),
+    "no column": (column("x", name="colour"), "labels.csv: has the columns image, colour"),
     "text for a number": (
         column("1,x", "0,1", name="a,b"),
         "in column 'b', got 'x'; set --label_columns",
@@ -137,7 +137,13 @@ REFUSED = {
         "a",
         "b",
     ),
-    "a column that is not there": (column("x"), r"expected columns \['b'\]", "label_columns", "b"),
+    "a column that is not there": (
+        column("x"),
+        r"expected columns \['b'\] in split 'train'",
+        "label_columns",
+        "label",
+        "b",
+    ),
     "two separators": (
         *(column("cat|dog", "cat;dog"), r"found \| and ;; set --label_separator"),
         *("problem_type", "multi_label_classification"),
@@ -286,3 +292,30 @@ def test_a_list_may_have_the_label_first(tmp_path):
 def test_an_index_column_is_no_label(tmp_path):
     rows = "".join(f"{row},{row}.png,{row % 2},{row % 3 // 2}\n" for row in range(12))
     assert read(table(tmp_path, ",image,red,round\n" + rows))[0].names == ("red", "round")
+
+
+def test_pictures_may_lie_in_parts_and_in_folders_of_their_own_name(tmp_path):
+    """As those of HAM10000 and of CelebA do; a file of the same name in two parts is refused."""
+    for row in range(12):
+        sets.save(tmp_path / f"part_{row % 2}" / "part" / f"{row}.png", sets.SINGLE, row)
+    (tmp_path / "all.csv").write_text("image,label\n" + "".join(f"{row},{sets.label_of(row)}\n" for row in range(12)))
+    problem, splits = read(tmp_path)
+    assert [problem.names[row["labels"]] for row in splits["train"]] == [sets.label_of(row) for row in range(12)]
+    assert [sets.truth_of(sets.SINGLE, row["image"]) for row in splits["train"]] == [
+        sets.label_of(r) for r in range(12)
+    ]
+    sets.save(tmp_path / "part_1" / "part" / "0.png", sets.SINGLE, 1)
+    with pytest.raises(
+        ValueError, match=r"found files of these names in .*part_0/part and in .*part_1/part; set --image_folder"
+    ):
+        read(tmp_path)
+
+
+def test_a_validation_split_of_other_labels_is_refused(tmp_path):
+    """As that of Tiny ImageNet, whose pictures lie in val/images."""
+    for row in range(12):
+        sets.save(tmp_path / "train" / sets.label_of(row) / f"{row}.png", sets.SINGLE, row)
+        sets.save(tmp_path / "val" / "images" / f"{row}.png", sets.SINGLE, row)
+    given = {"dataset": tmp_path, "do_train": True, "do_eval": True, "output_dir": tmp_path / "run", "max_steps": 1}
+    with pytest.raises(ValueError, match="in split 'validation', found none of them: images in place of Kuh, cat, dog"):
+        run_here(train_classification, **given)

@@ -238,7 +238,7 @@ def read_label_tables(place: Place, arguments: DataArguments) -> DatasetDict:
 
 
 def _refuse_lists_beside_folders(place: Place, tables: list[str], arguments: DataArguments) -> None:
-    """ValueError where tables have no header that says what they hold, and the folders of the pictures may be labels."""
+    """ValueError where no table has a header that says what it holds, and the folders of the pictures may be labels."""
     if arguments.label_column or arguments.label_columns or not has_class_folders(place, arguments):
         return
     lists = [t for t in tables if t.lower().endswith((".txt", ".lst", ".csv", ".tsv"))]
@@ -294,6 +294,8 @@ def label_columns_of(splits: DatasetDict, arguments: DataArguments, needs_one: b
 
 # --- the table ---
 
+ONLY_PREDICTS = Sign("--do_predict alone, which needs no labels", lambda place, arguments: arguments.only_predicts)
+
 LAYOUTS = (
     stored.SAVED,
     stored.PARQUET,
@@ -323,17 +325,17 @@ LAYOUTS = (
     Layout(
         "table of pictures",
         "a table or list of paths without labels, for --do_predict alone",
-        (Sign("a table with a column of pictures (--image_column)", lambda place, a: bool(picture_tables(place, a))),),
+        (
+            Sign("a table with a column of pictures (--image_column)", lambda place, a: bool(picture_tables(place, a))),
+            ONLY_PREDICTS,
+        ),
         lambda place, arguments: read_tables(place, picture_tables(place, arguments), arguments, HEADERLESS),
         has_user_columns=True,
     ),
     Layout(
         "pictures without labels",
         "pictures at any depth, for --do_predict alone",
-        (
-            Sign("pictures", lambda place, arguments: bool(place.pictures)),
-            Sign("--do_predict alone, which needs no labels", lambda place, arguments: arguments.only_predicts),
-        ),
+        (Sign("pictures", lambda place, arguments: bool(place.pictures)), ONLY_PREDICTS),
         read_folder,
     ),
     stored.HUB,

@@ -139,7 +139,8 @@ class Finder:
     """A path as a table has it -> the path of the file.
 
     Tables move, so `fit` chooses once for the whole table which folder its paths start at and how many of their first
-    folders to drop: the choice that finds most of its rows. A row that it does not find is missing; it is never looked
+    folders to drop: the choice that finds most of its rows. Where that is a folder beside the table, others beside it
+    may hold more of its rows, as parts of an archive do, if no file is in two of them. A row that it does not find is missing; it is never looked
     for elsewhere, where another file may have its name. Names without a suffix are tried with those of pictures.
     """
 
@@ -151,7 +152,8 @@ class Finder:
         own_split = split_of_name(table.stem, arguments)
         if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
             self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]
-        self.start, self.dropped = self.usual[0], 0
+        self.beside = [_innermost(path) for path in self.beside]
+        self.starts, self.dropped = self.usual[:1], 0
 
     def fit(self, names: Sequence[str]) -> Finder:
         """Chooses where the paths of `names` start.
@@ -171,20 +173,32 @@ class Finder:
         best = [choice for choice, count in found.items() if count == most > 0]
         if not best:
             return self
-        self.start, self.dropped = best[0]
-        alike = [str(start) for start, dropped in best if dropped == self.dropped]
-        if self.start not in self.usual and len(alike) > 1:
-            raise ValueError(
-                f"expected the pictures of {self.table} in one folder, found files of these names in "
-                f"{' and in '.join(alike)}; set --image_folder"
-            )
+        start, self.dropped = best[0]
+        self.starts = [start]
+        if start not in self.usual:  # parts of a data set lie in folders of their own, each file in one of them
+            self.starts = [path for path in self.beside if found[path, self.dropped]]
+            for name in sample:
+                self._only(name, [path for path in self.starts if self._at(name, path, self.dropped)])
         return self
 
+    def _only(self, name: str, starts: Sequence[Path]) -> None:
+        if len(starts) > 1:
+            raise ValueError(
+                f"expected the pictures of {self.table} in one folder, or in parts, each in one of several; found files "
+                f"of these names in {' and in '.join(map(str, starts))}; set --image_folder"
+            )
+
     def __call__(self, name: str) -> str:
-        """The path of the file, also where it is missing: opening it says so."""
+        """The path of the file, also where it is missing: opening it says so.
+
+        Raises:
+            ValueError: it is in two folders beside the table.
+        """
         if os.path.isabs(name) and os.path.isfile(name):
             return name
-        return self._at(name, self.start, self.dropped) or os.path.join(self.start, *_parts(name)[self.dropped :])
+        found = {start: path for start in self.starts if (path := self._at(name, start, self.dropped)) is not None}
+        self._only(name, list(found))
+        return next(iter(found.values()), os.path.join(self.starts[0], *_parts(name)[self.dropped :]))
 
     def finds(self, name: str) -> bool:
         return bool(name.strip()) and os.path.isfile(self(name))
@@ -196,6 +210,13 @@ class Finder:
         path = os.path.join(start, *parts)
         endings = ("",) if path.lower().endswith(self.suffixes) else ("", *self.suffixes)
         return next((path + ending for ending in endings if os.path.isfile(path + ending)), None)
+
+
+def _innermost(folder: Path) -> Path:
+    """The folder itself, or the one that it holds and nothing else, as an archive of the same name in itself does."""
+    while inner := _only_folder(folder):
+        folder = inner
+    return folder
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -264,7 +264,8 @@ def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) 
             f"found {', '.join(rest[:6])}; give --dataset the path of one"
         )
     if named and rest:
-        logger.warning("left out, as their names tell no split: %s", ", ".join(rest))
+        hint = f"--train_split {PurePosixPath(rest[0]).stem} would read the first"
+        logger.warning("left out, as their names tell no split: %s; %s", ", ".join(rest), hint)
     return named or {arguments.train_split: rest}
 
 
