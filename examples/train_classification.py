@@ -3,9 +3,12 @@
     python examples/train_classification.py --dataset my_photos --mode full --mirror 0.5 --output_dir run \\
         --do_train --do_eval --do_predict --eval_strategy epoch --num_train_epochs 20 --learning_rate 3e-4
 
-The dataset is a folder with a folder of pictures for each label, in `train/`, `validation/` and `test/` or without
-splits; a folder of parquet files or one written by `save_to_disk`; or a name on the Hub. For `--do_eval` without a
-validation split a stratified `--validation_share` of the training split is held out. `--mode` chooses what is trained:
+The dataset is a folder with a folder of pictures for each label, a table of paths and labels, parquet files, or a name
+on the Hub: docs/your-data.md has every layout with its command. A picture has one label or several, a number or
+several, or a probability of each label: which is found from the data, logged, and set by `--problem_type`. For
+`--do_eval` without a validation split a `--validation_share` of the training split is held out, stratified where a
+picture has one label. `--do_predict` writes predictions.csv, also for pictures without labels. `--mode` chooses what is
+trained:
 
 - linear: the classifier alone, on a trunk that stays as it is, bit for bit.
 - full: everything; `--layer_decay 0.75` changes early layers less.
@@ -13,9 +16,10 @@ validation split a stratified `--validation_share` of the training split is held
   before the model is saved, so that it loads without peft.
 
 What is saved is loaded with `AutoModelForImageClassification.from_pretrained("run", trust_remote_code=True)`. Each
-evaluation leaves a picture in `pictures/` of the output folder: which labels were mistaken for which, and the worst
-mistakes. Before the first step the log names unreadable files, missing and unknown labels, and pictures that had to be
-changed: transparency, 16 bits, EXIF rotations. Labels in folders of several depths are refused.
+evaluation leaves a picture in `pictures/` of the output folder: what was mixed up or how far off it was, and the worst
+mistakes. Before the first step the log has the labels with their counts, and names unreadable files, missing and
+unknown labels, and pictures that had to be changed: transparency, 16 bits, EXIF rotations. Labels that can be read in
+two ways are refused.
 
 Augmentation stays within what a digit survives; for photos set `--mirror 0.5`, and `--mirror_vertical 0.5` where
 there is no up, as seen from above or through a microscope.

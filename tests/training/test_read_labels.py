@@ -9,6 +9,7 @@ import labelled_sets as sets
 import numpy as np
 import pytest
 import tiny
+import train_classification
 from labelled_sets import COUNTS, SETS
 from training_runs import REPO, run_here
 from transformers import HfArgumentParser

@@ -140,8 +140,9 @@ class Finder:
 
     Tables move, so `fit` chooses once for the whole table which folder its paths start at and how many of their first
     folders to drop: the choice that finds most of its rows. Where that is a folder beside the table, others beside it
-    may hold more of its rows, as parts of an archive do, if no file is in two of them. A row that it does not find is missing; it is never looked
-    for elsewhere, where another file may have its name. Names without a suffix are tried with those of pictures.
+    may hold more of them, as parts of an archive do, if no file is in two. A row that it does not find is missing; it
+    is never looked for elsewhere, where another file may have its name. Names without a suffix are tried with those of
+    pictures.
     """
 
     def __init__(self, table: Path, arguments: DataArguments, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> None:
@@ -184,8 +185,8 @@ class Finder:
     def _only(self, name: str, starts: Sequence[Path]) -> None:
         if len(starts) > 1:
             raise ValueError(
-                f"expected the pictures of {self.table} in one folder, or in parts, each in one of several; found files "
-                f"of these names in {' and in '.join(map(str, starts))}; set --image_folder"
+                f"expected the pictures of {self.table} in one folder, or each in one of several, found files of "
+                f"these names in {' and in '.join(map(str, starts))}; set --image_folder"
             )
 
     def __call__(self, name: str) -> str:
