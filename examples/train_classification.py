@@ -87,7 +87,7 @@ def main() -> None:
     checked = {split: check_labelled(splits[split], split, data, problem, report) for split in wanted}
     check_label_sets(checked, data, problem)
     targets = np.array(checked[data.train_split]["labels"][:]) if data.train_split in checked else np.zeros(0)
-    weights = class_weights(problem, targets, data.class_weights) if len(targets) else None
+    weights = class_weights(problem, targets, data.class_weights)
 
     model = load_classifier(model_arguments, problem, known)
     processor = image_processor_of(model)

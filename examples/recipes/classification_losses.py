@@ -6,6 +6,7 @@ accumulation and several processes change nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 from recipes.models import base_model_of, towers_of
 from recipes.problems import MULTI, REGRESSION, SINGLE, SOFT, UNKNOWN, Problem
 from vit_embed.losses_vit_embed import step_loss
+
+logger = logging.getLogger(__name__)
 
 BALANCED = "balanced"
 
@@ -31,7 +34,7 @@ def class_weights(problem: Problem, targets: np.ndarray, asked: Sequence[str]) -
     multiplied by, as `pos_weight` of torch.nn.BCEWithLogitsLoss.
 
     Args:
-        targets: of the training rows.
+        targets: of the training rows, none where there is no training.
         asked: "balanced", or NAME=WEIGHT of some labels; the others weigh 1.
 
     Raises:
@@ -41,6 +44,9 @@ def class_weights(problem: Problem, targets: np.ndarray, asked: Sequence[str]) -
         return None
     if problem.kind == REGRESSION:
         raise ValueError(f"--class_weights {' '.join(asked)}: numbers have no labels to weigh; leave it out")
+    if not len(targets):
+        logger.warning("--class_weights %s: of training, of which there is none here; the loss is unweighted", asked)
+        return None
     counts, others = _counts(problem, targets)
     if list(asked) == [BALANCED]:
         weights = np.where(counts > 0, others / np.maximum(counts, 1e-12), 1.0)

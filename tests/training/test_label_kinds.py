@@ -192,9 +192,15 @@ def test_a_resumed_run_equals_an_unbroken_one(kind, options, trained, tmp_path):
 @pytest.mark.parametrize("mode", ["lora", "linear"])
 @pytest.mark.parametrize("kind", [REGRESSION, MULTI])
 def test_every_mode_saves_what_it_evaluated(mode, kind, options, trunk, tmp_path):
-    """Float32; lora merges its changes, which rounds."""
+    """The best of its checkpoints. Float32; lora merges its changes, which rounds."""
     given = {**options[kind], "mode": mode, "max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 4}
-    run_here(train_classification, **given, output_dir=tmp_path / "run", save_steps=3)
+    best = {"metric_for_best_model": "width_mae" if kind == REGRESSION else "micro_f1", "load_best_model_at_end": True}
+    best |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    run_here(train_classification, **given, **best, output_dir=tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "trainer_state.json").read_text())
+    measured = [e[f"eval_{best['metric_for_best_model']}"] for e in state["log_history"] if "eval_loss" in e]
+    assert state["best_metric"] == (min if kind == REGRESSION else max)(measured)
+    assert runs.results(tmp_path / "run", "eval")[best["metric_for_best_model"]] == pytest.approx(state["best_metric"])
     logits = logits_of(tmp_path / "run", range(12, 18), kind)
     scores = logits.sigmoid() if kind == MULTI else logits
     with (tmp_path / "run" / "predictions.csv").open(newline="") as file:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
@@ -281,8 +281,10 @@ def label_columns_of(splits: DatasetDict, arguments: DataArguments, needs_one: b
     if usual is not None:
         return [usual]
     others = [name for name in splits[split].column_names if name in own and is_own(name)]
+    are_plain = all(isinstance(splits[split].features[name], Value) for name in others)  # others may be pictures
     cells = (cell for name in others for cell in splits[split][name][:])
-    if arguments.label_column is None and len(others) > 1 and all(is_share(cell) for cell in cells if cell is not None):
+    may_be_labels = arguments.label_column is None and len(others) > 1 and are_plain
+    if may_be_labels and all(is_share(cell) for cell in cells if cell is not None):
         return others
     if not needs_one and arguments.label_column is None:
         return [LABEL]
