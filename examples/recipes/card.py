@@ -186,9 +186,9 @@ def data_text(notes: dict[str, list[str]]) -> str:
     if not any(changed in text for changed in (SCALED, "transparency")):
         return text
     return (
-        f"{text}\n\nPipelines and `load_image` of transformers show what lies under the alpha channel, and cut 16 bits of "
-        "grey at 255: read pictures as below, or with `vit_embed.load_picture`, which also puts white drawings on black "
-        "and scales greys."
+        f"{text}\n\nPipelines and `load_image` of transformers show what lies under the alpha channel, and cut 16 bits "
+        "of grey at 255: read pictures as below, or with `vit_embed.load_picture`, which also puts white drawings on "
+        "black and scales greys."
     )
 
 

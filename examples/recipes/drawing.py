@@ -18,9 +18,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 from recipes.files import written_aside
-from vit_embed.retrieval.fonts import columns_of, fitting
+from vit_embed.retrieval.fonts import columns_of, fitting, shortened
 
 DOTS_PER_INCH = 105
+# Letters of a tick's label that is written in codes; more would push the axes off the sheet.
+MOST_CODES = 20
 # The second column of a wide letter while a text is broken into lines; no text has it, as none is `fitting` with it.
 FILLER = "\0"
 
@@ -63,7 +65,10 @@ def draw_label(axis: Axes, text: str, width: int = 20) -> None:
 
 def _wrapped(text: str, width: int) -> str:
     """Lines of at most `width` Latin letters, of which a Chinese one or an emoji counts two."""
-    as_wide = re.sub(".", lambda letter: letter[0].ljust(columns_of(letter[0]), FILLER), fitting(text)[0])
+    shown = fitting(text)[0]
+    if "U+" in shown:
+        width = 2 * width // 3  # capitals and digits are wider than the letters that widths are meant for
+    as_wide = re.sub(".", lambda letter: letter[0].ljust(columns_of(letter[0]), FILLER), shown)
     return "\n".join(textwrap.fill(line, width) for line in as_wide.split("\n")).replace(FILLER, "")
 
 
@@ -96,7 +101,7 @@ def save_figure(figure: Figure, path: Path, num_colours: int | None = None) -> N
     """
     for axis in figure.findobj(Axis):  # which writes its labels anew when it is drawn
         labels = [label.get_text() for label in axis.get_ticklabels()]
-        shown = [fitting(label)[0] for label in labels]
+        shown = [label if fitting(label)[0] == label else shortened(fitting(label)[0], MOST_CODES) for label in labels]
         if shown != labels:
             axis.set_ticklabels(shown)
     for text in figure.findobj(Text):
