@@ -70,6 +70,7 @@ from vit_embed import VitEmbedConfig
 def main() -> None:
     """Parse the command line, then train, evaluate and test as asked."""
     model_arguments, data, recipe, training = parse(ModelArguments, DataArguments, description=__doc__)
+    data.trains = training.do_train or data.check_only
     data.only_predicts = training.do_predict and not (training.do_train or training.do_eval or data.check_only)
     if training.do_predict and training.prediction_loss_only:
         raise ValueError(f"--do_predict writes {PREDICTIONS_FILE}, which --prediction_loss_only leaves out; drop one")

@@ -73,7 +73,9 @@ class ModelArguments(base.ModelArguments):
 class DataArguments(base.DataArguments):
     """Which pictures and labels, and how pictures are varied while training."""
 
-    only_predicts = False  # set by the script: --do_predict alone needs no labels
+    # Set by the script: whether a classifier is trained, or else the checkpoint's is used; --do_predict alone needs no
+    # labels.
+    trains, only_predicts = True, False
 
     label_column: str | None = field(
         default=None, metadata={"help": "column of the labels, numbers or names; default: label, class, category, ..."}
@@ -158,7 +160,7 @@ def known_problem(config: VitEmbedConfig) -> Problem | None:
 
 
 def find_problem(data: Labelled, arguments: DataArguments, config: VitEmbedConfig) -> Problem:
-    """What is learned: told by the labels of the training split, or by the checkpoint where there is none.
+    """What is learned: told by the labels of the training split, or by the checkpoint where nothing is trained.
 
     The outputs are the labels that the training split declares or else has; where they are those of the checkpoint,
     in its order.
@@ -168,6 +170,7 @@ def find_problem(data: Labelled, arguments: DataArguments, config: VitEmbedConfi
     """
     known, split = known_problem(config), arguments.train_split
     is_trained = split in data.splits and set(data.columns) & set(data.splits[split].column_names)
+    is_trained = is_trained and (arguments.trains or known is None)
     if not is_trained and known is None:
         raise ValueError(
             f"expected a classifier in the checkpoint or split {split!r} to train one, found neither; splits are "
@@ -196,7 +199,7 @@ def _problem_of(rows: Dataset, columns: list[str], arguments: DataArguments, usu
     feature = rows.features.get(columns[0])
     feature = feature.feature if isinstance(feature, List) else feature
     kind = arguments.problem_type or (MULTI if separator else usual)
-    if kind == MULTI and separator is None and len(columns) == 1:
+    if kind == MULTI and separator is None and len(columns) == 1 and not isinstance(feature, ClassLabel):
         separator = find_separator(cells, where)
         cells = cells_of(rows, columns, separator)
     kind = kind or find_kind(cells, columns, separator, isinstance(feature, ClassLabel))
@@ -273,7 +276,9 @@ def check_labelled(
     Rows of the test split without a label are kept: they are predicted, and metrics leave them out.
     """
     targets = [problem.target(cell) for cell in cells_of(rows, problem.columns, problem.separator)]
-    is_test = split == arguments.test_split and split not in (arguments.train_split, arguments.validation_split)
+    is_test = split == arguments.test_split
+    if not arguments.only_predicts:
+        is_test = is_test and split not in (arguments.train_split, arguments.validation_split)
     pictures = rows.select_columns([IMAGE])
     note = ", predicted and not judged" if is_test else ""
 

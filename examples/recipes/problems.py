@@ -30,6 +30,7 @@ SINGLE, MULTI, REGRESSION, SOFT = (
 SEPARATORS = ("|", ";", ",")  # a space is looked for last, as many a name has one
 UNKNOWN = -100  # of the model's losses and of Trainer's count of items: a row or entry without a label
 SUM_TOLERANCE = 0.01  # of probabilities that are written with two digits
+MANY_NUMBERS = 20  # more whole numbers than that may well be amounts
 NUM_COUNTED = 20  # labels that the log counts one by one
 
 
@@ -308,7 +309,22 @@ def find_kind(cells: list, columns: Sequence[str], separator: str | None, is_dec
             f"expected labels that rows share in {where}, every row has one of its own ({some(known)}): it may be an "
             f"id; set --label_column, or say what they are: --problem_type {SINGLE} or {REGRESSION}"
         )
+    if not is_declared and None not in numbers:
+        _say_whole_numbers(set(numbers), where)
     return SINGLE
+
+
+def _say_whole_numbers(numbers: set[float], where: str) -> None:
+    """Says what may be amounts, or no label at all."""
+    if len(numbers) > MANY_NUMBERS:
+        logger.warning(
+            "%s: %d whole numbers are read as classes; --problem_type %s would read them as amounts",
+            *(where, len(numbers), REGRESSION),
+        )
+    if -1 in numbers and min(numbers - {-1}, default=-1) >= 0:
+        logger.warning(
+            "%s: -1 is learned as a label of its own; where it stands for none, leave its cells empty", where
+        )
 
 
 def _kind_of_lists(lists: list[list], where: str) -> str:
@@ -354,9 +370,10 @@ def _refuse_joined_names(cells: list, where: str) -> None:
         recurs = any(parts[part] > 1 for cell in joined for part in names_in(cell, separator))
         # Names of two words share words, too: there have to be fewer words than names.
         if recurs and (separator != " " or len(parts) < len(distinct)):
+            shown = some([repr(cell) for cell in joined])
             raise ValueError(
-                f"{where} can be read in two ways, found {some(joined)}: --label_separator {separator!r} reads each as "
-                f"several labels of a picture, --problem_type {SINGLE} as one name"
+                f"{where} can be read in two ways, found {shown}: --label_separator {separator!r} reads each as several "
+                f"labels of a picture, --problem_type {SINGLE} as one name"
             )
 
 

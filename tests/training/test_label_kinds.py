@@ -1,7 +1,9 @@
 """What is learned of every kind of label: losses against torch's, what a folder predicts, runs that stop, processes."""
 
+import ast
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +26,14 @@ from vit_embed import VitEmbedForImageClassification, VitEmbedModel
 
 STILL = dict.fromkeys(("rotation", "shift", "zoom", "jitter"), 0.0)
 # kind -> the data set of it, its flags, and the loss of all rows by torch from logits, targets and the model's spreads
+# kind -> how `labelled_sets` colours its pictures
+COLOURS = {
+    "weighted": sets.SINGLE,
+    SINGLE: sets.SINGLE,
+    MULTI: sets.MULTI,
+    REGRESSION: sets.REGRESSION,
+    SOFT: sets.SOFT,
+}
 SPREADS = torch.tensor([8.0, 8192.0])  # powers of two next to the standard deviations 9.49 and 9493
 KINDS = {
     SINGLE: ("tsv_tables", {}, lambda logits, t: F.cross_entropy(logits, t)),
@@ -82,8 +92,7 @@ def logits_of(folder: Path, rows: range, kind: str) -> torch.Tensor:
     """The outputs of a saved folder for the pictures of some rows."""
     model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    colours = {REGRESSION: sets.REGRESSION, MULTI: sets.MULTI, SOFT: sets.SOFT}
-    pictures = [sets.picture(colours.get(kind, sets.SINGLE), row) for row in rows]
+    pictures = [sets.picture(COLOURS[kind], row) for row in rows]
     with torch.no_grad():
         return model(**processor(pictures, return_tensors="pt")).logits
 
@@ -136,11 +145,27 @@ def test_the_pipeline_says_what_the_predictions_say(unmoved):
     kind, folder = unmoved
     with (folder / "predictions.csv").open(newline="") as file:
         line = next(iter(csv.DictReader(file)))
-    colours = {REGRESSION: sets.REGRESSION, MULTI: sets.MULTI, SOFT: sets.SOFT}
     classify = pipeline("image-classification", str(folder), trust_remote_code=True)
-    answers = {a["label"]: a["score"] for a in classify(sets.picture(colours.get(kind, sets.SINGLE), 12))}
+    answers = {a["label"]: a["score"] for a in classify(sets.picture(COLOURS[kind], 12))}
     said = {line["label"]: float(line["probability"])} if "label" in line else {n: float(line[n]) for n in answers}
     assert {name: answers[name] for name in said} == pytest.approx(said, rel=1e-5)
+
+
+def test_the_code_of_the_card_says_what_the_predictions_say(unmoved, monkeypatch, tmp_path, capsys):
+    kind, folder = unmoved
+    with (folder / "predictions.csv").open(newline="") as file:
+        line = next(iter(csv.DictReader(file)))
+    sets.picture(COLOURS[kind], 12).save(tmp_path / "picture.jpg", "png")
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("path/to/this/folder", str(folder)), {})
+    shown = capsys.readouterr().out.strip().splitlines()[-1]
+    if kind == REGRESSION:
+        assert ast.literal_eval(shown) == pytest.approx({n: float(line[n]) for n in ("width", "price")}, rel=1e-5)
+    elif kind == MULTI:
+        assert ast.literal_eval(shown) == [name for name in sets.NAMES if float(line[name]) >= 0.5]
+    else:
+        assert shown == line["label"]
 
 
 def test_sheets_are_drawn(unmoved):
@@ -248,15 +273,18 @@ def test_two_processes_train_and_predict_as_one(kind, options, tmp_path):
 
 
 def test_unlabelled_pictures_alone(trained, options, tmp_path):
-    """A folder of them, and a list of paths, are predicted by a trained folder."""
+    """A folder of them, a list of paths, and folders of other labels are predicted by a trained folder."""
     for row in range(3):
-        sets.save(tmp_path / "new" / "some" / f"{row}.png", sets.MULTI, row)
-    (tmp_path / "new.csv").write_text("path\nnew/some/1.png\nnew/some/2.png\n")
-    for name in ("new", "new.csv"):
+        sets.save(tmp_path / "new" / f"{row}.png", sets.MULTI, row)
+        sets.save(tmp_path / "sorted" / ("my pets", "others")[row % 2] / f"{row}.png", sets.MULTI, row)
+    (tmp_path / "new.csv").write_text("path\nnew/1.png\nnew/2.png\n")
+    rows_of = {"new": [f"{row}.png" for row in range(3)], "new.csv": ["new.csv:2", "new.csv:3"]}
+    rows_of["sorted"] = ["my pets/0.png", "my pets/2.png", "others/1.png"]
+    for name, rows in rows_of.items():
         given = {"dataset": tmp_path / name, "model_name_or_path": trained / MULTI, "do_predict": True}
+        given["test_split"] = "train" if name == "sorted" else None  # else labelled folders are for training
         run_here(train_classification, sheets=True, **given, output_dir=tmp_path / f"run {name}")
         lines = (tmp_path / f"run {name}" / "predictions.csv").read_text().splitlines()
-        rows = [f"some/{row}.png" for row in range(3)] if name == "new" else ["new.csv:2", "new.csv:3"]
         assert lines[0] == "row,cat,dog,Kuh" and [line.split(",")[0] for line in lines[1:]] == rows
         assert "accuracy" not in (tmp_path / f"run {name}" / "test_results.json").read_text()
 

@@ -122,7 +122,7 @@ REFUSED = {
     ),
     "an id": (column(*"abcdefghijkl"), "every row has one of its own .a, b, c.* set --label_column"),
     "an id of numbers": (column(*range(12)), "--problem_type single_label_classification or regression"),
-    "names in one cell": (column("cat|dog", "cat", "dog"), r"found cat\|dog: --label_separator '\|' reads each"),
+    "names in one cell": (column("cat|dog", "cat", "dog"), r"found 'cat\|dog': --label_separator '\|' reads each"),
     "words in one cell": (
         column("clear primary", "clear", "primary", "water clear", "water", "primary water"),
         "--label_separator ' ' reads each as several labels",
@@ -169,6 +169,11 @@ def test_what_has_two_readings_is_refused(case, tmp_path):
 
 
 SAID = {
+    "a -1 of its own": (column(0, 1, -1), "column 'label': -1 is learned as a label of its own"),
+    "amounts": (
+        *("image,label\n" + "".join(f"{row % 12}.png,{row % 24}\n" for row in range(48)),),
+        "column 'label': 24 whole numbers are read as classes; --problem_type regression would read them as amounts",
+    ),
     "the kind and the counts": (
         column("cat", "dog", "cat"),
         "split train: single_label_classification, 2 labels: cat 8, dog 4",
