@@ -87,7 +87,8 @@ def main() -> None:
     report = Report()
     checked = {split: check_labelled(splits[split], split, data, problem, report) for split in wanted}
     check_label_sets(checked, data, problem)
-    targets = np.array(checked[data.train_split]["labels"][:]) if data.train_split in checked else np.zeros(0)
+    is_trained = data.trains and data.train_split in checked
+    targets = np.array(checked[data.train_split]["labels"][:] if is_trained else [])
     weights = class_weights(problem, targets, data.class_weights)
 
     model = load_classifier(model_arguments, problem, known)

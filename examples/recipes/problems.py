@@ -372,8 +372,8 @@ def _refuse_joined_names(cells: list, where: str) -> None:
         if recurs and (separator != " " or len(parts) < len(distinct)):
             shown = some([repr(cell) for cell in joined])
             raise ValueError(
-                f"{where} can be read in two ways, found {shown}: --label_separator {separator!r} reads each as several "
-                f"labels of a picture, --problem_type {SINGLE} as one name"
+                f"{where} can be read in two ways, found {shown}: --label_separator {separator!r} reads each as "
+                f"several labels of a picture, --problem_type {SINGLE} as one name"
             )
 
 

@@ -14,6 +14,7 @@ import tiny
 import torch
 import train_classification
 import training_runs as runs
+from catalogue import mostly_heavy
 from PIL import Image
 from torch.nn import functional as F
 from training_runs import run_apart, run_here
@@ -205,7 +206,7 @@ def test_every_kind_is_learned(trained):
                 assert (logits.argmax(dim=1) == truth.argmax(dim=1)).all()
 
 
-@pytest.mark.parametrize("kind", [REGRESSION, MULTI, SOFT])
+@pytest.mark.parametrize("kind", mostly_heavy([REGRESSION, MULTI, SOFT], REGRESSION))
 def test_a_resumed_run_equals_an_unbroken_one(kind, options, trained, tmp_path):
     more = {"num_train_epochs": 40, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "save_strategy": "steps"}
     shutil.copytree(trained / kind / "checkpoint-60", tmp_path / "run" / "checkpoint-60")
@@ -214,7 +215,7 @@ def test_a_resumed_run_equals_an_unbroken_one(kind, options, trained, tmp_path):
     runs.assert_equal_runs(tmp_path / "run", trained / kind)
 
 
-@pytest.mark.parametrize("mode", ["lora", "linear"])
+@pytest.mark.parametrize("mode", mostly_heavy(["lora", "linear"], "lora"))
 @pytest.mark.parametrize("kind", [REGRESSION, MULTI])
 def test_every_mode_saves_what_it_evaluated(mode, kind, options, trunk, tmp_path):
     """The best of its checkpoints. Float32; lora merges its changes, which rounds."""
@@ -256,9 +257,7 @@ def test_a_classifier_for_other_labels_is_new(options, trained, trunk, tmp_path)
     assert old.shape == new.shape and not torch.isclose(old, new).any()
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[] if kind == "weighted" else pytest.mark.heavy) for kind in KINDS]
-)
+@pytest.mark.parametrize("kind", mostly_heavy([*KINDS], "weighted"))
 def test_two_processes_train_and_predict_as_one(kind, options, tmp_path):
     """Losses of steps of 4 rows, sums of float32 in another order; six rows to predict, of which one batch is short."""
     for processes in (1, 2):
