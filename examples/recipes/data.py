@@ -162,6 +162,8 @@ def picture_findings(picture: Callable[[], Image.Image]) -> Iterator[Finding]:
     try:
         for note in read_rgb(picture())[1]:
             yield Finding(note, drop=False, level=logging.INFO)
+    except FileNotFoundError:
+        yield Finding("a picture that is not there")
     except UNREADABLE:
         yield Finding("an unreadable picture")
 

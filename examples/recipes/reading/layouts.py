@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import DatasetDict, IterableDatasetDict
 
 from recipes.arguments import DataArguments
-from recipes.reading.place import Place, split_of_word
+from recipes.reading.place import Place
 from recipes.reading.tables import TEXT_TABLES, Target, with_known_columns
 
 NUM_NAMED = 4  # tables that an error says the columns of
@@ -34,6 +34,7 @@ class Layout(NamedTuple):
         signs: what tells it; all hold for a data set of this layout.
         read: gives the splits.
         has_user_columns: whether their columns have the user's names; else they have the recipe's.
+        scale: of depths, what whole numbers are divided by (`depth_files.Scale`), where the layout settles it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Layout(NamedTuple):
     signs: tuple[Sign, ...]
     read: Callable[[Place, DataArguments], DatasetDict | IterableDatasetDict]
     has_user_columns: bool = False
+    scale: tuple | None = None
 
 
 HAS_TABLE = Sign(f"a table ({', '.join(TEXT_TABLES)})", lambda place, arguments: bool(place.with_suffix(*TEXT_TABLES)))
@@ -57,7 +59,7 @@ def read_splits(
     Raises:
         ValueError: it has none of them, or lacks a column.
     """
-    place = Place(arguments.dataset, split_of_word(arguments))
+    place = Place(arguments.dataset)
     with PartialState().main_process_first():  # one process fills the cache of `datasets`, the others read it
         layout = next((layout for layout in layouts if all(s.holds(place, arguments) for s in layout.signs)), None)
         if layout is None:

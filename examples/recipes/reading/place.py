@@ -6,8 +6,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 
 from recipes.arguments import DataArguments
@@ -20,7 +20,6 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-ABOUT = (".md", ".pdf", ".html", ".rst")  # what may lie beside the one folder of an archive
 IGNORED_FOLDERS = ("__MACOSX", "lost+found")
 NUM_TRIED = 64  # rows of a table that show where its paths start
 # What Flickr8k puts behind a file's name to number its captions.
@@ -28,16 +27,11 @@ CAPTION_NUMBER = re.compile(r"#\d+$")
 
 
 class Place:
-    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub.
+    """A folder or a file, by the name that the user gave; with neither there it may be a name on the Hub."""
 
-    A folder that holds nothing but one other, as an unpacked archive does, stands for that other.
-    """
-
-    def __init__(self, name: str, splits: Collection[str] = ()) -> None:
+    def __init__(self, name: str) -> None:
         self.name, self.path = name, Path(name).expanduser()
         self.tables_seen: dict[str, str] = {}  # what tables have in place of the columns looked for
-        while self.path.is_dir() and (inner := _only_folder(self.path)) and inner.name.lower() not in splits:
-            self.path = inner
 
     @property
     def folder(self) -> Path:
@@ -87,13 +81,6 @@ class Place:
         return f"{kinds_text}" + (f"; in {', '.join(top[:8])}{more}" if top else "")
 
 
-def _only_folder(path: Path) -> Path | None:
-    """The folder in `path`, where there is nothing else but texts about it."""
-    visible = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-    rest = [entry for entry in visible if entry.suffix.lower() not in ABOUT and entry.name not in IGNORED_FOLDERS]
-    return rest[0] if len(rest) == 1 and rest[0].is_dir() else None
-
-
 def split_of_word(arguments: DataArguments) -> dict[str, str]:
     """Lower-case word -> the split that it names; the user's own names go first."""
     words = {word: split for split, words in SPLIT_WORDS.items() for word in words}
@@ -112,6 +99,16 @@ def split_of_file(file: str, arguments: DataArguments) -> str | None:
     path = PurePosixPath(file)
     names = (path.name.split(".")[0], *reversed(path.parent.parts))
     return next(filter(None, (split_of_name(name, arguments) for name in names)), None)
+
+
+def split_of_paths(paths: Sequence[str], arguments: DataArguments) -> list[str | None]:
+    """The split of each path of a table, where one of their folders has names of splits alone, two at least."""
+    known, parts = split_of_word(arguments), [_parts(path) for path in paths]
+    for position in range(min(map(len, parts), default=1) - 1):
+        splits = [known.get(each[position].lower()) for each in parts]
+        if None not in splits and len(set(splits)) > 1:
+            return splits
+    return [None] * len(paths)
 
 
 def split_folders(place: Place, arguments: DataArguments, files: Sequence[str] | None = None) -> dict[str, str]:
@@ -145,16 +142,32 @@ class Finder:
     pictures.
     """
 
-    def __init__(self, table: Path, arguments: DataArguments, suffixes: tuple[str, ...] = PICTURE_SUFFIXES) -> None:
-        self.table, self.suffixes = table, suffixes
-        given = [Path(arguments.image_folder).expanduser()] if arguments.image_folder else []
-        self.usual = [*given, table.parent, table.parent.parent]
-        self.beside = sorted(path for path in table.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
-        own_split = split_of_name(table.stem, arguments)
-        if any(own_split == split_of_name(path.name, arguments) for path in self.beside):
-            self.beside = [path for path in self.beside if split_of_name(path.name, arguments) == own_split]
-        self.beside = [_innermost(path) for path in self.beside]
+    def __init__(
+        self,
+        table: Path,
+        arguments: DataArguments,
+        suffixes: tuple[str, ...] = PICTURE_SUFFIXES,
+        skip: tuple[str, ...] = (),
+    ) -> None:
+        """`skip`: names, in lower case, of folders beside the table whose files are something else."""
+        self.table, self.suffixes, self.skip = table, suffixes, skip
+        self.given = arguments.image_folder is not None
+        self.usual = [Path(arguments.image_folder).expanduser()] if self.given else [table.parent, table.parent.parent]
+        # COCO's tables lie in annotations/, its pictures beside that folder.
+        root = Path(arguments.dataset).expanduser()
+        is_below = table.parent != root and root in table.parent.parents
+        above = [table.parent.parent] if is_below or table.parent.name.lower() == "annotations" else []
+        self.near, self.split_of = [table.parent, *above], partial(split_of_name, arguments=arguments)
         self.starts, self.dropped = self.usual[:1], 0
+
+    def _folders(self, depth: int) -> list[Path]:
+        """Folders near the table, those of its split alone if it names one that they have."""
+        found = self.near
+        for _ in range(depth):
+            found = [folder for folder in _folders_in(found) if folder.name.lower() not in self.skip]
+        split = self.split_of(self.table.stem)
+        own = [folder for folder in found if split is not None and self.split_of(folder.name) == split]
+        return own or [folder for folder in found if folder != self.table.parent]
 
     def fit(self, names: Sequence[str]) -> Finder:
         """Chooses where the paths of `names` start.
@@ -163,26 +176,33 @@ class Finder:
             ValueError: two folders beside the table hold files of these names.
         """
         step = max(1, len(names) // NUM_TRIED)
-        sample = [name for name in names[::step] if name and not os.path.isabs(name)][:NUM_TRIED]
+        sample = [name for name in names[::step] if name and not _is_there(name)][:NUM_TRIED]
         depth = max((len(_parts(name)) for name in sample), default=1)
-        found = {
-            (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
-            for dropped in range(depth)
-            for start in (*self.usual, *self.beside)
-        }
-        most = max(found.values(), default=0)
+        for level in (0,) if self.given else (1, 2):
+            starts = self.usual * (level < 2) + self._folders(level) * (level > 0)
+            found = {
+                (start, dropped): sum(self._at(name, start, dropped) is not None for name in sample)
+                for dropped in range(depth)
+                for start in starts
+            }
+            most = max(found.values(), default=0)
+            if most:
+                break
         best = [choice for choice, count in found.items() if count == most > 0]
         if not best:
             return self
         start, self.dropped = best[0]
         self.starts = [start]
-        if start not in self.usual:  # parts of a data set lie in folders of their own, each file in one of them
-            self.starts = [path for path in self.beside if found[path, self.dropped]]
-            for name in sample:
-                self._only(name, [path for path in self.starts if self._at(name, path, self.dropped)])
+        if start not in self.usual:
+            parts = [path for path in starts if path not in self.usual and found[path, self.dropped]]
+            holding = [[path for path in parts if self._at(name, path, self.dropped)] for name in sample]
+            if all(len(paths) < 2 for paths in holding):
+                self.starts = parts
+            else:  # copies, of which one may be whole
+                self._only([path for path in parts if most == found[path, self.dropped] == len(sample)] or parts)
         return self
 
-    def _only(self, name: str, starts: Sequence[Path]) -> None:
+    def _only(self, starts: Sequence[Path]) -> None:
         if len(starts) > 1:
             raise ValueError(
                 f"expected the pictures of {self.table} in one folder, or each in one of several, found files of "
@@ -193,12 +213,12 @@ class Finder:
         """The path of the file, also where it is missing: opening it says so.
 
         Raises:
-            ValueError: it is in two folders beside the table.
+            ValueError: it is in two parts of the data set.
         """
-        if os.path.isabs(name) and os.path.isfile(name):
+        if _is_there(name):
             return name
         found = {start: path for start in self.starts if (path := self._at(name, start, self.dropped)) is not None}
-        self._only(name, list(found))
+        self._only(list(found))
         return next(iter(found.values()), os.path.join(self.starts[0], *_parts(name)[self.dropped :]))
 
     def finds(self, name: str) -> bool:
@@ -213,11 +233,17 @@ class Finder:
         return next((path + ending for ending in endings if os.path.isfile(path + ending)), None)
 
 
-def _innermost(folder: Path) -> Path:
-    """The folder itself, or the one that it holds and nothing else, as an archive of the same name in itself does."""
-    while inner := _only_folder(folder):
-        folder = inner
-    return folder
+def _is_there(name: str) -> bool:
+    return os.path.isabs(name) and os.path.isfile(name)
+
+
+def _folders_in(folders: Iterable[Path]) -> list[Path]:
+    found = []
+    for folder in folders:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        found += [folder / name for name in names]
+    return found
 
 
 def _parts(name: str) -> tuple[str, ...]:

@@ -6,22 +6,23 @@ of their file.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import logging
 import os
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import datasets
-from datasets import Dataset, DatasetDict, Value
+from datasets import Dataset, DatasetDict, IterableDataset, Value
 from datasets import Image as ImageFeature
 
 from recipes.arguments import DataArguments
-from recipes.reading.place import NUM_TRIED, Finder, Place, split_of_file, split_of_word
+from recipes.reading.cells import Cells, is_path, likely_separator, rows_of_lines
+from recipes.reading.place import NUM_TRIED, Finder, Place, split_of_file, split_of_paths, split_of_word
 from vit_embed.retrieval import sources
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
 
@@ -30,12 +31,12 @@ logger = logging.getLogger(__name__)
 ROW = "__row__"  # how the user knows a row
 PROBLEM = "__problem__"  # why a row cannot be used, where reading it found that out
 IMAGE = "image"
-IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "image_id", "id")  # tables of Kaggle name pictures by their stems
+# Tables of Kaggle name pictures by their stems.
+IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "rgb", "image_name", "img_name", "image_id", "id")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 LIST_SUFFIXES = (".txt", ".lst")
 TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", *LIST_SUFFIXES)
 MOST_TABLES, DEEPEST_TABLE = 64, 3  # files looked into for a table, and folders above them
-SEPARATORS = ("\t", ";", "|", ",")
 NUM_SNIFFED = 5
 Texts = (Value("string"), Value("large_string"), Value("string_view"))
 Bytes = (Value("binary"), Value("large_binary"), Value("binary_view"))
@@ -63,7 +64,7 @@ def records(path: Path, arguments: DataArguments, columns: Sequence[str] = ()) -
     """
     try:
         yield from (
-            _json_records(path)
+            _json_records(path, columns)
             if path.suffix.lower() not in (".csv", ".tsv", *LIST_SUFFIXES)
             else _text_records(path, arguments, columns)
         )
@@ -71,14 +72,17 @@ def records(path: Path, arguments: DataArguments, columns: Sequence[str] = ()) -
         raise ValueError(f"expected text in UTF-8 in {path}, {error}; save it as UTF-8") from error
 
 
-def _json_records(path: Path) -> Iterator[Record]:
-    """Objects, one a line, or a list of them; a line that is none has a problem."""
+def _json_records(path: Path, names: Sequence[str]) -> Iterator[Record]:
+    """Objects, one a line, or a list of them, of which one that is none has a problem; or {path of a picture: what is
+    learned}, to which `names` give columns."""
     with path.open(encoding="utf-8-sig") as file:
         if path.suffix.lower() == ".json":
             try:
                 entries = json.load(file)
             except json.JSONDecodeError as error:
                 raise ValueError(f"expected JSON in {path}: {error}") from error
+            if isinstance(entries, dict) and len(names) > 1 and entries and all(map(is_path, entries)):
+                entries = [dict(zip(names, item)) for item in entries.items()]
             for number, entry in enumerate(entries if isinstance(entries, list) else (), 1):
                 yield Record(number, entry) if isinstance(entry, dict) else Record(number, {}, "no JSON object")
             return
@@ -92,19 +96,17 @@ def _json_records(path: Path) -> Iterator[Record]:
 
 
 def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)
-    separator = separator_of(path, arguments)
+    separator, stray = separator_of(path, arguments), []
     with path.open(encoding="utf-8-sig", newline="") as file:
-        lines = _split_lines(file) if separator is None else csv.reader(file, delimiter=separator)
-        first = next(filter(None, lines), [])
-        if is_header(first, path, arguments):
-            columns, begin = [name.strip() for name in first], lines.line_num + 1
+        rows = _words(file) if separator is None else rows_of_lines(file, separator)
+        first = next((row for row in rows if any(map(str.strip, row.cells))), None)
+        if first is None:
+            return
+        if is_header(first.cells, path, arguments):
+            columns = [name.strip() for name in first.cells]
         else:
-            columns = _columns_of_headerless(first, names, path, arguments)
-            begin = lines.line_num
-            lines = _Again(first, lines)
-        for cells in lines:
-            line, begin = begin, lines.line_num + 1
+            columns, rows = headerless_columns(first.cells, names), itertools.chain([first], rows)
+        for line, cells, is_stray in rows:
             if not any(cell.strip() for cell in cells):
                 continue
             problem = None
@@ -112,65 +114,46 @@ def _text_records(path: Path, arguments: DataArguments, names: Sequence[str]) ->
                 problem = (
                     f"{len(cells)} cells in a table of {len(columns)} columns; quote a text that holds a separator"
                 )
+            elif is_stray:
+                stray.append(line)
             yield Record(line, {name: cell.strip() or None for name, cell in zip(columns, cells)}, problem)
+    if stray:
+        more = ", ..." if len(stray) > NUM_SNIFFED else ""
+        lines = ", ".join(map(str, stray[:NUM_SNIFFED])) + more
+        logger.info("%s: %d lines have a quote that does not close, read as a letter: %s", path, len(stray), lines)
 
 
-class _split_lines:
-    """Lines of words between spaces, with the counter of csv.reader."""
-
-    def __init__(self, file) -> None:
-        self.file, self.line_num = file, 0
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> list[str]:
-        line = next(self.file)
-        self.line_num += 1
-        return line.split() if not line.lstrip().startswith("#") else []
-
-
-class _Again:
-    """A reader whose first row was already taken."""
-
-    def __init__(self, first: list[str], rest) -> None:
-        self.first, self.rest = first, rest
-
-    def __iter__(self):
-        yield self.first
-        yield from self.rest
-
-    @property
-    def line_num(self) -> int:
-        return self.rest.line_num
+def _words(file: Iterable[str]) -> Iterator[Cells]:
+    """Lines of words between spaces."""
+    for number, line in enumerate(file, 1):
+        if not line.lstrip().startswith("#"):
+            yield Cells(number, line.split(), False)
 
 
 def separator_of(path: Path, arguments: DataArguments) -> str | None:
     """--separator, or what separates the first lines into the same number of cells, two at least; None for spaces."""
     if arguments.separator:
         return arguments.separator.encode().decode("unicode_escape")
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
         first = [line for line in itertools.islice(file, 4 * NUM_SNIFFED) if line.strip() and line[0] != "#"]
-    for separator in SEPARATORS:
-        if first and separator in first[0]:
-            return separator
+    separator = likely_separator(first) if first else None
     is_list = path.suffix.lower() in LIST_SUFFIXES
+    if separator is not None:
+        return separator
     return None if is_list and all(len(line.split()) > 1 for line in first[:NUM_SNIFFED]) else ","
 
 
-def _columns_of_headerless(first: list[str], names: Sequence[str], path: Path, arguments: DataArguments) -> list[str]:
-    """Names for the columns of a table without a header: the first name is that of the pictures, wherever they are."""
-    finder = Finder(path, arguments).fit(first)
-    are_pictures = [cell.lower().endswith(PICTURE_SUFFIXES) or finder.finds(cell) for cell in first]
-    place = are_pictures.index(True) if True in are_pictures else 0
-    others = itertools.chain(names[1:], (f"column {number}" for number in itertools.count(len(names) + 1)))
-    return [names[0] if number == place and names else next(others) for number in range(len(first))]
+def headerless_columns(first: Sequence[str], names: Sequence[str]) -> list[str]:
+    """`names` for the columns of a table without a header, where the first name is that of the pictures' column."""
+    columns = [*names[: len(first)], *(f"column {number}" for number in range(len(names) + 1, len(first) + 1))]
+    place = next((place for place, cell in enumerate(first) if is_path(cell)), 0)
+    return [*columns[1 : place + 1], columns[0], *columns[place + 1 :]] if columns else columns
 
 
 def is_header(first: Sequence[str], path: Path, arguments: DataArguments) -> bool:
     """Whether the first row of a table names its columns: none of its cells is a picture."""
     cells = [cell for cell in first if cell and not cell.isspace()]
-    if any(cell.lower().endswith(PICTURE_SUFFIXES) for cell in cells):
+    if any(map(is_path, cells)):
         return False
     finder = Finder(path, arguments).fit(cells)
     return not any(finder.finds(cell) for cell in cells)
@@ -269,25 +252,53 @@ def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) 
     return named or {arguments.train_split: rest}
 
 
+class PathColumn(NamedTuple):
+    """A column of paths beside that of the pictures: asked for, or by its usual names; the suffixes of its files.
+
+    Args:
+        folder: where its paths start; None for where those of pictures do, or as found.
+        folders, others: names of folders that hold its files, and that hold pictures.
+    """
+
+    asked: str | None
+    usual: tuple[str, ...]
+    suffixes: tuple[str, ...]
+    folder: str | None
+    folders: tuple[str, ...]
+    others: tuple[str, ...]
+
+
 def read_tables(
-    place: Place, tables: Sequence[str], arguments: DataArguments, columns: Sequence[str] = ()
+    place: Place,
+    tables: Sequence[str],
+    arguments: DataArguments,
+    columns: Sequence[str] = (),
+    also: PathColumn | None = None,
 ) -> DatasetDict:
-    """The rows of some tables by split: their own columns, ROW and PROBLEM; pictures as paths.
+    """The rows of some tables by split: their own columns, ROW and PROBLEM; pictures, and what `also` names, as paths.
 
     A column `split` (SPLIT_COLUMNS) tells the split of each row.
     """
     splits: dict[str, list[dict]] = {}
     for split, files in split_tables(place, tables, arguments).items():
         for file in files:
-            for own, row in _rows(place, file, arguments, columns):
+            for own, row in _rows(place, file, arguments, columns, also):
                 splits.setdefault(own or split, []).append(row)
+    return from_rows(splits)
+
+
+def from_rows(splits: dict[str, list[dict]]) -> DatasetDict:
+    """Splits of rows, each a dict of its cells; all get the columns that any has."""
     names = dict.fromkeys(name for rows in splits.values() for row in rows for name in row)
     read = {s: {name: [row.get(name) for row in rows] for name in names} for s, rows in splits.items()}
     return DatasetDict({split: from_columns(found) for split, found in read.items()})
 
 
 def from_columns(columns: dict[str, list]) -> Dataset:
-    """A dataset of columns; ValueError names one whose cells are of several kinds."""
+    """A dataset of columns; one of texts and lists becomes one of lists, and ValueError names one of other kinds."""
+    for name, cells in columns.items():
+        if {type(cell) for cell in cells} - {type(None)} == {str, list}:
+            columns[name] = [[cell] if isinstance(cell, str) else cell for cell in cells]
     try:
         return Dataset.from_dict(columns)
     except (datasets.exceptions.DatasetGenerationError, ValueError, TypeError) as error:
@@ -298,24 +309,47 @@ def from_columns(columns: dict[str, list]) -> Dataset:
         raise
 
 
-def _rows(place: Place, file: str, arguments: DataArguments, columns) -> Iterator[tuple[str | None, dict]]:
+def _rows(place: Place, file: str, arguments: DataArguments, columns, also) -> Iterator[tuple[str | None, dict]]:
     """(split by the table's own column or None, row) of each row of a table."""
     path, known = Path(place.full(file)), split_of_word(arguments)
     found = list(records(path, arguments, columns))
     cells = next((record.cells for record in found if record.cells), {})
     image = column_of(list(cells), arguments.image_column, IMAGE_COLUMNS)
     split = column_of(list(cells), None, SPLIT_COLUMNS)
-    values = {str(record.cells.get(split)).lower() for record in found}
-    split = split if split is not None and values <= set(known) else None
-    finder = Finder(path, arguments).fit([cell for r in found if isinstance(cell := r.cells.get(image), str)])
-    for record in found:
+    words = {str(record.cells.get(split)).lower() for record in found if record.problem is None}
+    others = sorted(words - set(known))
+    if split is not None and others:
+        is_split = len({known[word] for word in words & set(known)}) > 1
+        what = "rows of these are left out" if is_split else "is not read as splits, as these are none"
+        logger.warning("%s: column %r: %s: %s", file, split, what, ", ".join(others[:5]))
+        split = split if is_split else None
+    paths = _texts(found, image)
+    finder = Finder(path, arguments, skip=also.folders if also is not None else ()).fit(list(filter(None, paths)))
+    second = None
+    if also is not None:
+        second = column_of([name for name in cells if name != image], also.asked, also.usual)
+        at_folder = replace(arguments, image_folder=also.folder or arguments.image_folder)
+        find_second = Finder(path, at_folder, also.suffixes, also.others).fit(list(filter(None, _texts(found, second))))
+    own = iter(split_of_paths(list(filter(None, paths)), arguments))
+    for record, cell in zip(found, paths):
         row = {**record.cells, ROW: f"{file}:{record.line}", PROBLEM: record.problem}
-        cell = row.get(image)
-        if isinstance(cell, (str, int)):
-            row[image] = picture_path(str(cell), finder)
-        elif record.problem is None and image is not None and cell is None:
+        of_path = next(own) if cell else None
+        if cell:
+            row[image] = picture_path(cell, finder)
+        elif record.problem is None and image is not None and record.cells.get(image) is None:
             row[PROBLEM] = "no path of a picture"
-        yield known[str(record.cells[split]).lower()] if split is not None else None, row
+        if second is not None and isinstance(row.get(second), str):
+            row[second] = None if row[second].lower() == "none" else picture_path(row[second], find_second)
+            if row[second] is not None and row[second] == row[image]:
+                row[PROBLEM] = f"one file in the columns {image!r} and {second!r}"
+        word = str(record.cells.get(split)).lower()
+        if split is None or word in known or record.problem is not None:
+            yield known.get(word) if split is not None else of_path, row
+
+
+def _texts(found: list[Record], column: str | None) -> list[str]:
+    """The texts of a column, whole numbers among them; "" for a cell that holds none."""
+    return [str(cell) if isinstance(cell := record.cells.get(column), (str, int)) else "" for record in found]
 
 
 def picture_path(cell: str, finder: Finder) -> str:
@@ -336,12 +370,17 @@ def picture_path(cell: str, finder: Finder) -> str:
 
 
 class Target(NamedTuple):
-    """What is learned: the name that its column gets, the column asked for by `flag`, and the usual names for it."""
+    """What is learned: the name that its column gets, the column asked for by `flag`, and the usual names for it.
+
+    Args:
+        suffixes: of the files that its texts are paths of; empty where they are no paths.
+    """
 
     name: str
     asked: str | None
     usual: tuple[str, ...]
     flag: str
+    suffixes: tuple[str, ...] = ()
 
 
 def with_known_columns(
@@ -353,11 +392,19 @@ def with_known_columns(
     without a column of what is learned, as of unlabelled pictures, is left without.
 
     Raises:
-        ValueError: a split has no column of pictures, or it holds something else; no split has the target's.
+        ValueError: a split has no column of pictures, or it holds something else; the files of every split are missing;
+            no split has the target's column.
     """
-    renamed = dict(splits)
-    if needs_pictures:
-        renamed = {split: _with_pictures(rows, split, folder, arguments) for split, rows in splits.items()}
+    renamed, missing = dict(splits), None
+    for split, rows in splits.items() if needs_pictures else ():
+        try:
+            renamed[split] = _with_pictures(rows, split, folder, arguments)
+        except FileNotFoundError as error:
+            missing = error
+            del renamed[split]
+            logger.warning("split %s is left out: %s", split, error)
+    if missing is not None and not renamed:
+        raise ValueError(str(missing)) from missing
     if target is None:
         return type(splits)(renamed)
     found = {split: column_of(own_columns(rows), target.asked, target.usual) for split, rows in renamed.items()}
@@ -367,7 +414,10 @@ def with_known_columns(
         raise ValueError(f"expected a column {asked!r}, found columns {columns}; set {target.flag}")
     for split, column in found.items():
         if column is not None:
-            renamed[split] = _renamed(renamed[split], column, target.name, split)
+            rows = _renamed(renamed[split], column, target.name, split)
+            if target.suffixes and rows.features[target.name] in Texts:
+                rows = _with_paths(rows, target.name, split, folder, arguments, target.suffixes)
+            renamed[split] = rows
     return type(splits)(renamed)
 
 
@@ -412,30 +462,41 @@ def path_in(cell: object) -> str | None:
     return cell if isinstance(cell, str) else None
 
 
-def _with_paths(rows: Dataset, column: str, split: str, folder: Path, arguments: DataArguments) -> Dataset:
+def _with_paths(
+    rows: Dataset | IterableDataset,
+    column: str,
+    split: str,
+    folder: Path,
+    arguments: DataArguments,
+    suffixes: tuple[str, ...] = PICTURE_SUFFIXES,
+) -> Dataset | IterableDataset:
     """Paths as they were written -> paths from here.
 
     Raises:
-        ValueError: none of them leads to a file.
+        FileNotFoundError: none of them, or of the first of a stream, leads to a file.
     """
-    sample = [path_in(rows[place][column]) for place in range(0, len(rows), max(1, len(rows) // NUM_TRIED))]
-    sample = [path for path in sample if path]
+    if isinstance(rows, IterableDataset):
+        some = list(rows.select_columns([column]).take(NUM_TRIED))
+    else:
+        some = [rows[place] for place in range(0, len(rows), max(1, len(rows) // NUM_TRIED))]
+    sample = [path for row in some if (path := path_in(row[column]))]
     if not sample or any(map(os.path.isfile, sample)):
         return rows
-    finder = Finder(folder / "table", arguments).fit(sample)
+    finder = Finder(folder / "table", arguments, suffixes).fit(sample)
     if not any(map(finder.finds, sample)):
-        raise ValueError(
-            f"expected pictures in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any other "
-            "of its paths; set --image_folder, or --image_column"
+        raise FileNotFoundError(
+            f"expected paths of files in column {column!r} of split {split!r}, no file is at {sample[0]!r} or at any "
+            "other of its paths; set --image_folder, or which column it is"
         )
+    said = {} if isinstance(rows, IterableDataset) else {"desc": f"paths of {split}"}
+    return rows.map(partial(_found, column=column, finder=finder), batched=True, features=rows.features, **said)
 
-    def found(cells: dict[str, list]) -> dict[str, list]:
-        paths = [(cell, path_in(cell)) for cell in cells[column]]
-        return {
-            column: [
-                cell if path is None else {**cell, "path": finder(path)} if isinstance(cell, dict) else finder(path)
-                for cell, path in paths
-            ]
-        }
 
-    return rows.map(found, batched=True, desc=f"paths of {split}")
+def _found(cells: dict[str, list], column: str, finder: Finder) -> dict[str, list]:
+    paths = [(cell, path_in(cell)) for cell in cells[column]]
+    return {
+        column: [
+            cell if path is None else {**cell, "path": finder(path)} if isinstance(cell, dict) else finder(path)
+            for cell, path in paths
+        ]
+    }
