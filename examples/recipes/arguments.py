@@ -14,7 +14,7 @@ HELD_OUT_HELP = "share of the training split to hold out for --do_eval without a
 SHIPPED_CHECKPOINT = str(REPOSITORY)
 NUM_CHECKPOINTS = 2  # kept where --save_total_limit does not say
 # Endings of the names of metrics of which less is better.
-ERRORS = ("loss", "abs_rel", "rmse", "log10")
+ERRORS = ("loss", "abs_rel", "rmse", "log10", "mae", "cross_entropy")
 
 
 @dataclass

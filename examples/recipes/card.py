@@ -43,6 +43,17 @@ USES = {
         'features = model(**processor(image, return_tensors="pt")).pooler_output  # of the pretrained trunk'
     ),
 }
+# How those of a classifier are, by the config's problem_type where it is not one label a picture.
+CLASSIFIER_USES = {
+    "multi_label_classification": (
+        'probabilities = model(**processor(image, return_tensors="pt")).logits.sigmoid()[0].tolist()\n'
+        "print([model.config.id2label[number] for number, each in enumerate(probabilities) if each >= 0.5])"
+    ),
+    "regression": (
+        'values = model(**processor(image, return_tensors="pt")).logits[0].tolist()  # in the units of the data\n'
+        "print(dict(zip(model.config.id2label.values(), values)))"
+    ),
+}
 
 
 @dataclass
@@ -125,9 +136,8 @@ def write_model_card(
     licence_files = base.copy_licence(output_dir)
     auto_class, processor_class, task = LOADED_AS[model_class.__name__]
     # A model of the sigmoid loss scores each pair by itself.
-    use = USES[model_class.__name__].format(
-        probability="sigmoid()" if model.config.contrastive_loss == "sigmoid" else "softmax(dim=-1)"
-    )
+    use = CLASSIFIER_USES.get(model.config.problem_type, USES[model_class.__name__])
+    use = use.format(probability="sigmoid()" if model.config.contrastive_loss == "sigmoid" else "softmax(dim=-1)")
     name = training.hub_model_id or output_dir.resolve().name
     matter = ModelCardData(
         library_name="transformers",

@@ -129,6 +129,7 @@ class Report:
         self.rows: dict[str, Dataset] = {}  # as they were checked
         self.kept: dict[str, int] = {}
         self.found: dict[str, list[Found]] = {}
+        self.remarks: dict[str, list[str]] = {}  # more lines about a split, such as counts of its labels
 
     def add(self, split: str, rows: Dataset, kept: int, found: list[Found]) -> None:
         self.rows[split], self.kept[split], self.found[split] = rows, kept, found
@@ -142,6 +143,7 @@ class Report:
         for split, rows in self.rows.items():
             counts = Counter((each.finding.reason, each.finding.drop) for each in self.found[split])
             notes[split] = [f"{self.kept[split]:,} rows, {len(rows) - self.kept[split]:,} left out"]
+            notes[split] += self.remarks.get(split, [])
             for (reason, drop), count in counts.most_common():
                 notes[split].append(f"{count:,} {'left out' if drop else 'rows'} with {reason}")
         return notes

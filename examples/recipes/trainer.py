@@ -202,12 +202,13 @@ class RecipeTrainer(Trainer):
             steps, notes = self.state.global_step, self.report.notes()
             write_model_card(model, own_class, self.base, self.data, self.args, steps, self.results, notes)
 
+    def lost_rows(self, rows: object) -> np.ndarray:
+        """(rows,) which rows of a data set could not be read any more, in any process; empty where that is not kept."""
+        lost = getattr(rows, "lost", torch.zeros(0, dtype=torch.bool))
+        return self.accelerator.reduce(lost.int().to(self.accelerator.device)).bool().cpu().numpy()
+
     def num_lost(self, rows: object) -> int:
-        """How many rows of a data set could not be read any more, in any process."""
-        lost = getattr(rows, "lost", None)
-        if lost is None:
-            return 0
-        return int(self.accelerator.reduce(lost.int().to(self.accelerator.device)).bool().sum())
+        return int(self.lost_rows(rows).sum())
 
     # --- evaluation ---
 
@@ -283,8 +284,18 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
     return checkpoint
 
 
-def run(trainer: RecipeTrainer, *, test_dataset=None, test_metrics: Callable | None = None) -> None:
-    """Do what --do_train, --do_eval and --do_predict ask, and leave the model and its metrics in --output_dir."""
+def run(
+    trainer: RecipeTrainer,
+    *,
+    test_dataset=None,
+    test_metrics: Callable | None = None,
+    write_predictions: Callable[[np.ndarray, np.ndarray], None] | None = None,
+) -> None:
+    """Do what --do_train, --do_eval and --do_predict ask, and leave the model and its metrics in --output_dir.
+
+    Args:
+        write_predictions: gets the model's outputs for `test_dataset`, and which of its rows could not be read.
+    """
     arguments = trainer.args
     if arguments.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
@@ -299,7 +310,10 @@ def run(trainer: RecipeTrainer, *, test_dataset=None, test_metrics: Callable | N
     if arguments.do_predict:
         # predict, not evaluate: with persistent workers evaluate would read the validation split again.
         trainer.compute_metrics = test_metrics or trainer.compute_metrics
-        metrics = trainer.predict(test_dataset).metrics
+        output = trainer.predict(test_dataset)
+        metrics, lost = output.metrics, trainer.lost_rows(test_dataset)
+        if write_predictions is not None and trainer.is_world_process_zero():
+            write_predictions(output.predictions, lost)
         trainer.log_metrics("test", metrics)
         trainer.save_metrics("test", metrics)
         trainer.results["test"] = metrics

@@ -199,13 +199,14 @@ def test_a_validation_share_is_stratified_and_seeded(tmp_path):
     labels = [0] * 20 + [1] * 10 + [2]
     data = saved(tmp_path / "data", ClassLabel(names=["a", "b", "c"]), train=labels)
     arguments = classification.DataArguments(str(data), validation_share=0.2, **NAMED)
-    splits = classification.load_labelled(arguments)
-    choose = partial(classification.stratified_rows, column="label")
-    taken = [hold_out(splits, arguments, seed, choose) for seed in (0, 0, 1)]
+    labelled = classification.load_labelled(arguments)
+    problem = classification.find_problem(labelled, arguments, tiny.vision_config())
+    choose = partial(classification.held_out, problem)
+    taken = [hold_out(labelled.splits, arguments, seed, choose) for seed in (0, 0, 1)]
     rows = [parts["validation"][ROW][:] for parts in taken]
     assert rows[0] == rows[1] != rows[2]
-    assert sorted(taken[0]["validation"]["label"]) == [0] * 4 + [1] * 2
-    assert 2 in taken[0]["train"]["label"], "a label with one picture stays in training"
+    assert sorted(taken[0]["validation"]["kind"]) == [0] * 4 + [1] * 2
+    assert 2 in taken[0]["train"]["kind"], "a label with one picture stays in training"
     assert len(taken[0]["train"]) + len(taken[0]["validation"]) == 31
 
 
@@ -213,8 +214,8 @@ def test_a_validation_share_is_stratified_and_seeded(tmp_path):
     ("feature", "labels", "options", "message"),
     [
         (Value("string"), ["a", "b"], {"image_column": "img"}, "set --image_column"),
-        (Value("string"), ["a", "b"], {**NAMED, "image_column": "kind"}, "expected pictures in column 'kind'"),
-        (Value("float32"), [0.5, 0.1], NAMED, "expected one label a picture"),
+        (Value("string"), ["a", "b"], {**NAMED, "image_column": "kind"}, "expected paths of files in column 'kind'"),
+        (Value("float32"), [1.0, 0.0], NAMED, "column 'kind' can be read in two ways, found 1.0, 0.0; --problem_type"),
         (Value("string"), ["a", "a"], NAMED, "expected at least two labels"),
         (Value("string"), ["a", "b"], {**NAMED, "do_predict": True}, r"expected splits \['test'\]"),
         (Value("string"), ["a", "b"], {**NAMED, "mode": "half"}, "expected --mode linear, full, lora, got 'half'"),

@@ -136,8 +136,10 @@ class Finder:
     """A path as a table has it -> the path of the file.
 
     Tables move, so `fit` chooses once for the whole table which folder its paths start at and how many of their first
-    folders to drop: the choice that finds most of its rows. A row that it does not find is missing; it is never looked
-    for elsewhere, where another file may have its name. Names without a suffix are tried with those of pictures.
+    folders to drop: the choice that finds most of its rows. Where that is a folder beside the table, others beside it
+    may hold more of them, as parts of an archive do, if no file is in two. A row that it does not find is missing; it
+    is never looked for elsewhere, where another file may have its name. Names without a suffix are tried with those of
+    pictures.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ class Finder:
         is_below = table.parent != root and root in table.parent.parents
         above = [table.parent.parent] if is_below or table.parent.name.lower() == "annotations" else []
         self.near, self.split_of = [table.parent, *above], partial(split_of_name, arguments=arguments)
-        self.start, self.dropped = self.usual[0], 0
+        self.starts, self.dropped = self.usual[:1], 0
 
     def _folders(self, depth: int) -> list[Path]:
         """Folders near the table, those of its split alone if it names one that they have."""
@@ -189,20 +191,35 @@ class Finder:
         best = [choice for choice, count in found.items() if count == most > 0]
         if not best:
             return self
-        self.start, self.dropped = best[0]
-        alike = [str(start) for start, dropped in best if dropped == self.dropped]
-        if self.start not in self.usual and len(alike) > 1:
-            raise ValueError(
-                f"expected the pictures of {self.table} in one folder, found files of these names in "
-                f"{' and in '.join(alike)}; set --image_folder"
-            )
+        start, self.dropped = best[0]
+        self.starts = [start]
+        if start not in self.usual:
+            parts = [path for path in starts if path not in self.usual and found[path, self.dropped]]
+            holding = [[path for path in parts if self._at(name, path, self.dropped)] for name in sample]
+            if all(len(paths) < 2 for paths in holding):
+                self.starts = parts
+            else:  # copies, of which one may be whole
+                self._only([path for path in parts if most == found[path, self.dropped] == len(sample)] or parts)
         return self
 
+    def _only(self, starts: Sequence[Path]) -> None:
+        if len(starts) > 1:
+            raise ValueError(
+                f"expected the pictures of {self.table} in one folder, or each in one of several, found files of "
+                f"these names in {' and in '.join(map(str, starts))}; set --image_folder"
+            )
+
     def __call__(self, name: str) -> str:
-        """The path of the file, also where it is missing: opening it says so."""
+        """The path of the file, also where it is missing: opening it says so.
+
+        Raises:
+            ValueError: it is in two parts of the data set.
+        """
         if _is_there(name):
             return name
-        return self._at(name, self.start, self.dropped) or os.path.join(self.start, *_parts(name)[self.dropped :])
+        found = {start: path for start in self.starts if (path := self._at(name, start, self.dropped)) is not None}
+        self._only(list(found))
+        return next(iter(found.values()), os.path.join(self.starts[0], *_parts(name)[self.dropped :]))
 
     def finds(self, name: str) -> bool:
         return bool(name.strip()) and os.path.isfile(self(name))

@@ -10,7 +10,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -179,29 +179,56 @@ def tables_of(
         asked, usual: the column of what is learned, by the command line, or by its usual names.
         columns: names for the columns of a table without a header.
     """
-    key = ("tables", asked, tuple(usual))
+
+    def lacks(found: list[Record], image: str) -> str | None:
+        names = list(found[0].cells)
+        is_there = column_of([name for name in names if name != image], asked, usual) is not None
+        return None if is_there else _columns(names)
+
+    return tables_with(place, arguments, f"{asked} {usual}", lacks, columns)
+
+
+def tables_with(
+    place: Place,
+    arguments: DataArguments,
+    what: str,
+    lacks: Callable[[list[Record], str], str | None],
+    columns: Sequence[str],
+) -> list[str]:
+    """The tables of a place that have a column of pictures and lack nothing; what they have instead goes to
+    `place.tables_seen`.
+
+    Args:
+        what: names `lacks`, as each table is looked into once.
+        lacks: the first rows of a table and its column of pictures -> None, or what it has instead.
+        columns: names for the columns of a table without a header.
+    """
+    key = f"tables with {what}"
     if key not in vars(place):
         stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
         near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
         near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
-        vars(place)[key] = [file for file in near if _has(place, file, arguments, asked, usual, columns)]
+        vars(place)[key] = [file for file in near if _has(place, file, arguments, lacks, columns)]
     return vars(place)[key]
 
 
-def _has(place: Place, file: str, arguments: DataArguments, asked, usual, columns) -> bool:
-    """Whether a table has the columns; what it has instead goes to `place.tables_seen`."""
+def _has(place: Place, file: str, arguments: DataArguments, lacks, columns) -> bool:
     try:
         first = list(itertools.islice(records(Path(place.full(file)), arguments, columns), NUM_SNIFFED))
     except (ValueError, OSError) as error:
         place.tables_seen[file] = str(error)
         return False
-    found = list(next((record.cells for record in first if record.cells), {}))
-    image = column_of(found, arguments.image_column, IMAGE_COLUMNS)
-    if image is None or column_of([name for name in found if name != image], asked, usual) is None:
-        if len(found) > 1:
-            place.tables_seen[file] = f"has the columns {', '.join(map(str, found[:12]))}"
-        return False
-    return True
+    first = [record for record in first if record.cells]
+    names = list(first[0].cells) if first else []
+    image = column_of(names, arguments.image_column, IMAGE_COLUMNS)
+    instead = _columns(names) if image is None else lacks(first, image)
+    if instead and len(names) > 1:
+        place.tables_seen[file] = instead
+    return image is not None and instead is None
+
+
+def _columns(names: Sequence[str]) -> str:
+    return f"has the columns {', '.join(map(str, names[:12]))}"
 
 
 def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) -> dict[str, list[str]]:
@@ -220,7 +247,8 @@ def split_tables(place: Place, tables: Sequence[str], arguments: DataArguments) 
             f"found {', '.join(rest[:6])}; give --dataset the path of one"
         )
     if named and rest:
-        logger.warning("left out, as their names tell no split: %s", ", ".join(rest))
+        hint = f"--train_split {PurePosixPath(rest[0]).stem} would read the first"
+        logger.warning("left out, as their names tell no split: %s; %s", ", ".join(rest), hint)
     return named or {arguments.train_split: rest}
 
 
@@ -320,8 +348,8 @@ def _rows(place: Place, file: str, arguments: DataArguments, columns, also) -> I
 
 
 def _texts(found: list[Record], column: str | None) -> list[str]:
-    """The texts of a column; "" for a cell that holds none."""
-    return [cell if isinstance(cell := record.cells.get(column), str) else "" for record in found]
+    """The texts of a column, whole numbers among them; "" for a cell that holds none."""
+    return [str(cell) if isinstance(cell := record.cells.get(column), (str, int)) else "" for record in found]
 
 
 def picture_path(cell: str, finder: Finder) -> str:
