@@ -214,7 +214,7 @@ def test_a_validation_share_is_stratified_and_seeded(tmp_path):
     ("feature", "labels", "options", "message"),
     [
         (Value("string"), ["a", "b"], {"image_column": "img"}, "set --image_column"),
-        (Value("string"), ["a", "b"], {**NAMED, "image_column": "kind"}, "expected pictures in column 'kind'"),
+        (Value("string"), ["a", "b"], {**NAMED, "image_column": "kind"}, "expected paths of files in column 'kind'"),
         (Value("float32"), [1.0, 0.0], NAMED, "column 'kind' can be read in two ways, found 1.0, 0.0; --problem_type"),
         (Value("string"), ["a", "a"], NAMED, "expected at least two labels"),
         (Value("string"), ["a", "b"], {**NAMED, "do_predict": True}, r"expected splits \['test'\]"),
