@@ -60,6 +60,15 @@ def columns_of(text: str) -> int:
     return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in text)
 
 
+def shortened(text: str, columns: int) -> str:
+    """A text cut to a width, with an ellipsis where something is missing."""
+    if columns_of(text) <= columns:
+        return text
+    while columns_of(text) >= columns:
+        text = text[:-1]
+    return f"{text}…"
+
+
 def paste_text(sheet: Image.Image, place: tuple[int, int], text: str, colour: str, size: int) -> None:
     """Writes a line that is `fitting`, its left top at `place`, `size` pixels high."""
     if all(letter == " " or pillow_has(letter) for letter in text):
