@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from matplotlib.axes import Axes
 from recipes.data import Report, SeededRows
 from recipes.drawing import as_colours, draw_picture, picture_sheet, save_figure, short, spread_over
 from recipes.reading.tables import IMAGE
+from vit_embed.retrieval.fonts import shortened
 from vit_embed.retrieval.pictures import UNREADABLE, as_rgb
 
 logger = logging.getLogger(__name__)
 
 COLUMNS, ROWS_A_SPLIT = 6, 2
-EXAMPLES_A_REASON, MOST_REASONS = 3, 16
+LONGEST = 60  # columns of a label or caption
+FOUND_COLUMNS, EXAMPLES_A_REASON, MOST_REASONS = 5, 3, 16
 
 
 def check_and_show(
@@ -55,7 +58,10 @@ def draw_rows(splits: dict[str, SeededRows], collate, processor, describe, path:
         places = spread_over(len(rows), COLUMNS * ROWS_A_SPLIT)
         items = [rows[place] for place in places]
         batch = collate(items)
-        titles = [f"{split}: {short(rows.name(place))}\n{describe(item)}" for place, item in zip(places, items)]
+        titles = [
+            f"{split}\n{short(rows.name(place))}\n{shortened(describe(item), LONGEST)}"
+            for place, item in zip(places, items)
+        ]
         pictures = as_colours(batch["pixel_values"], processor)
         maps = batch["labels"] if batch.get("labels") is not None and batch["labels"].ndim == 3 else None
         for start in range(0, len(places), COLUMNS):
@@ -90,17 +96,17 @@ def draw_found(report: Report, path: Path) -> None:
     for split, found in report.found.items():
         for each in found:
             by_reason.setdefault((not each.finding.drop, split, each.finding.reason), []).append(each)
-    reasons = sorted(by_reason)[:MOST_REASONS]
-    figure, axes = picture_sheet(len(reasons), EXAMPLES_A_REASON, inches=2.2, shape=(4, 3))
-    for line, (is_kept, split, reason) in zip(axes, reasons):
+    shown = []
+    for is_kept, split, reason in sorted(by_reason)[:MOST_REASONS]:
         found = by_reason[is_kept, split, reason]
-        for axis, each in zip(line, found):
-            picture = _thumbnail(report.rows[split], each.number)
-            what = "" if is_kept else "left out: "
-            draw_picture(axis, picture, f"{split}: {short(each.name)}\n{what}{reason}", width=34)
-        more = len(found) - EXAMPLES_A_REASON
-        if more > 0:
-            line[-1].set_xlabel(f"and {more:,} more", fontsize=8)
+        more = f" ({len(found):,} rows)" if len(found) > EXAMPLES_A_REASON else ""
+        what = f"{'' if is_kept else 'left out: '}{reason}{more}"
+        shown += [(split, each, what) for each in found[:EXAMPLES_A_REASON]]
+    figure, axes = picture_sheet(math.ceil(len(shown) / FOUND_COLUMNS), FOUND_COLUMNS, inches=2.0, shape=(5, 4))
+    for axis, (split, each, what) in zip(axes.flat, shown):
+        draw_picture(
+            axis, _thumbnail(report.rows[split], each.number), f"{split}: {short(each.name)}\n{what}", width=28
+        )
     save_figure(figure, path)
 
 

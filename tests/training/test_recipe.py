@@ -331,6 +331,16 @@ def test_evaluation_reads_every_row_once_and_in_order(tmp_path):
     assert trainer.args.dataloader_drop_last and trainer.args.train_sampling_strategy == "group_by_length"
 
 
+def test_prediction_loss_only_leaves_metrics_and_pictures_out(tmp_path):
+    """And is refused where a metric chooses the best."""
+    asked = {"eval_dataset": labelled_pixels(4), "compute_metrics": lambda found: {"kind": 1.0}}
+    asked |= {"draw": lambda output, path: path.write_text(""), "prediction_loss_only": True}
+    metrics = trainer_of(MODELS["rms norm"](), tmp_path, **asked).evaluate()
+    assert metrics["eval_loss"] > 0 and "eval_kind" not in metrics and not (tmp_path / "pictures").exists()
+    with pytest.raises(ValueError, match="leaves out all metrics, got --metric_for_best_model kind"):
+        trainer_of(MODELS["rms norm"](), tmp_path, metric_for_best_model="kind", **asked)
+
+
 def test_label_smoothing_is_refused_where_there_are_no_class_numbers(tmp_path):
     """Trainer takes the labels away, and would smooth nothing or fail later."""
     for name in ("two towers", "masked"):
