@@ -88,12 +88,13 @@ class TextProjectionMixin:
         normalize: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        share_prefixes: bool | None = None,
     ) -> torch.Tensor:
         """Texts in the joint space: (B, projection_dim), of unit length with `normalize`.
 
         Inputs as in VitEmbedTextModel.
         """
         check_normalize(normalize)
-        texts = self.text_model(input_ids, attention_mask, position_ids, **POOLED)
+        texts = self.text_model(input_ids, attention_mask, position_ids, share_prefixes=share_prefixes, **POOLED)
         projected = self.text_projection(texts.pooler_output)
         return F.normalize(projected, dim=-1) if normalize else projected
