@@ -161,7 +161,7 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
             output_attentions, output_hidden_states, return_dict: as in transformers.
             share_prefixes: whether, with pooled_only, what texts begin with in common is computed once, and equal texts
                 are: exact, as a causal token sees those before it alone. The layers then compute one row (1, N, D).
-                None: in evaluation on a CPU where it saves a tenth of the tokens and no module has a hook. True:
+                None: in evaluation on a CPU where it saves enough tokens to pay and no module has a hook. True:
                 wherever it can be done, the host waiting for the ids. It cannot, so that rows come as they are, in a
                 bidirectional tower, with position_ids, in training mode, in a recorded graph, and with flash and flex
                 attention.

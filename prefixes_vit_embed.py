@@ -1,14 +1,14 @@
 """What texts of one batch begin with in common, computed once.
 
 Under a causal mask the state of a token depends on itself and the tokens before it alone. So a batch of texts is a
-tree: each node is a token after one certain beginning, and every text ends at a node. The nodes are computed as one long
-row, (1, N, D), in which a token sees its ancestors: as exact as the padded batch, up to the order of sums.
+tree: a node is a token after one certain beginning, and every text ends at a node. The nodes are computed as one long
+row, (1, N, D), in which a token sees its ancestors: exact, as only the order of sums changes.
 
 Nodes are numbered depth first. Those below a node are then the numbers that follow it, and all that a block of
 consecutive nodes can see lies in the block or above its first node: attention runs a block at a time, without padding.
 
-Symbols: B texts, U different ones, T tokens of the longest, N nodes, M nodes that ask, G blocks, Q queries and K keys of
-a block, D hidden size, h heads.
+Symbols: B texts, U different ones, T tokens of the longest, N nodes, M nodes that ask, G blocks, Q queries and K keys
+of a block, D hidden size, h heads.
 """
 
 from typing import NamedTuple
@@ -22,8 +22,8 @@ from .inputs_vit_embed import is_on_host, is_traced
 
 # Q: fewer make products too small for the processor, more have too many scores that are masked.
 QUERIES_OF_A_BLOCK = 32
-# The most nodes, as a share of the tokens of the trimmed batch, for which the tree is the faster way by itself.
-MOST_NODES = 0.9
+# Where the tree is the faster way by itself: it costs what about 20 tokens do, and a few percent of each node.
+LEAST_SAVED, MOST_NODES = 32, 0.92  # tokens of the trimmed batch, and the share of them that are nodes
 
 
 class PrefixBlocks(NamedTuple):
@@ -59,8 +59,8 @@ class PrefixBlocks(NamedTuple):
 class PrefixTree(NamedTuple):
     """A batch of texts.
 
-    input_ids, position_ids: (1, N). ends: (1, U), the node that each different text is read at. text_of_row: (B,), which
-    of these texts a row is. blocks, blocks_of_ends: what all nodes and what the ends see.
+    input_ids, position_ids: (1, N). ends: (1, U), the node that each different text is read at. text_of_row: (B,),
+    which of these texts a row is. blocks, blocks_of_ends: what all nodes and what the ends see.
     """
 
     input_ids: torch.Tensor
@@ -133,9 +133,7 @@ class SortedTexts(NamedTuple):
         )
 
 
-def blocks_of(
-    queries: torch.Tensor, above: torch.Tensor, places: torch.Tensor, below: torch.Tensor
-) -> PrefixBlocks:
+def blocks_of(queries: torch.Tensor, above: torch.Tensor, places: torch.Tensor, below: torch.Tensor) -> PrefixBlocks:
     """Cuts nodes that ask into blocks.
 
     Args:
@@ -162,7 +160,11 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def prefix_tree(
-    tower: nn.Module, input_ids: torch.Tensor, pooled: torch.Tensor, implementations: tuple[str, ...], share: bool | None
+    tower: nn.Module,
+    input_ids: torch.Tensor,
+    pooled: torch.Tensor,
+    implementations: tuple[str, ...],
+    share: bool | None,
 ) -> PrefixTree | None:
     """The tree of a batch, or None where the tower takes the rows as they are: see `share_prefixes` of
     VitEmbedTextModel.
@@ -177,6 +179,7 @@ def prefix_tree(
     if share is None and (not is_on_host(input_ids) or has_hooks(tower.embeddings) or has_hooks(tower.encoder)):
         return None
     texts = SortedTexts.of(input_ids.cpu(), pooled.cpu())
-    if share is None and texts.num_nodes > MOST_NODES * input_ids.shape[0] * texts.input_ids.shape[1]:
+    num_tokens = input_ids.shape[0] * texts.input_ids.shape[1]
+    if share is None and texts.num_nodes > min(num_tokens - LEAST_SAVED, MOST_NODES * num_tokens):
         return None
     return texts.tree().to(input_ids.device)
