@@ -137,8 +137,8 @@ def blocks_of(queries: torch.Tensor, above: torch.Tensor, places: torch.Tensor, 
     """Cuts nodes that ask into blocks.
 
     Args:
-        queries: (M,) numbers of nodes, ascending. above: (M, T), the path to each from the root. places: (M,), the
-            length of that path before the node itself. below: (N,), the first number after the nodes below each.
+        queries: (M,) numbers of nodes, ascending. above: (M, T), the path to each from the root; what follows the node
+            itself is any number. places: (M,), the length of that path before the node. below: (N,), the first number after the nodes below each.
     """
     num_blocks = -(-len(queries) // QUERIES_OF_A_BLOCK)
     starts = torch.arange(num_blocks) * QUERIES_OF_A_BLOCK
@@ -147,7 +147,7 @@ def blocks_of(queries: torch.Tensor, above: torch.Tensor, places: torch.Tensor, 
     first, last = asking[:, :1], asking[:, -1:]
     path = above[starts, : int(places[starts].max())]
     span = first + torch.arange(int((last - first).max()) + 1)
-    keys = torch.cat([path, span.clamp(max=len(below) - 1)], dim=1)  # (G, K)
+    keys = torch.cat([path, span], dim=1).clamp(max=len(below) - 1)  # (G, K)
     is_key = torch.cat([torch.arange(path.shape[1]) < places[starts, None], span <= last], dim=1)
     seen = (keys[:, None] <= asking[:, :, None]) & (asking[:, :, None] < below[keys][:, None]) & is_key[:, None]
     bias = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
