@@ -138,7 +138,8 @@ def blocks_of(queries: torch.Tensor, above: torch.Tensor, places: torch.Tensor, 
 
     Args:
         queries: (M,) numbers of nodes, ascending. above: (M, T), the path to each from the root; what follows the node
-            itself is any number. places: (M,), the length of that path before the node. below: (N,), the first number after the nodes below each.
+            itself is any number. places: (M,), the length of that path before the node. below: (N,), the first number
+            after the nodes below each.
     """
     num_blocks = -(-len(queries) // QUERIES_OF_A_BLOCK)
     starts = torch.arange(num_blocks) * QUERIES_OF_A_BLOCK
@@ -154,9 +155,9 @@ def blocks_of(queries: torch.Tensor, above: torch.Tensor, places: torch.Tensor, 
     return PrefixBlocks(len(queries), keys, bias[:, None])
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether anybody looks at what a module in it is given or gives."""
-    return any(each._forward_hooks or each._forward_pre_hooks for each in module.modules())
+def has_hooks(tower: nn.Module) -> bool:
+    """Whether anybody looks at what the modules in a tower are given or give."""
+    return any(each._forward_hooks or each._forward_pre_hooks for each in tower.modules() if each is not tower)
 
 
 def prefix_tree(
@@ -176,7 +177,7 @@ def prefix_tree(
     is_exact = config.use_causal_mask and config._attn_implementation in implementations and not tower.training
     if share is False or not is_exact or is_traced() or type(input_ids) is not torch.Tensor or input_ids.is_meta:
         return None
-    if share is None and (not is_on_host(input_ids) or has_hooks(tower.embeddings) or has_hooks(tower.encoder)):
+    if share is None and (not is_on_host(input_ids) or has_hooks(tower)):
         return None
     texts = SortedTexts.of(input_ids.cpu(), pooled.cpu())
     num_tokens = input_ids.shape[0] * texts.input_ids.shape[1]

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ZeroShotImageClassificationPipeline
 
 from .configuration_vit_embed import VitEmbedTextConfig
-from .inputs_vit_embed import check_sentence_lengths, check_sentences
+from .inputs_vit_embed import HOST_DEVICES, check_sentence_lengths, check_sentences
 
-# Of a pass over many texts: its activations fit a processor's cache better than those of all.
-TOKENS_OF_A_PASS = 4096
+# Tokens of a pass over many texts: enough to keep a processor, or an accelerator, at work, and little memory.
+TOKENS_OF_A_PASS, TOKENS_OFF_HOST = 4096, 65536
 
 
 class TextBatch(NamedTuple):
@@ -63,8 +63,9 @@ def class_features(
     device = model.text_model.device
     if device.type == "meta":  # accelerate keeps the weights elsewhere, and brings inputs to where they will be
         device = torch.device("cpu")
+    num_tokens = TOKENS_OF_A_PASS if device.type in HOST_DEVICES else TOKENS_OFF_HOST
     sums = None
-    for batch in text_batches(model.text_model.config, tokenizer, sentences, TOKENS_OF_A_PASS):
+    for batch in text_batches(model.text_model.config, tokenizer, sentences, num_tokens):
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         features = model.get_text_features(ids, normalize=True, attention_mask=mask, share_prefixes=True).float()
         sums = features.new_zeros(len(names), features.shape[1]) if sums is None else sums
