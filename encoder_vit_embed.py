@@ -307,7 +307,7 @@ class VitEmbedEncoder(nn.Module):
         merge_size = 0 if layout is None or self.training else self.config.token_merge_size
         kept = {0: Tokens(hidden_states, layout)} if 0 in stages else {}
         attentions, last = [], len(self.layers)
-        attention_mask = None
+        attention_mask: torch.Tensor | BlockMask | PrefixBlocks | None = None
         if tree is not None:
             attention_mask, is_causal, last_rows = tree.blocks, False, tree.ends
         elif is_causal:

@@ -11,7 +11,7 @@ Symbols: B texts, U different ones, T tokens of the longest, N nodes, M nodes th
 of a block, D hidden size, h heads.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -173,7 +173,7 @@ def prefix_tree(
     Args:
         input_ids: (B, T). pooled: (B,). implementations: of attention, which take any mask.
     """
-    config: VitEmbedTextConfig = tower.config
+    config = cast(VitEmbedTextConfig, tower.config)
     is_exact = config.use_causal_mask and config._attn_implementation in implementations and not tower.training
     if share is False or not is_exact or is_traced() or type(input_ids) is not torch.Tensor or input_ids.is_meta:
         return None

@@ -28,6 +28,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig
 from vit_embed.conversion.tokenizer import read_tokenizer
 from vit_embed.convert_checkpoint import restore_checkpoint
+from vit_embed.prefixes_vit_embed import SortedTexts
 from vit_embed.zero_shot_vit_embed import TOKENS_OF_A_PASS, text_batches
 
 logger = logging.getLogger("bench_text")
@@ -37,8 +38,8 @@ SIDES = ("vit_embed", "transformers", "open_clip")
 NUM_PROMPTS = 64
 TOTALS = [2**n * 1024 for n in range(5)]  # tokens of text
 LONGEST = 77
-# Of 1000 names every twentieth batch of each side is run: all of them would take hours.
-SAMPLED = {100: 1, 1000: 20}
+NUM_NAMES = (100, 1000)
+LEAST_SAMPLE = 3  # batches of ours
 
 
 class Sides(NamedTuple):
@@ -158,9 +159,9 @@ def bench_classes(sides: Sides, dtype_name: str, args: argparse.Namespace) -> li
     """80 templates times 100 and 1000 names, from strings to vectors."""
     entries = []
     for count in args.classes:
-        names, every = sides.names[:count], SAMPLED.get(count, 1)
+        names, every = sides.names[:count], args.every
         what = f"class vectors, {len(sides.templates)} templates x {count} names"
-        facts = {"part": "classes", "share_of_batches": 1 / every}
+        facts = {"part": "classes", "every": every}
         if every == 1:
             calls = {
                 "vit_embed": lambda n=names: sides.ours.get_class_features(sides.tokenizer, n, sides.templates),
@@ -175,7 +176,8 @@ def bench_classes(sides: Sides, dtype_name: str, args: argparse.Namespace) -> li
 def measure_sampled(
     what: str, names: list[str], every: int, sides: Sides, dtype_name: str, args: argparse.Namespace, **facts
 ) -> dict[str, Any]:
-    """Of every so many batches of each side; what comes before the batches is timed whole and counted by its share."""
+    """Of every so many batches of each side, times the tokens that all have over the tokens that these have: nodes of
+    the tree here, padding included there. What comes before the batches is timed whole."""
     clock = CLOCKS[args.clock]
 
     def batches() -> list:
@@ -185,27 +187,38 @@ def measure_sampled(
     def embed(batch) -> torch.Tensor:
         return sides.ours.get_text_features(batch.input_ids, True, batch.attention_mask, share_prefixes=True)
 
+    def num_nodes(some: list) -> int:
+        return sum(SortedTexts.of(each.input_ids, each.attention_mask.sum(1) - 1).num_nodes for each in some)
+
+    def num_padded(some: list[str]) -> int:
+        return sum(encode(sides, [t(name) for t in sides.templates])["input_ids"].numel() for name in some)
+
+    every_batch = batches()
+    sample = every_batch[:: max(1, len(every_batch) // LEAST_SAMPLE)]
+    factor = num_nodes(every_batch) / num_nodes(sample), num_padded(names) / num_padded(names[::every])
+
     def ours() -> float:
         started = clock()
-        some = batches()[::every]
-        prepared = (clock() - started) / every
-        started = clock()
-        for batch in some:
+        batches()
+        prepared = clock()
+        for batch in sample:
             embed(batch)
-        return prepared + clock() - started
+        return prepared - started + (clock() - prepared) * factor[0]
 
-    for batch in batches()[:: 5 * every]:
-        given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        expected = F.normalize(features_of(sides.theirs.get_text_features(**given)), dim=-1)
-        check_equal(f"{what}, {dtype_name}", embed(batch), expected, dtype_name)
-    theirs = timed(lambda: class_vectors(sides, names[::every]), clock)
+    def theirs() -> float:
+        started = clock()
+        class_vectors(sides, names[::every])
+        return (clock() - started) * factor[1]
+
+    given = {"input_ids": sample[0].input_ids, "attention_mask": sample[0].attention_mask}
+    expected = F.normalize(features_of(sides.theirs.get_text_features(**given)), dim=-1)
+    check_equal(f"{what}, {dtype_name}", embed(sample[0]), expected, dtype_name)
     seconds = interleave(what, {"vit_embed": ours, "transformers": theirs}, args.rounds)
-    return entry_of(what, dtype_name, seconds, args, **facts)
+    return entry_of(what, dtype_name, seconds, args, **facts, nodes=num_nodes(every_batch), padded=num_padded(names))
 
 
 def bench_growth(sides: Sides, dtype_name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """1 to 16 k tokens of text in one call: texts of 64 tokens with nothing in common, and sentences about classes, which
-    open_clip, whose texts all have 77 tokens, is left out of."""
+    """1 to 16 k tokens of text in one call: texts of 64 tokens with nothing in common, and sentences about classes."""
     entries = []
     sentences = [template(name) for name in sides.names[::7] for template in sides.templates]
     order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(3)).tolist()
@@ -217,11 +230,10 @@ def bench_growth(sides: Sides, dtype_name: str, args: argparse.Namespace) -> lis
             else:
                 inputs = encode(sides, [sentences[i] for i in order[: int((lengths <= total).sum())]])
             calls = features_calls(sides, inputs)
-            if not kind.startswith("random"):
-                del calls["open_clip"]
+            del calls["open_clip"]  # whose texts all have 77 tokens
             entry = measure(f"{total} tokens: {kind}", calls, dtype_name, args, part="growth", kind=kind, tokens=total)
             for name, call in calls.items():
-                model = {"vit_embed": sides.ours, "transformers": sides.theirs, "open_clip": sides.open_clip}[name]
+                model = sides.ours if name == "vit_embed" else sides.theirs
                 with LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
                     call()
                 entry[name]["peak_mib"] = live.peak / MIB
@@ -267,7 +279,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--classes", nargs="+", type=int, default=list(SAMPLED), help="numbers of class names")
+    parser.add_argument("--classes", nargs="+", type=int, default=list(NUM_NAMES), help="numbers of class names")
+    parser.add_argument("--every", type=int, default=1, help="runs one of so many batches of the classes part alone")
     parser.add_argument("--totals", nargs="+", type=int, default=TOTALS, help="tokens of the growth part")
     parser.add_argument("--rounds", type=int, default=7, help="measures of each side of each row")
     parser.add_argument("--threads", type=int, default=1)
