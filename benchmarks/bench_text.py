@@ -161,7 +161,7 @@ def bench_classes(sides: Sides, dtype_name: str, args: argparse.Namespace) -> li
     for count in args.classes:
         names, every = sides.names[:count], args.every
         what = f"class vectors, {len(sides.templates)} templates x {count} names"
-        facts = {"part": "classes", "every": every}
+        facts = {"part": "classes", "one_batch_of": every}
         if every == 1:
             calls = {
                 "vit_embed": lambda n=names: sides.ours.get_class_features(sides.tokenizer, n, sides.templates),
