@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .initialisation_vit_embed import fill, linear
+from .prefixes_vit_embed import PrefixBlocks, PrefixTree
 from .tokens_vit_embed import TokenLayout, Tokens, key_bias, match_tokens, merge_tokens, select_rows
 
 NORMS = {
@@ -109,7 +110,7 @@ class VitEmbedAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | PrefixBlocks | None = None,
         is_causal: bool = False,
         queries: torch.Tensor | None = None,
         output_attentions: bool = False,
@@ -127,6 +128,9 @@ class VitEmbedAttention(nn.Module):
         )
         # Only the plain implementation has weights to show, so a call that wants them takes it.
         implementation = "eager" if output_attentions else self.config._attn_implementation
+        blocks = attention_mask if isinstance(attention_mask, PrefixBlocks) else None
+        if blocks is not None:
+            query, key, value, attention_mask = blocks.gathered(query, key, value)
         has_sizes = isinstance(attention_mask, torch.Tensor) and not is_causal
         if has_sizes and implementation not in QUERY_SUBSET:  # flash and flex attention take no bias of the scores
             implementation = "sdpa"
@@ -141,7 +145,7 @@ class VitEmbedAttention(nn.Module):
             dropout=self.config.attention_dropout if self.training else 0.0,
             is_causal=is_causal,
         )
-        mixed = self.out_proj(mixed.flatten(2))
+        mixed = self.out_proj((mixed if blocks is None else blocks.joined(mixed)).flatten(2))
         return mixed, weights if output_attentions else None, key if output_keys else None
 
 
@@ -186,7 +190,7 @@ class VitEmbedLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | PrefixBlocks | None = None,
         is_causal: bool = False,
         layout: TokenLayout | None = None,
         rows: torch.Tensor | slice | None = None,
@@ -196,7 +200,8 @@ class VitEmbedLayer(GradientCheckpointingLayer):
         """
         Args:
             hidden_states: (B, L, D).
-            attention_mask: added to the scores, broadcast to (B, h, Q, L), or None.
+            attention_mask: added to the scores, broadcast to (B, h, Q, L), or None; or which nodes of a tree of texts
+                see which.
             is_causal: for implementations that are told by a flag.
             layout: of the image tokens.
             rows: which to compute, (B, Q) or a slice; None for all, Q = L.
@@ -285,6 +290,7 @@ class VitEmbedEncoder(nn.Module):
         stages: Collection[int] = (),
         output_attentions: bool = False,
         last_rows: torch.Tensor | slice | None = None,
+        tree: PrefixTree | None = None,
     ) -> EncoderOutput:
         """
         Args:
@@ -295,13 +301,16 @@ class VitEmbedEncoder(nn.Module):
             stages: numbers of the hidden states to keep.
             last_rows: row numbers (B, Q), or a slice. The last layer then computes these rows alone: the same numbers
                 for 1 / num_hidden_layers less work, as no later layer reads the others.
+            tree: of texts, whose nodes (1, N, D) the hidden states are; the last layer computes its ends alone.
         """
         num_prefix = self.config.num_prefix_tokens
         merge_size = 0 if layout is None or self.training else self.config.token_merge_size
         kept = {0: Tokens(hidden_states, layout)} if 0 in stages else {}
         attentions, last = [], len(self.layers)
-        attention_mask = None
-        if is_causal:
+        attention_mask: torch.Tensor | BlockMask | PrefixBlocks | None = None
+        if tree is not None:
+            attention_mask, is_causal, last_rows = tree.blocks, False, tree.ends
+        elif is_causal:
             implementation = "eager" if output_attentions else self.config._attn_implementation
             attention_mask = causal_mask(hidden_states, implementation)
         for number, layer in enumerate(self.layers, start=1):
@@ -310,7 +319,9 @@ class VitEmbedEncoder(nn.Module):
                 attention_mask = key_bias(layout, num_prefix, hidden_states.dtype)
             if number == last and last_rows is not None:
                 rows, merge_size = last_rows, 0
-                if is_causal:
+                if tree is not None:
+                    attention_mask = tree.blocks_of_ends
+                elif is_causal:
                     attention_mask, is_causal = causal_mask_of_rows(hidden_states, rows), False
             hidden_states, weights, layout = layer(
                 hidden_states, attention_mask, is_causal, layout, rows, merge_size, output_attentions

@@ -252,6 +252,32 @@ def check_normalize(normalize: Any) -> None:
         raise TypeError(f"normalize must be True or False, got {type(normalize).__name__}; pass other inputs by name")
 
 
+def check_sentences(names: Any, templates: Any) -> None:
+    """Raises TypeError or ValueError unless these are names of classes and templates that make sentences of them."""
+    for what, given in (("names", names), ("templates", templates)):
+        if isinstance(given, str):
+            raise TypeError(f"{what} must be a list of strings, got one string; give [{given!r}]")
+        if not len(given):
+            raise ValueError(f"{what} must have at least one entry, got none")
+        for each in given:
+            if not isinstance(each, str) and (what == "names" or not callable(each)):
+                raise TypeError(f"{what} must be strings, got {type(each).__name__}")
+    for template in templates:
+        if isinstance(template, str) and "{}" not in template:
+            raise ValueError(f"a template needs {{}} where the name of a class goes, got {template!r}")
+
+
+def check_sentence_lengths(sentences: list[str], attention_mask: torch.Tensor, longest: int) -> None:
+    """Raises ValueError for a sentence of more than `longest` tokens, which (B, T) of the tokenizer say."""
+    lengths = attention_mask.sum(1)
+    if lengths.max() > longest:
+        worst = int(lengths.argmax())
+        raise ValueError(
+            f"a sentence must have at most max_position_embeddings={longest} tokens, {sentences[worst]!r} has "
+            f"{int(lengths[worst])}; shorten the name or the template"
+        )
+
+
 def check_texts(
     config: VitEmbedTextConfig, input_ids: Any, attention_mask: Any = None, position_ids: Any = None
 ) -> None:

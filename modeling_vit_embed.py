@@ -81,6 +81,7 @@ from .outputs_vit_embed import (
     with_return_dict,
 )
 from .pooling_vit_embed import POOLINGS, AttentionPooling, read_texts
+from .prefixes_vit_embed import prefix_tree
 from .projection_vit_embed import ImageProjectionMixin, TextProjectionMixin, text_projection, visual_projection
 from .saving_vit_embed import MADE, CheckpointMixin, ImageCheckpointMixin, other_parts
 from .stem_layers_vit_embed import patchify, unpatchify
@@ -144,6 +145,7 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
         pooled_only: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        share_prefixes: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """
         Args:
@@ -157,6 +159,12 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
                 token after the batch's last end of text where nothing reads the padding. Exact, as nothing else can
                 reach them.
             output_attentions, output_hidden_states, return_dict: as in transformers.
+            share_prefixes: whether, with pooled_only, what texts begin with in common is computed once, and equal texts
+                are: exact, as a causal token sees those before it alone. The layers then compute one row (1, N, D).
+                None: in evaluation on a CPU where it saves enough tokens to pay and no module has a hook. True:
+                wherever it can be done, the host waiting for the ids. It cannot, so that rows come as they are, in a
+                bidirectional tower, with position_ids, in training mode, in a recorded graph, and with flash and flex
+                attention.
 
         Returns:
             last_hidden_state (B, T, D) after the final norm, pooler_output (B, D) of the token that `pooling_type`
@@ -174,6 +182,12 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
         output_attentions, output_hidden_states = asked_for(config, output_attentions, output_hidden_states)
         pooled_only = pooled_only and not (output_attentions or output_hidden_states)
         input_ids, pooled = read_texts(config, input_ids, attention_mask, self.checks_values(input_ids))
+        if pooled_only and position_ids is None:
+            tree = prefix_tree(self, input_ids, pooled, QUERY_SUBSET, share_prefixes)
+            if tree is not None:
+                states = self.embeddings(tree.input_ids, tree.position_ids)  # (1, N, D)
+                states = self.final_layer_norm(self.encoder(states, tree=tree).last.states)[0]
+                return BaseModelOutputWithPooling(pooler_output=states[tree.text_of_row.to(states.device)])
         if pooled_only and not config.reads_padding and is_on_host(input_ids) and not is_traced():
             num_read = int(pooled.max()) + 1
             input_ids = input_ids[:, :num_read]

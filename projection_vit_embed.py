@@ -1,14 +1,18 @@
 """The joint space of images and texts: the projections into it, and the methods that give embeddings alone."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 from .combinations_vit_embed import check_combinations, needs_grid
 from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .initialisation_vit_embed import linear
 from .inputs_vit_embed import check_every_patch, check_normalize
 from .tokens_vit_embed import patch_grid
+from .zero_shot_vit_embed import class_features
 
 # Everything but the pooled vector switched off, whatever the config asks for.
 POOLED = {"pooled_only": True, "output_attentions": False, "output_hidden_states": False, "return_dict": True}
@@ -88,12 +92,40 @@ class TextProjectionMixin:
         normalize: bool = False,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        share_prefixes: bool | None = None,
     ) -> torch.Tensor:
         """Texts in the joint space: (B, projection_dim), of unit length with `normalize`.
 
         Inputs as in VitEmbedTextModel.
         """
         check_normalize(normalize)
-        texts = self.text_model(input_ids, attention_mask, position_ids, **POOLED)
+        texts = self.text_model(input_ids, attention_mask, position_ids, share_prefixes=share_prefixes, **POOLED)
         projected = self.text_projection(texts.pooler_output)
         return F.normalize(projected, dim=-1) if normalize else projected
+
+    @torch.no_grad()
+    def get_class_features(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        names: Sequence[str],
+        templates: Sequence[str | Callable[[str], str]] = ("{}",),
+    ) -> torch.Tensor:
+        """Classes in the joint space: (names, projection_dim) of unit length, float32. Each is the mean of the unit
+        vectors of its sentences; the cosines of an image with them say which class it is of.
+
+        What sentences begin with in common is computed once where that is exact, as `share_prefixes` of
+        VitEmbedTextModel says, and equal sentences are; a bidirectional tower gains the latter alone.
+
+        Args:
+            tokenizer: of this checkpoint. A sentence longer than `max_position_embeddings` tokens is an error.
+            names: of the classes.
+            templates: sentences with {} where a name goes, or functions of a name.
+
+        Raises:
+            TypeError: names or templates that are one string, or hold anything else.
+            ValueError: no names, no templates, a template without {}, a sentence that is too long.
+
+        Source: arXiv:2103.00020 section 3.1.4 (ensembles in embedding space). There as here the mean is taken of unit
+        vectors; here in float32.
+        """
+        return class_features(self, tokenizer, names, templates)
