@@ -14,7 +14,7 @@ from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .initialisation_vit_embed import fill
 from .inputs_vit_embed import check_image_sizes, image_sizes, is_exported, is_traced
 from .options_vit_embed import GRIDLESS_STEMS
-from .stems_vit_embed import STEMS
+from .stems_vit_embed import STEMS, place
 from .tokens_vit_embed import KeptPatches, TokenLayout, Tokens, keep_tokens, random_kept
 
 INTERPOLATION_OPTIONS = {
@@ -193,7 +193,12 @@ class VitEmbedEmbeddings(nn.Module):
             (B, P + n, D).
         """
         if pixel_mask is not None:
-            return self._embed_sizes(pixel_values, image_sizes(pixel_mask, pixel_values))
+            sizes = image_sizes(pixel_mask, pixel_values)
+            check_image_sizes(self.config, sizes)
+            drops = self.training and self.config.patch_drop_rate
+            if STEMS[self.config.stem_type].reads_single_patches and not drops and not is_traced():
+                return self._embed_patches(pixel_values, pixel_mask, sizes)
+            return self._embed_sizes(pixel_values, sizes)
         return self._embed(pixel_values, patch_embeds, kept)
 
     def _embed(
@@ -224,6 +229,45 @@ class VitEmbedEmbeddings(nn.Module):
             states, layout = keep_tokens(states, layout, kept)
         return tokens._replace(states=self.dropout(self._with_prefix(states, class_position)), layout=layout)
 
+    def _embed_patches(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor, sizes: list[tuple[int, int]]
+    ) -> Tokens:
+        """Embeds the patches of all images as images of one patch each, and positions once a grid: the same tokens."""
+        config, device, batch = self.config, pixel_values.device, len(sizes)
+        grids = [config.grid_of(size) for size in sizes]
+        if config.pad_to_patch:
+            pixel_values = in_whole_patches(config, pixel_values.masked_fill(~pixel_mask.bool()[:, None], 0))
+        positions, starts, num_positions = {}, {}, 0
+        for grid in sorted(set(grids)):
+            class_position, positions[grid] = POSITIONS[config.position_embedding_type](
+                config, self.position_embedding, self.native_grid, grid, device
+            )
+            starts[grid], num_positions = num_positions, num_positions + math.prod(grid)
+        (patch_height, patch_width), (rows, columns) = config.patch_shape, config.grid_of(tuple(pixel_values.shape[2:]))
+        row, column = torch.arange(rows)[:, None], torch.arange(columns)  # on the host, as the sizes are
+        own_rows, own_columns = torch.tensor(grids).T[:, :, None, None]  # (B, 1, 1) each
+        is_patch = (row < own_rows) & (column < own_columns)  # (B, gh, gw)
+        of_patch = torch.where(is_patch, row * own_columns + column, -1)
+        counts = (own_rows * own_columns).flatten()
+        of_image = torch.arange(batch).repeat_interleave(counts)  # (T,), T patches of all images
+        image, row, column, token, position = torch.stack(
+            [
+                *is_patch.nonzero().T,
+                of_patch[is_patch],
+                of_patch[is_patch] + torch.tensor([starts[grid] for grid in grids])[of_image],
+            ]
+        ).to(device)
+        cut = pixel_values.unflatten(3, (columns, patch_width)).unflatten(2, (rows, patch_height))
+        patches = cut.permute(0, 2, 4, 1, 3, 5)[image, row, column]  # (T, C, ph, pw)
+        tokens = STEMS[config.stem_type].read(config, self.patch_embedding, patches, None).states[:, 0]  # (T, D)
+        if positions[grid] is not None:
+            tokens = place(tokens, torch.cat(list(positions.values()))[position])
+        states = tokens.new_zeros(batch, int(counts.max()), tokens.shape[1])
+        states[image, token] = tokens
+        present = (torch.arange(states.shape[1]) < counts[:, None]).float().to(device)
+        layout = TokenLayout((rows, columns), present, of_patch.flatten(1).to(device))
+        return Tokens(self.dropout(self._with_prefix(states, class_position)), layout)
+
     def _dtype_beside(self, patch_embeds: torch.Tensor, positions: torch.Tensor | None) -> torch.dtype:
         """The dtype of the model's own tokens, which another encoder's features take; theirs where there are none."""
         learned = None if self.position_embedding is None else positions
@@ -232,7 +276,6 @@ class VitEmbedEmbeddings(nn.Module):
 
     def _embed_sizes(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> Tokens:
         """Embeds images of one size at a time, each as if it were alone, and joins them."""
-        check_image_sizes(self.config, sizes)
         parts = []
         for height, width in sorted(set(sizes)):
             members = [i for i, size in enumerate(sizes) if size == (height, width)]

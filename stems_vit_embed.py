@@ -48,6 +48,8 @@ class Stem:
 
     # Whether a token depends on the pixels of its own patch alone.
     is_local = True
+    # Whether `read` makes of a patch by itself, as an image of one patch, the token that it makes of it in an image.
+    reads_single_patches = False
 
     @classmethod
     def make(cls, config: VitEmbedConfig) -> nn.Module:
@@ -94,6 +96,8 @@ class ConvStem(Stem):
     Source: arXiv:2010.11929 equation 1. The parameters are those of the convolution, so CLIP's weight loads as it is.
     """
 
+    reads_single_patches = True
+
     @classmethod
     def make(cls, config: VitEmbedConfig) -> PatchConv2d:
         return patch_conv(config, config.patch_shape)
@@ -108,6 +112,8 @@ class LinearStem(Stem):
 
     Equal to ConvStem when `weight = conv.weight.flatten(1)`. Source: arXiv:2010.11929 equation 1.
     """
+
+    reads_single_patches = True
 
     @classmethod
     def make(cls, config: VitEmbedConfig) -> PatchLinear:
