@@ -232,41 +232,35 @@ class VitEmbedEmbeddings(nn.Module):
     def _embed_patches(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor, sizes: list[tuple[int, int]]
     ) -> Tokens:
-        """Embeds the patches of all images as images of one patch each, and positions once a grid: the same tokens."""
-        config, device, batch = self.config, pixel_values.device, len(sizes)
-        grids = [config.grid_of(size) for size in sizes]
+        """Embeds the patches of all images in one call, as images of one patch each; positions are resampled once a
+        grid."""
+        config, device = self.config, pixel_values.device
         if config.pad_to_patch:
             pixel_values = in_whole_patches(config, pixel_values.masked_fill(~pixel_mask.bool()[:, None], 0))
-        positions, starts, num_positions = {}, {}, 0
-        for grid in sorted(set(grids)):
-            class_position, positions[grid] = POSITIONS[config.position_embedding_type](
-                config, self.position_embedding, self.native_grid, grid, device
-            )
-            starts[grid], num_positions = num_positions, num_positions + math.prod(grid)
-        (patch_height, patch_width), (rows, columns) = config.patch_shape, config.grid_of(tuple(pixel_values.shape[2:]))
-        row, column = torch.arange(rows)[:, None], torch.arange(columns)  # on the host, as the sizes are
-        own_rows, own_columns = torch.tensor(grids).T[:, :, None, None]  # (B, 1, 1) each
-        is_patch = (row < own_rows) & (column < own_columns)  # (B, gh, gw)
-        of_patch = torch.where(is_patch, row * own_columns + column, -1)
-        counts = (own_rows * own_columns).flatten()
-        of_image = torch.arange(batch).repeat_interleave(counts)  # (T,), T patches of all images
-        image, row, column, token, position = torch.stack(
-            [
-                *is_patch.nonzero().T,
-                of_patch[is_patch],
-                of_patch[is_patch] + torch.tensor([starts[grid] for grid in grids])[of_image],
-            ]
-        ).to(device)
-        cut = pixel_values.unflatten(3, (columns, patch_width)).unflatten(2, (rows, patch_height))
+        grids = [config.grid_of(size) for size in sizes]
+        layout = layout_of_grids(grids, config.grid_of(tuple(pixel_values.shape[2:])))  # on the host, as the sizes are
+        of_patch = layout.token_of_patch.unflatten(1, layout.grid_size)  # (B, gh, gw)
+        places = (of_patch >= 0).nonzero()  # (T, 3) of the patches of all images: image, row, column
+        token = of_patch[tuple(places.T)].to(device)  # (T,)
+        image, row, column = places.T.to(device)
+        (height, width), (rows, columns) = config.patch_shape, layout.grid_size
+        cut = pixel_values.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, C, gh, ph, gw, pw)
         patches = cut.permute(0, 2, 4, 1, 3, 5)[image, row, column]  # (T, C, ph, pw)
         tokens = STEMS[config.stem_type].read(config, self.patch_embedding, patches, None).states[:, 0]  # (T, D)
-        if positions[grid] is not None:
-            tokens = place(tokens, torch.cat(list(positions.values()))[position])
-        states = tokens.new_zeros(batch, int(counts.max()), tokens.shape[1])
+        resampled = {
+            grid: POSITIONS[config.position_embedding_type](
+                config, self.position_embedding, self.native_grid, grid, device
+            )
+            for grid in set(grids)
+        }
+        class_position, positions = resampled[grids[0]]
+        if positions is not None:
+            tokens = place(tokens, torch.cat([resampled[grid][1] for grid in grids]))
+        states = tokens.new_zeros(len(grids), layout.sizes.shape[1], tokens.shape[1])
         states[image, token] = tokens
-        present = (torch.arange(states.shape[1]) < counts[:, None]).float().to(device)
-        layout = TokenLayout((rows, columns), present, of_patch.flatten(1).to(device))
-        return Tokens(self.dropout(self._with_prefix(states, class_position)), layout)
+        states = self.dropout(self._with_prefix(states, class_position))
+        on_device = [each.to(states.device) for each in (layout.sizes, layout.token_of_patch)]
+        return Tokens(states, TokenLayout(layout.grid_size, *on_device))
 
     def _dtype_beside(self, patch_embeds: torch.Tensor, positions: torch.Tensor | None) -> torch.dtype:
         """The dtype of the model's own tokens, which another encoder's features take; theirs where there are none."""
@@ -314,6 +308,16 @@ class VitEmbedEmbeddings(nn.Module):
             return states
         rows = torch.cat(prefix).to(states).expand(states.shape[0], -1, -1)  # (B, P, D)
         return torch.cat([rows, states], dim=1)
+
+
+def layout_of_grids(grids: list[tuple[int, int]], grid_size: tuple[int, int]) -> TokenLayout:
+    """Of images whose patches are a token each, row by row, and lie at the top left of `grid_size` (gh, gw)."""
+    rows, columns = torch.tensor(grids).T[:, :, None, None]  # (B, 1, 1) each
+    row, column = torch.arange(grid_size[0])[:, None], torch.arange(grid_size[1])
+    of_patch = torch.where((row < rows) & (column < columns), row * columns + column, -1)  # (B, gh, gw)
+    counts = (rows * columns).flatten(1)  # (B, 1)
+    sizes = (torch.arange(int(counts.max())) < counts).float()
+    return TokenLayout(grid_size, sizes, of_patch.flatten(1))
 
 
 def join_sizes(

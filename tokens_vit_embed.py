@@ -60,7 +60,7 @@ class Packing(NamedTuple):
 
     def pack(self, rows: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> (1, T, D)."""
-        return rows.flatten(0, 1)[self.places.to(rows.device)][None]
+        return rows.flatten(0, 1).index_select(0, self.places.to(rows.device))[None]
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """(1, T, D) -> (B, L, D), zeros in the padding; or of the first tokens alone, (1, B, D) -> (B, 1, D)."""
