@@ -240,9 +240,12 @@ class VitEmbedEmbeddings(nn.Module):
         grids = [config.grid_of(size) for size in sizes]
         layout = layout_of_grids(grids, config.grid_of(tuple(pixel_values.shape[2:])))  # on the host, as the sizes are
         of_patch = layout.token_of_patch.unflatten(1, layout.grid_size)  # (B, gh, gw)
-        places = (of_patch >= 0).nonzero()  # (T, 3) of the patches of all images: image, row, column
-        token = of_patch[tuple(places.T)].to(device)  # (T,)
-        image, row, column = places.T.to(device)
+        places = (of_patch >= 0).nonzero().T  # (3, T) of the patches of all images: image, row, column
+        places = torch.cat([places, of_patch[tuple(places)][None]])  # (4, T)
+        places, *described = (
+            each.to(device, non_blocking=True) for each in (places, layout.sizes, layout.token_of_patch)
+        )
+        image, row, column, token = places
         (height, width), (rows, columns) = config.patch_shape, layout.grid_size
         cut = pixel_values.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, C, gh, ph, gw, pw)
         patches = cut.permute(0, 2, 4, 1, 3, 5)[image, row, column]  # (T, C, ph, pw)
@@ -259,8 +262,7 @@ class VitEmbedEmbeddings(nn.Module):
         states = tokens.new_zeros(len(grids), layout.sizes.shape[1], tokens.shape[1])
         states[image, token] = tokens
         states = self.dropout(self._with_prefix(states, class_position))
-        on_device = [each.to(states.device) for each in (layout.sizes, layout.token_of_patch)]
-        return Tokens(states, TokenLayout(layout.grid_size, *on_device))
+        return Tokens(states, TokenLayout(layout.grid_size, *described))
 
     def _dtype_beside(self, patch_embeds: torch.Tensor, positions: torch.Tensor | None) -> torch.dtype:
         """The dtype of the model's own tokens, which another encoder's features take; theirs where there are none."""

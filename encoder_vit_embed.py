@@ -329,7 +329,8 @@ class VitEmbedEncoder(nn.Module):
             hidden_states: (B, L, D).
             is_causal: whether a token sees only itself and those before it.
             layout: of image tokens, none of which is causal: each counts by its size, and in evaluation every layer
-                merges `token_merge_size` of them.
+                merges `token_merge_size` of them. Rows of different lengths go through the layers without padding
+                where `_packs` says so, and come out with zeros in it.
             stages: numbers of the hidden states to keep.
             last_rows: row numbers (B, Q), or a slice. The last layer then computes these rows alone: the same numbers
                 for 1 / num_hidden_layers less work, as no later layer reads the others.
