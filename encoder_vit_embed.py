@@ -339,7 +339,8 @@ class VitEmbedEncoder(nn.Module):
         merge_size = 0 if layout is None or self.training else self.config.token_merge_size
         kept = {0: Tokens(hidden_states, layout)} if 0 in stages else {}
         attentions, last = [], len(self.layers)
-        attention_mask = packing = None
+        packing = None
+        attention_mask: torch.Tensor | BlockMask | Packing | None = None
         if layout is not None and self._packs(layout, merge_size, output_attentions, last_rows):
             packing = packing_of(layout, num_prefix, hidden_states.dtype)
             hidden_states = packing.pack(hidden_states)

@@ -269,7 +269,8 @@ class AdaptiveStem(Stem, nn.Module):
     is hard and only the chosen tokens are computed; images of a batch keep different counts, the rest is masked
     padding, so a batch costs as much as its fullest image where the layers do not run without it. Compiled or
     exported, the slots stay in evaluation, too: no shape may depend on the data. The budget loss, a mean over image
-    sizes where they are mixed, is `adaptive_budget_weight` * (share of tokens that evaluation keeps - `adaptive_budget`) ** 2.
+    sizes where they are mixed, is `adaptive_budget_weight` * (share of tokens that evaluation keeps -
+    `adaptive_budget`) ** 2.
 
     Source: arXiv:2307.02321 (there with a sigmoid gate, both scales masked, and a batch-shaping loss for the share).
     """
