@@ -14,7 +14,7 @@ from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .initialisation_vit_embed import fill
 from .inputs_vit_embed import check_image_sizes, image_sizes, is_exported, is_traced
 from .options_vit_embed import GRIDLESS_STEMS
-from .stems_vit_embed import STEMS
+from .stems_vit_embed import STEMS, place
 from .tokens_vit_embed import KeptPatches, TokenLayout, Tokens, keep_tokens, random_kept
 
 INTERPOLATION_OPTIONS = {
@@ -193,7 +193,12 @@ class VitEmbedEmbeddings(nn.Module):
             (B, P + n, D).
         """
         if pixel_mask is not None:
-            return self._embed_sizes(pixel_values, image_sizes(pixel_mask, pixel_values))
+            sizes = image_sizes(pixel_mask, pixel_values)
+            check_image_sizes(self.config, sizes)
+            drops = self.training and self.config.patch_drop_rate
+            if STEMS[self.config.stem_type].reads_single_patches and not drops and not is_traced():
+                return self._embed_patches(pixel_values, pixel_mask, sizes)
+            return self._embed_sizes(pixel_values, sizes)
         return self._embed(pixel_values, patch_embeds, kept)
 
     def _embed(
@@ -224,6 +229,41 @@ class VitEmbedEmbeddings(nn.Module):
             states, layout = keep_tokens(states, layout, kept)
         return tokens._replace(states=self.dropout(self._with_prefix(states, class_position)), layout=layout)
 
+    def _embed_patches(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor, sizes: list[tuple[int, int]]
+    ) -> Tokens:
+        """Embeds the patches of all images in one call, as images of one patch each; positions are resampled once a
+        grid."""
+        config, device = self.config, pixel_values.device
+        if config.pad_to_patch:
+            pixel_values = in_whole_patches(config, pixel_values.masked_fill(~pixel_mask.bool()[:, None], 0))
+        grids = [config.grid_of(size) for size in sizes]
+        layout = layout_of_grids(grids, config.grid_of(tuple(pixel_values.shape[2:])))  # on the host, as the sizes are
+        of_patch = layout.token_of_patch.unflatten(1, layout.grid_size)  # (B, gh, gw)
+        places = (of_patch >= 0).nonzero().T  # (3, T) of the patches of all images: image, row, column
+        places = torch.cat([places, of_patch[tuple(places)][None]])  # (4, T)
+        places, *described = (
+            each.to(device, non_blocking=True) for each in (places, layout.sizes, layout.token_of_patch)
+        )
+        image, row, column, token = places
+        (height, width), (rows, columns) = config.patch_shape, layout.grid_size
+        cut = pixel_values.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, C, gh, ph, gw, pw)
+        patches = cut.permute(0, 2, 4, 1, 3, 5)[image, row, column]  # (T, C, ph, pw)
+        tokens = STEMS[config.stem_type].read(config, self.patch_embedding, patches, None).states[:, 0]  # (T, D)
+        resampled = {
+            grid: POSITIONS[config.position_embedding_type](
+                config, self.position_embedding, self.native_grid, grid, device
+            )
+            for grid in set(grids)
+        }
+        class_position, positions = resampled[grids[0]]
+        if positions is not None:
+            tokens = place(tokens, torch.cat([resampled[grid][1] for grid in grids]))
+        states = tokens.new_zeros(len(grids), layout.sizes.shape[1], tokens.shape[1])
+        states[image, token] = tokens
+        states = self.dropout(self._with_prefix(states, class_position))
+        return Tokens(states, TokenLayout(layout.grid_size, *described))
+
     def _dtype_beside(self, patch_embeds: torch.Tensor, positions: torch.Tensor | None) -> torch.dtype:
         """The dtype of the model's own tokens, which another encoder's features take; theirs where there are none."""
         learned = None if self.position_embedding is None else positions
@@ -232,7 +272,6 @@ class VitEmbedEmbeddings(nn.Module):
 
     def _embed_sizes(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> Tokens:
         """Embeds images of one size at a time, each as if it were alone, and joins them."""
-        check_image_sizes(self.config, sizes)
         parts = []
         for height, width in sorted(set(sizes)):
             members = [i for i, size in enumerate(sizes) if size == (height, width)]
@@ -271,6 +310,16 @@ class VitEmbedEmbeddings(nn.Module):
             return states
         rows = torch.cat(prefix).to(states).expand(states.shape[0], -1, -1)  # (B, P, D)
         return torch.cat([rows, states], dim=1)
+
+
+def layout_of_grids(grids: list[tuple[int, int]], grid_size: tuple[int, int]) -> TokenLayout:
+    """Of images whose patches are a token each, row by row, and lie at the top left of `grid_size` (gh, gw)."""
+    rows, columns = torch.tensor(grids).T[:, :, None, None]  # (B, 1, 1) each
+    row, column = torch.arange(grid_size[0])[:, None], torch.arange(grid_size[1])
+    of_patch = torch.where((row < rows) & (column < columns), row * columns + column, -1)  # (B, gh, gw)
+    counts = (rows * columns).flatten(1)  # (B, 1)
+    sizes = (torch.arange(int(counts.max())) < counts).float()
+    return TokenLayout(grid_size, sizes, of_patch.flatten(1))
 
 
 def join_sizes(

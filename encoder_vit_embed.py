@@ -3,7 +3,7 @@
 Symbols: B batch, L tokens, R or Q rows asked for, P prefix tokens, D hidden size, h heads.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .initialisation_vit_embed import fill, linear
+from .inputs_vit_embed import is_on_host, is_traced
 from .prefixes_vit_embed import PrefixBlocks, PrefixTree
-from .tokens_vit_embed import TokenLayout, Tokens, key_bias, match_tokens, merge_tokens, select_rows
+from .tokens_vit_embed import (
+    Packing,
+    TokenLayout,
+    Tokens,
+    key_bias,
+    match_tokens,
+    merge_tokens,
+    packing_of,
+    select_rows,
+)
 
 NORMS = {
     "layer_norm": nn.LayerNorm,
@@ -82,11 +92,39 @@ def causal_mask_of_rows(hidden_states: torch.Tensor, rows: torch.Tensor) -> torc
     return torch.zeros_like(seen, dtype=hidden_states.dtype).masked_fill(~seen, lowest)[:, None, None]
 
 
-def drop_path(branch: torch.Tensor, rate: float, training: bool) -> torch.Tensor:
-    """Zeroes the whole branch of a random share of the samples and scales up the others. (B, ...) -> the same."""
+def within_images(attend: Callable, module: nn.Module, states: list[torch.Tensor], packing: Packing, **options):
+    """Attention among the tokens of each image: query (1, h, T or B, D / h), key and value (1, h, T, D / h) -> (1, T or
+    B, h, D / h). Images of one length are a batch, so nothing is computed of padding and nothing masked."""
+    mixed = []
+    biases = [None] * len(packing.groups) if packing.bias is None else packing.split(packing.bias[None, None, :, None])
+    for *group, bias in zip(*map(packing.split, states), biases):
+        mask = None if bias is None else bias.transpose(2, 3)  # (images, 1, 1, tokens)
+        mixed.append(attend(module, *group, mask, **options)[0].flatten(0, 1))
+    return torch.cat(mixed)[None]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether someone looks at what goes through it, and may expect (B, L, D): a hook, or a compiler of it alone."""
+    return any(
+        each._forward_hooks
+        or each._forward_pre_hooks
+        or each._backward_hooks
+        or each._backward_pre_hooks
+        or each._compiled_call_impl
+        or "_orig_mod" in each._modules
+        for each in module.modules()
+    )
+
+
+def drop_path(branch: torch.Tensor, rate: float, training: bool, packing: Packing | None = None) -> torch.Tensor:
+    """Zeroes the whole branch of a random share of the images and scales up the others. (B, ...), or packed (1, T, D)
+    -> the same."""
     if rate == 0.0 or not training:
         return branch
-    kept = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= rate
+    batch = branch.shape[0] if packing is None else packing.shape[0]
+    kept = torch.rand(batch, *[1] * (branch.dim() - 1), device=branch.device) >= rate
+    if packing is not None:
+        kept = kept[packing.images_of(branch)].transpose(0, 1)  # (1, T, 1)
     return branch * kept.to(branch.dtype) / (1 - rate)
 
 
@@ -110,7 +148,7 @@ class VitEmbedAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | PrefixBlocks | None = None,
+        attention_mask: torch.Tensor | BlockMask | Packing | PrefixBlocks | None = None,
         is_causal: bool = False,
         queries: torch.Tensor | None = None,
         output_attentions: bool = False,
@@ -131,20 +169,19 @@ class VitEmbedAttention(nn.Module):
         blocks = attention_mask if isinstance(attention_mask, PrefixBlocks) else None
         if blocks is not None:
             query, key, value, attention_mask = blocks.gathered(query, key, value)
-        has_sizes = isinstance(attention_mask, torch.Tensor) and not is_causal
+        has_sizes = isinstance(attention_mask, torch.Tensor | Packing) and not is_causal
         if has_sizes and implementation not in QUERY_SUBSET:  # flash and flex attention take no bias of the scores
             implementation = "sdpa"
         attend = eager_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        mixed, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            is_causal=is_causal,
-        )
+        options = {
+            "scaling": self.scaling,
+            "dropout": self.config.attention_dropout if self.training else 0.0,
+            "is_causal": is_causal,
+        }
+        if isinstance(attention_mask, Packing):
+            mixed, weights = within_images(attend, self, [query, key, value], attention_mask, **options), None
+        else:
+            mixed, weights = attend(self, query, key, value, attention_mask, **options)
         mixed = self.out_proj((mixed if blocks is None else blocks.joined(mixed)).flatten(2))
         return mixed, weights if output_attentions else None, key if output_keys else None
 
@@ -190,7 +227,7 @@ class VitEmbedLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | PrefixBlocks | None = None,
+        attention_mask: torch.Tensor | BlockMask | Packing | PrefixBlocks | None = None,
         is_causal: bool = False,
         layout: TokenLayout | None = None,
         rows: torch.Tensor | slice | None = None,
@@ -199,9 +236,9 @@ class VitEmbedLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, TokenLayout | None]:
         """
         Args:
-            hidden_states: (B, L, D).
-            attention_mask: added to the scores, broadcast to (B, h, Q, L), or None; or which nodes of a tree of texts
-                see which.
+            hidden_states: (B, L, D), or packed (1, T, D).
+            attention_mask: added to the scores, broadcast to (B, h, Q, L); or how images are packed, or which nodes of
+                a tree of texts see which; or None.
             is_causal: for implementations that are told by a flag.
             layout: of the image tokens.
             rows: which to compute, (B, Q) or a slice; None for all, Q = L.
@@ -210,6 +247,7 @@ class VitEmbedLayer(GradientCheckpointingLayer):
         Returns:
             (B, Q, D), less `merge_size` rows; the attention weights if asked for; the layout afterwards.
         """
+        packing = attention_mask if isinstance(attention_mask, Packing) else None
         normed = self.layer_norm1(hidden_states) if self.norm_first else hidden_states
         branch, weights, keys = self.self_attn(
             normed,
@@ -220,14 +258,14 @@ class VitEmbedLayer(GradientCheckpointingLayer):
             output_keys=merge_size > 0,
         )
         del normed  # nothing is kept that is not used again
-        hidden_states = select_rows(hidden_states, rows) + self._scaled(branch, self.layer_scale1)
+        hidden_states = select_rows(hidden_states, rows) + self._scaled(branch, self.layer_scale1, packing)
         del branch
         if not self.norm_first:
             hidden_states = self.layer_norm1(hidden_states)
         if keys is not None:
             hidden_states, layout = self._merged(hidden_states, layout, keys, merge_size)
         branch = self.mlp(self.layer_norm2(hidden_states) if self.norm_first else hidden_states)
-        hidden_states = hidden_states + self._scaled(branch, self.layer_scale2)
+        hidden_states = hidden_states + self._scaled(branch, self.layer_scale2, packing)
         if not self.norm_first:
             hidden_states = self.layer_norm2(hidden_states)
         return hidden_states, weights, layout
@@ -245,11 +283,11 @@ class VitEmbedLayer(GradientCheckpointingLayer):
         patches, layout = merge_tokens(patches, layout, merge)
         return torch.cat([prefix, patches], dim=1), layout
 
-    def _scaled(self, branch: torch.Tensor, layer_scale: torch.Tensor | None) -> torch.Tensor:
+    def _scaled(self, branch: torch.Tensor, layer_scale: torch.Tensor | None, packing: Packing | None) -> torch.Tensor:
         branch = self.dropout(branch)
         if layer_scale is not None:
             branch = branch * layer_scale
-        return drop_path(branch, self.drop_path_rate, self.training)
+        return drop_path(branch, self.drop_path_rate, self.training, packing)
 
 
 class EncoderOutput(NamedTuple):
@@ -297,7 +335,8 @@ class VitEmbedEncoder(nn.Module):
             hidden_states: (B, L, D).
             is_causal: whether a token sees only itself and those before it.
             layout: of image tokens, none of which is causal: each counts by its size, and in evaluation every layer
-                merges `token_merge_size` of them.
+                merges `token_merge_size` of them. Rows of different lengths go through the layers without padding
+                where `_packs` says so, and come out with zeros in it.
             stages: numbers of the hidden states to keep.
             last_rows: row numbers (B, Q), or a slice. The last layer then computes these rows alone: the same numbers
                 for 1 / num_hidden_layers less work, as no later layer reads the others.
@@ -307,7 +346,11 @@ class VitEmbedEncoder(nn.Module):
         merge_size = 0 if layout is None or self.training else self.config.token_merge_size
         kept = {0: Tokens(hidden_states, layout)} if 0 in stages else {}
         attentions, last = [], len(self.layers)
-        attention_mask: torch.Tensor | BlockMask | PrefixBlocks | None = None
+        packing = None
+        attention_mask: torch.Tensor | BlockMask | Packing | PrefixBlocks | None = None
+        if layout is not None and self._packs(layout, merge_size, output_attentions, last_rows):
+            packing = packing_of(layout, num_prefix, hidden_states.dtype)
+            hidden_states = packing.pack(hidden_states)
         if tree is not None:
             attention_mask, is_causal, last_rows = tree.blocks, False, tree.ends
         elif is_causal:
@@ -315,10 +358,12 @@ class VitEmbedEncoder(nn.Module):
             attention_mask = causal_mask(hidden_states, implementation)
         for number, layer in enumerate(self.layers, start=1):
             rows = None
-            if layout is not None:
+            if packing is not None:
+                attention_mask = packing
+            elif layout is not None:
                 attention_mask = key_bias(layout, num_prefix, hidden_states.dtype)
             if number == last and last_rows is not None:
-                rows, merge_size = last_rows, 0
+                rows, merge_size = last_rows if packing is None else packing.first[None], 0
                 if tree is not None:
                     attention_mask = tree.blocks_of_ends
                 elif is_causal:
@@ -328,5 +373,19 @@ class VitEmbedEncoder(nn.Module):
             )
             attentions.append(weights)
             if number in stages:
-                kept[number] = Tokens(hidden_states, layout)
+                kept[number] = Tokens(hidden_states if packing is None else packing.unpack(hidden_states), layout)
+        if packing is not None:
+            hidden_states = packing.unpack(hidden_states)
         return EncoderOutput(Tokens(hidden_states, layout), kept, tuple(attentions) if output_attentions else None)
+
+    def _packs(
+        self, layout: TokenLayout, merge_size: int, output_attentions: bool, last_rows: torch.Tensor | slice | None
+    ) -> bool:
+        """Whether the layers run on the tokens of all images without their padding: where the counts can be read
+        without waiting, the lengths stay, and nobody looks at what is between the layers."""
+        if layout.sizes is None or merge_size or output_attentions or is_traced():
+            return False
+        if type(layout.sizes) is not torch.Tensor or not is_on_host(layout.sizes):
+            return False
+        is_first_row = isinstance(last_rows, slice) and last_rows == slice(0, 1)
+        return (last_rows is None or is_first_row) and not is_watched(self.layers)

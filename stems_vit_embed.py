@@ -48,6 +48,8 @@ class Stem:
 
     # Whether a token depends on the pixels of its own patch alone.
     is_local = True
+    # Whether `read` makes of a patch by itself, as an image of one patch, the token that it makes of it in an image.
+    reads_single_patches = False
 
     @classmethod
     def make(cls, config: VitEmbedConfig) -> nn.Module:
@@ -94,6 +96,8 @@ class ConvStem(Stem):
     Source: arXiv:2010.11929 equation 1. The parameters are those of the convolution, so CLIP's weight loads as it is.
     """
 
+    reads_single_patches = True
+
     @classmethod
     def make(cls, config: VitEmbedConfig) -> PatchConv2d:
         return patch_conv(config, config.patch_shape)
@@ -108,6 +112,8 @@ class LinearStem(Stem):
 
     Equal to ConvStem when `weight = conv.weight.flatten(1)`. Source: arXiv:2010.11929 equation 1.
     """
+
+    reads_single_patches = True
 
     @classmethod
     def make(cls, config: VitEmbedConfig) -> PatchLinear:
@@ -261,9 +267,10 @@ class AdaptiveStem(Stem, nn.Module):
     In training the choice is a Gumbel-softmax sample with a straight-through gradient, and a coarse token stays as four
     equal slots: the same numbers as one token that counts as four, in tensors of fixed shape. In evaluation the choice
     is hard and only the chosen tokens are computed; images of a batch keep different counts, the rest is masked
-    padding, so a batch costs as much as its fullest image. Compiled or exported, the slots stay in evaluation, too: no
-    shape may depend on the data. The budget loss, a mean over image sizes where they are mixed, is
-    `adaptive_budget_weight` * (share of tokens that evaluation keeps - `adaptive_budget`) ** 2.
+    padding, so a batch costs as much as its fullest image where the layers do not run without it. Compiled or
+    exported, the slots stay in evaluation, too: no shape may depend on the data. The budget loss, a mean over image
+    sizes where they are mixed, is `adaptive_budget_weight` * (share of tokens that evaluation keeps -
+    `adaptive_budget`) ** 2.
 
     Source: arXiv:2307.02321 (there with a sigmoid gate, both scales masked, and a batch-shaping loss for the share).
     """

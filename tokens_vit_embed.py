@@ -43,6 +43,59 @@ class Tokens(NamedTuple):
     loss: torch.Tensor | None = None
 
 
+class Packing(NamedTuple):
+    """How the tokens of a padded batch (B, L, D) lie behind one another without the padding, as (1, T, D): those of
+    equally long images side by side, so that each length is a batch of its own for attention.
+
+    shape: (B, L). groups: (images, tokens of each), from short to long.
+    places: (T,) where each token lies among the B * L. first: (B,) the number of each image's first token.
+    bias: (T,) what to add to the scores of each key, None for sizes of 1.
+    """
+
+    shape: tuple[int, int]
+    groups: list[tuple[int, int]]
+    places: torch.Tensor
+    first: torch.Tensor
+    bias: torch.Tensor | None
+
+    def pack(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) -> (1, T, D)."""
+        return rows.flatten(0, 1).index_select(0, self.places.to(rows.device))[None]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """(1, T, D) -> (B, L, D), zeros in the padding; or of the first tokens alone, (1, B, D) -> (B, 1, D)."""
+        (batch, length), width = self.shape, packed.shape[2]
+        if packed.shape[1] == batch:
+            return packed.new_zeros(batch, width).index_copy(0, self.images_of(packed), packed[0])[:, None]
+        rows = packed.new_zeros(batch * length, width)
+        return rows.index_copy(0, self.places.to(packed.device), packed[0]).view(batch, length, width)
+
+    def images_of(self, packed: torch.Tensor) -> torch.Tensor:
+        """The image of each token of (1, T, D), or of the first tokens alone, (1, B, D)."""
+        places = self.places if packed.shape[1] == len(self.places) else self.places[self.first]
+        return (places // self.shape[1]).to(packed.device)
+
+    def split(self, states: torch.Tensor) -> list[torch.Tensor]:
+        """(1, h, T, D / h), or of the first tokens alone (1, h, B, D / h) -> (images, h, tokens, D / h) a length."""
+        is_first = states.shape[2] == self.shape[0]
+        counts = [(images, 1 if is_first else tokens) for images, tokens in self.groups]
+        parts = states[0].split([images * tokens for images, tokens in counts], dim=1)
+        return [part.unflatten(1, count).transpose(0, 1) for part, count in zip(parts, counts)]
+
+
+def packing_of(layout: TokenLayout, num_prefix_tokens: int, dtype: torch.dtype) -> Packing:
+    """How the tokens behind this layout lie without padding. Reads how many each image has."""
+    sizes = F.pad(layout.sizes, (num_prefix_tokens, 0), value=1.0)  # (B, L)
+    lengths = (sizes > 0).sum(dim=1)
+    lengths, order = lengths.sort(stable=True)
+    image, token = (sizes[order] > 0).nonzero(as_tuple=True)
+    places = order[image] * sizes.shape[1] + token
+    of_token = sizes.flatten()[places]
+    length, images = (each.tolist() for each in lengths.unique_consecutive(return_counts=True))
+    bias = None if (of_token == 1).all() else of_token.log().to(dtype)
+    return Packing(tuple(sizes.shape), list(zip(images, length)), places, lengths.cumsum(0) - lengths, bias)
+
+
 class KeptPatches(NamedTuple):
     """Patches that go on when others are left out.
 
