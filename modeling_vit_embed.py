@@ -40,6 +40,7 @@ from typing_extensions import Unpack
 from .backbone_vit_embed import BackboneMixin
 
 # Of remote code transformers 4 copies what its entry file imports: every file is imported here.
+from .activations_vit_embed import activation  # noqa: F401
 from .card_vit_embed import model_card  # noqa: F401
 from .classification_vit_embed import classification_loss
 from .combinations_vit_embed import (
@@ -68,6 +69,7 @@ from .inputs_vit_embed import (
 )
 from .losses_vit_embed import step_loss, with_stem_loss
 from .masked_vit_embed import VitEmbedPatchDecoder, blanked, masked_error, patch_statistics, seen_patches
+from .optimized_vit_embed import OptimizedMixin
 from .options_vit_embed import OPTIONS  # noqa: F401
 from .outputs_vit_embed import (
     ImageOptions,
@@ -91,7 +93,7 @@ from .tower_vit_embed import AutoModelMixin, ImageTowerMixin, TextTowerMixin, To
 from .zero_shot_vit_embed import VitEmbedZeroShotPipeline  # noqa: F401
 
 
-class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
+class VitEmbedTower(OptimizedMixin, TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
     """What the image and the text side share."""
 
     # What the class asks of its config beyond what every config has to be.
