@@ -37,10 +37,9 @@ from transformers.modeling_outputs import (
 )
 from typing_extensions import Unpack
 
-from .backbone_vit_embed import BackboneMixin
-
 # Of remote code transformers 4 copies what its entry file imports: every file is imported here.
 from .activations_vit_embed import activation  # noqa: F401
+from .backbone_vit_embed import BackboneMixin
 from .card_vit_embed import model_card  # noqa: F401
 from .classification_vit_embed import classification_loss
 from .combinations_vit_embed import (
