@@ -42,19 +42,25 @@ STORED_BY_INPUT = {
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_hf_hook")
 
 
-def joined_linear(layers: list[nn.Linear], factor: float = 1.0, layer_scale: torch.Tensor | None = None) -> nn.Linear:
+def joined_linear(
+    layers: list[nn.Linear],
+    factor: float = 1.0,
+    bias_factor: float = 1.0,
+    layer_scale: torch.Tensor | None = None,
+) -> nn.Linear:
     """One linear layer in the place of several of one input, its outputs side by side.
 
     Args:
         layers: of (D_in, D_i); one without a bias has one of zeros where another has one.
-        factor: what the weights, but not the biases, are multiplied by, in float32 at least.
+        factor, bias_factor: what weights and biases are multiplied by, in float32 at least.
         layer_scale: what each output (sum of D_i,) is multiplied by, or None.
     """
     weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]
     dtype, exact = weights[0].dtype, torch.promote_types(weights[0].dtype, torch.float32)
     weight, bias = torch.cat(weights).to(exact) * factor, None
     if any(each is not None for each in biases):
-        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)]).to(exact)
+        bias = torch.cat([w.new_zeros(len(w)) if b is None else b for w, b in zip(weights, biases)])
+        bias = bias.to(exact) * bias_factor
     if layer_scale is not None:
         weight = weight * layer_scale.to(weight)[:, None]
         bias = None if bias is None else bias * layer_scale.to(bias)
@@ -95,15 +101,17 @@ class OptimizedMLP(nn.Module):
         self.is_silu = isinstance(mlp.activation_fn, QuickGELU)
         self.activation_fn = None if self.is_silu else mlp.activation_fn
         slope = QUICK_GELU_SLOPE if self.is_silu else 1.0
-        self.up_proj = joined_linear([mlp.fc1], layer_scale=torch.full((mlp.fc1.out_features,), slope))
-        self.down_proj = joined_linear([mlp.fc2], 1 / slope, layer_scale)
+        self.up_proj = joined_linear([mlp.fc1], slope, slope)
+        self.down_proj = joined_linear([mlp.fc2], 1 / slope, layer_scale=layer_scale)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, L, D) -> the same."""
-        count = hidden_states.shape[:-1].numel() // ROWS_AT_ONCE
-        if is_traced() or not is_on_host(hidden_states) or self.up_proj._forward_hooks or count < 2:
+        if is_traced() or not is_on_host(hidden_states) or self.up_proj._forward_hooks:
             return self._of_rows(hidden_states)
         rows = hidden_states.flatten(0, -2)
+        count = rows.shape[0] // ROWS_AT_ONCE
+        if count < 2:
+            return self._of_rows(hidden_states)
         return torch.cat([self._of_rows(part) for part in rows.tensor_split(count)]).view_as(hidden_states)
 
     def _of_rows(self, rows: torch.Tensor) -> torch.Tensor:
@@ -195,6 +203,7 @@ class OptimizedMixin:
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a torch.dtype of floats, as torch.bfloat16, or None, got {dtype!r}")
         copied = copy.deepcopy(self)
+        copied.disable_input_require_grads()
         for name, encoder in copied.named_modules():
             if copied.is_optimized or not isinstance(encoder, VitEmbedEncoder):
                 continue
