@@ -202,7 +202,7 @@ class OptimizedMixin:
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a torch.dtype of floats, as torch.bfloat16, or None, got {dtype!r}")
-        copied = copy.deepcopy(self)
+        copied: Any = copy.deepcopy(self)
         copied.disable_input_require_grads()
         for name, encoder in copied.named_modules():
             if copied.is_optimized or not isinstance(encoder, VitEmbedEncoder):

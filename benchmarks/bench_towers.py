@@ -3,6 +3,7 @@
     python benchmarks/bench_towers.py --output towers.json
     python benchmarks/bench_towers.py --modes compiled --sizes B/32 B/16 --batches 16 --output compiled.json
     python benchmarks/bench_towers.py --peers transformers open_clip timm      # where those are installed
+    python benchmarks/bench_towers.py --shares --sizes B/16 --dtypes bf16 --batches 16        # where the time goes
 
 Every round measures every side. Before anything is timed the outputs are compared: in float32 with transformers', in
 bfloat16 each side's distance to the float32 result with that of transformers. A file that is there is added to.
@@ -10,6 +11,7 @@ bfloat16 each side's distance to the float32 result with that of transformers. A
 
 import argparse
 import datetime
+import itertools
 import json
 import logging
 import statistics
@@ -147,6 +149,42 @@ def measure(size: str, dtype_name: str, batch: int, mode: str, args: argparse.Na
     return {"size": size, "dtype": dtype_name, "batch": batch, "mode": mode, "seconds": seconds, "errors": errors}
 
 
+# What a pass of a tower is made of, by the names of torch's operations. What is copied are biases, into the output
+# before the product is added to it, and pixels into patches.
+SHARES = {
+    "matrix products": ("aten::addmm", "aten::mm", "aten::mkldnn_convolution"),
+    "copies": ("aten::copy_",),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "activation": ("aten::mul", "aten::mul_", "aten::sigmoid", "aten::sigmoid_", "aten::silu_"),
+    "norms": ("aten::native_layer_norm",),
+    "residual sums": ("aten::add",),
+}
+
+
+def shares_of(embed: Embed, pixels: torch.Tensor) -> dict[str, float]:
+    """The share of each of SHARES in the time of a pass, and of the rest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        embed(pixels)
+    spent = {event.key: event.self_cpu_time_total for event in profiled.key_averages()}
+    total = sum(spent.values())
+    shares = {part: sum(spent.get(name, 0) for name in names) / total for part, names in SHARES.items()}
+    return {**shares, "rest": 1 - sum(shares.values())}
+
+
+def share_lines(size: str, dtype_name: str, batch: int, args: argparse.Namespace) -> list[tuple[str, ...]]:
+    """Of each part: its median share on every side."""
+    pixels = torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE).to(DTYPES[dtype_name])
+    with torch.inference_mode():
+        sides = sides_of(size, DTYPES[dtype_name], args.peers)
+        calls = {name: lambda e=embed: shares_of(e, pixels) for name, embed in sides.items()}
+        found = interleave(f"{size} {dtype_name}, batch {batch}, shares", calls, args.rounds)
+    medians = [
+        [statistics.median(each[part] for each in found[name]) for name in sides] for part in found["optimized"][0]
+    ]
+    rows = zip(found["optimized"][0], medians)
+    return [("share of time", *sides), *((part, *(f"{share:.0%}" for share in row)) for part, row in rows)]
+
+
 def lines(cells: list[dict]) -> list[tuple[str, ...]]:
     """How many times as fast as the fastest peer each of our sides is: median and range over the rounds."""
     result = []
@@ -175,6 +213,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     parser.add_argument("--output", type=Path, help="JSON that a chart can be drawn of")
+    parser.add_argument("--shares", action="store_true", help="in place of times what each is spent on, eager")
     parser.add_argument("--keep_freed_memory", action="store_true", help="malloc keeps what was freed, as a server may")
     args = parser.parse_args()
     if "transformers" not in args.peers:
@@ -194,6 +233,11 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         **{key: value for key, value in vars(args).items() if key != "output"},
     }
+    if args.shares:
+        for cell in itertools.product(args.sizes, args.dtypes, args.batches):
+            header, *rows = share_lines(*cell, args)
+            sys.stdout.write(f"{cell}: {about['machine']}\n\n{table(header, rows)}\n\n")
+        return
     cells = []
     for size in args.sizes:
         for dtype_name in args.dtypes:
