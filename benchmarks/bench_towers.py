@@ -11,6 +11,8 @@ bfloat16 each side's distance to the float32 result with that of transformers. A
 
 import argparse
 import datetime
+import importlib.metadata
+import importlib.util
 import itertools
 import json
 import logging
@@ -39,6 +41,8 @@ IMAGE_SIZE = 224  # pixels
 TOLERANCE = 1e-5  # of float32, relative: sums taken in another order
 # Of bfloat16: a side's distance to float32 over that of transformers. Both round as often, not at the same places.
 BF16_TOLERANCE = 1.1
+
+PACKAGES = {"transformers": "transformers", "open_clip": "open_clip_torch", "timm": "timm"}
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
@@ -88,6 +92,10 @@ def make_timm(ours: vit_embed.VitEmbedModelWithProjection, size: str) -> tuple[t
 
 
 PEERS = {"transformers": make_transformers, "open_clip": make_open_clip, "timm": make_timm}
+
+
+def is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def embedding(module: torch.nn.Module, field: str) -> Embed:
@@ -230,6 +238,7 @@ def main() -> None:
         keep_freed_memory()
     about = {
         "machine": machine(),
+        "versions": {name: importlib.metadata.version(PACKAGES[name]) for name in args.peers if is_installed(name)},
         "date": datetime.date.today().isoformat(),
         **{key: value for key, value in vars(args).items() if key != "output"},
     }
