@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .activations_vit_embed import activation
 from .configuration_vit_embed import VitEmbedConfig, VitEmbedTextConfig
 from .initialisation_vit_embed import fill, linear
 from .inputs_vit_embed import is_on_host, is_traced
@@ -158,11 +158,7 @@ class VitEmbedAttention(nn.Module):
         the keys (B, h, L, D / h), by which tokens are compared."""
         query, key, value = (
             states.view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)  # (B, h, Q or L, D / h)
-            for states in (
-                self.q_proj(hidden_states if queries is None else queries),
-                self.k_proj(hidden_states),
-                self.v_proj(hidden_states),
-            )
+            for states in self.projected(hidden_states, queries)
         )
         # Only the plain implementation has weights to show, so a call that wants them takes it.
         implementation = "eager" if output_attentions else self.config._attn_implementation
@@ -185,13 +181,20 @@ class VitEmbedAttention(nn.Module):
         mixed = self.out_proj((mixed if blocks is None else blocks.joined(mixed)).flatten(2))
         return mixed, weights if output_attentions else None, key if output_keys else None
 
+    def projected(
+        self, hidden_states: torch.Tensor, queries: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, Q, D), keys and values (B, L, D)."""
+        query = self.q_proj(hidden_states if queries is None else queries)
+        return query, self.k_proj(hidden_states), self.v_proj(hidden_states)
+
 
 class VitEmbedMLP(nn.Module):
     """fc1, activation, fc2. (B, L, D) -> the same."""
 
     def __init__(self, config: VitEmbedConfig | VitEmbedTextConfig):
         super().__init__()
-        self.activation_fn = ACT2FN[config.hidden_act]
+        self.activation_fn = activation(config.hidden_act)
         width, factor = config.hidden_size, config.initializer_factor
         out_std = width**-0.5 * (2 * config.num_hidden_layers) ** -0.5 * factor
         self.fc1 = linear(width, config.intermediate_size, (2 * width) ** -0.5 * factor)

@@ -37,9 +37,9 @@ from transformers.modeling_outputs import (
 )
 from typing_extensions import Unpack
 
-from .backbone_vit_embed import BackboneMixin
-
 # Of remote code transformers 4 copies what its entry file imports: every file is imported here.
+from .activations_vit_embed import activation  # noqa: F401
+from .backbone_vit_embed import BackboneMixin
 from .card_vit_embed import model_card  # noqa: F401
 from .classification_vit_embed import classification_loss
 from .combinations_vit_embed import (
@@ -68,6 +68,7 @@ from .inputs_vit_embed import (
 )
 from .losses_vit_embed import step_loss, with_stem_loss
 from .masked_vit_embed import VitEmbedPatchDecoder, blanked, masked_error, patch_statistics, seen_patches
+from .optimized_vit_embed import OptimizedMixin
 from .options_vit_embed import OPTIONS  # noqa: F401
 from .outputs_vit_embed import (
     ImageOptions,
@@ -92,7 +93,7 @@ from .tower_vit_embed import AutoModelMixin, ImageTowerMixin, TextTowerMixin, To
 from .zero_shot_vit_embed import VitEmbedZeroShotPipeline  # noqa: F401
 
 
-class VitEmbedTower(TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
+class VitEmbedTower(OptimizedMixin, TowerMixin, ChecksValues, CheckpointMixin, PreTrainedModel):
     """What the image and the text side share."""
 
     # What the class asks of its config beyond what every config has to be.
@@ -162,9 +163,8 @@ class VitEmbedTextModel(VitEmbedTextPreTrainedModel):
             share_prefixes: whether, with pooled_only, what texts begin with in common is computed once, and equal texts
                 are: exact, as a causal token sees those before it alone. The layers then compute one row (1, N, D).
                 None: in evaluation on a CPU where it saves enough tokens to pay and no module has a hook. True:
-                wherever it can be done, the host waiting for the ids. It cannot, so that rows come as they are, in a
-                bidirectional tower, with position_ids, in training mode, in a recorded graph, and with flash and flex
-                attention.
+                wherever it can be done, the host waiting for the ids: not in a bidirectional tower, with position_ids,
+                in training mode, in a recorded graph, or with flash and flex attention.
 
         Returns:
             last_hidden_state (B, T, D) after the final norm, pooler_output (B, D) of the token that `pooling_type`

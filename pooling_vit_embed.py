@@ -6,8 +6,8 @@ Symbols: B batch, L tokens, P prefix tokens, T text tokens, D hidden size, h hea
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
+from .activations_vit_embed import activation
 from .configuration_vit_embed import LEGACY_EOS_TOKEN_ID, VitEmbedConfig, VitEmbedTextConfig
 from .initialisation_vit_embed import fill
 from .inputs_vit_embed import check_text_values
@@ -31,7 +31,7 @@ class AttentionPooling(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(width, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
+        self.activation = activation(config.hidden_act)
         self.fc2 = nn.Linear(config.intermediate_size, width)
 
     def init_parameters(self, config: VitEmbedConfig) -> None:
