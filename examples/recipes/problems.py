@@ -10,6 +10,7 @@ import ast
 import logging
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ SEPARATORS = ("|", ";", ",")  # a space is looked for last, as many a name has o
 UNKNOWN = -100  # of the model's losses and of Trainer's count of items: a row or entry without a label
 SUM_TOLERANCE = 0.01  # of probabilities that are written with two digits
 MANY_NUMBERS = 20  # more whole numbers than that may well be amounts
+MISSING_WORDS = ("nan", "na", "n/a", "none", "null", "?", "-")  # what programs write for an empty cell
 NUM_COUNTED = 20  # labels that the log counts one by one
 
 
@@ -116,7 +118,7 @@ def names_in(cell: str, separator: str) -> list[str]:
 
 def text_of(cell: object) -> str:
     """The name of a label: a whole number has no decimals."""
-    return str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell)
+    return unicodedata.normalize("NFC", str(int(cell)) if isinstance(cell, float) and cell.is_integer() else str(cell))
 
 
 # --- the kinds ---
@@ -425,7 +427,12 @@ def make_problem(kind: str, cells: list, columns: Sequence[str], separator: str 
 
 
 def say_alike(names: Sequence[str]) -> None:
-    """Names in the log labels that differ in nothing but case or spaces."""
+    """Names in the log labels that differ in nothing but case or spaces, or look like cells that are missing."""
+    missing = [name for name in names if name.strip().lower() in MISSING_WORDS]
+    if missing:
+        logger.warning(
+            "labels that look like missing ones, each is learned as a label: %s; empty the cell", some(missing)
+        )
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault("".join(name.casefold().replace("_", " ").split()), []).append(name)

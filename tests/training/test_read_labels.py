@@ -182,6 +182,10 @@ SAID = {
         column("Cat", "cat", "dog"),
         "differ only in case or spaces, each is learned as its own: 'Cat' and 'cat'",
     ),
+    "labels that look missing": (
+        column("cat", "NaN", "dog"),
+        "look like missing cells, each is learned as a label: NaN",
+    ),
     "an empty cell": (column("cat", "dog", ""), "split train: 4 rows with no label: ['labels.csv:4', 'labels.csv:7'"),
     "the separator": (
         *(column("cat;dog", "cat"), "column 'label': names are separated by ';'"),

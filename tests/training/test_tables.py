@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import pandas
@@ -247,3 +248,59 @@ def test_a_split_without_its_files_is_left_out_and_the_others_are_read(tmp_path,
     (tmp_path / "test.csv").write_text("image,label\nunseen/7.png,cat\n")
     assert list(read(tmp_path)) == ["train"]
     assert "split test is left out: expected paths of files in column 'image' of split 'test'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("pictures", "text", "message"),
+    [
+        (["train/cat.0.png", "test1/1.png"], {}, "the folders test1, train of .* look like splits"),
+        (
+            ["images/1.png", "annotations/1.png"],
+            {},
+            "annotations, images, which are rather parts of a data",
+        ),
+        (
+            *(["part_1/1.png", "part_2/2.png"], {"meta.csv": "image_id,dx\n1,mel\n2,nv\n"}),
+            r"tables of the pictures: meta.csv \(has the columns image_id, dx\); --label_column NAME reads a table",
+        ),
+        (
+            *(["images/pie/1.png", "images/cake/2.png"], {"meta/train.txt": "pie/1\ncake/2\n"}),
+            r"the folders cake, pie and tables of the pictures: meta/train.txt \(paths alone\)",
+        ),
+        (["images/0.png", "images/1.png"], {"labels/1.txt": "0 0.5 0.5 0.2 0.2\n"}, "has none of them"),
+    ],
+    ids=["splits", "parts", "table", "lists", "boxes"],
+)
+def test_folders_that_are_no_labels_are_refused_with_the_flag_that_decides(pictures, text, message, tmp_path):
+    """Dogs vs. cats, Oxford Pets, HAM10000, Food-101 and an export of YOLO, as they are unpacked."""
+    draw(tmp_path, *pictures)
+    for name, content in text.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)
+    if "labels/1.txt" not in text:
+        assert sum(map(len, read(tmp_path, label_level=1).values())) == 2
+
+
+def test_what_is_left_unread_is_said(tmp_path, caplog):
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    draw(tmp_path, f"{composed}/1.png", f"{decomposed}/2.png", "tea/3.png")
+    (tmp_path / "tea" / "4.HEIC").write_text("")
+    assert {row[1] for row in read(tmp_path)["train"]} == {0, 1}, "one label however its accent is written"
+    assert "1 files of .heic are not read, as tea/4.HEIC; convert them" in caplog.text
+    draw(tmp_path / "b", "1.png")
+    (tmp_path / "b" / "labels.csv").write_text("image,label\n1.png,cat\n")
+    (tmp_path / "b" / "partition.csv").write_text("image,partition\n1.png,0\n")
+    read(tmp_path / "b")
+    assert "tables that are not read: partition.csv (has the columns image, partition)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("a.zip", "unpack it"), ("a.xlsx", "save the table as .csv"), ("a.csv", "has no rows")]
+)
+def test_a_file_of_another_kind_gets_advice(name, advice, tmp_path):
+    (tmp_path / name).write_text("")
+    for named in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=f"{name}: {advice}"):
+            read(named)

@@ -194,6 +194,12 @@ def read_tars(place: Place, arguments: DataArguments):
 
 LAYOUTS = (
     stored.SAVED,
+    Layout(
+        "tars of samples (WebDataset)",
+        "000.tar, 001.tar.gz, ... of KEY.jpg (png, webp) beside KEY.txt or KEY.json (--caption_column json.caption)",
+        (Sign("files of the suffix .tar", lambda place, arguments: bool(place.with_suffix(*tars.SUFFIXES))),),
+        read_tars,
+    ),
     stored.PARQUET,
     Layout(
         "captions of COCO",
@@ -245,12 +251,6 @@ LAYOUTS = (
             ),
         ),
         read_beside,
-    ),
-    Layout(
-        "tars of samples (WebDataset)",
-        "000.tar, 001.tar.gz, ... of KEY.jpg (png, webp) beside KEY.txt or KEY.json (--caption_column json.caption)",
-        (Sign("files of the suffix .tar", lambda place, arguments: bool(place.with_suffix(*tars.SUFFIXES))),),
-        read_tars,
     ),
     stored.HUB,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,8 @@ from recipes.reading.tables import (
     tables_of,
 )
 from vit_embed.retrieval.pictures import PICTURE_SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 DEPTH_COLUMNS = ("depth", "depth_map", "depth_path", "depths", "depth_file", "depth_image", "depth_file_name")
 HEADERLESS = (IMAGE, DEPTH)
@@ -103,6 +106,15 @@ def beside(place: Place) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
 def has_pairs_beside(place: Place, arguments: DataArguments) -> bool:
     images, depths = beside(place)
     return bool({*images} & {*depths})
+
+
+def read_beside(place: Place, arguments: DataArguments) -> DatasetDict:
+    masks = [file for file in place.files if MASK_WORDS & {*words_of(PurePosixPath(file).stem)}]
+    if masks:
+        logger.warning(
+            "%d masks are not read (%s): write 0 to the depths where nothing was measured", len(masks), masks[0]
+        )
+    return by_split(place, joined(*beside(place)), arguments)
 
 
 # --- patterns ---
@@ -296,7 +308,7 @@ LAYOUTS = (
         "pictures beside their depths",
         "rgb_1.jpg and depth_1.png (or sync_depth_1.png, 1_color.png and 1_depth.npy) in one folder",
         (Sign("files named alike but for the words rgb, color and depth", has_pairs_beside),),
-        lambda place, arguments: by_split(place, joined(*beside(place)), arguments),
+        read_beside,
     ),
     Layout(
         "disparity (refused)",

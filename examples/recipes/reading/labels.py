@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -13,9 +15,10 @@ from recipes.arguments import DataArguments
 from recipes.reading import stored
 from recipes.reading.layouts import HAS_TABLE, Layout, Sign
 from recipes.reading.pictures import read_folder
-from recipes.reading.place import Place, split_folders, split_of_name, split_of_word
+from recipes.reading.place import Finder, Place, split_folders, split_of_name, split_of_word
 from recipes.reading.tables import (
     IMAGE,
+    IMAGE_COLUMNS,
     ROW,
     SPLIT_COLUMNS,
     Record,
@@ -30,10 +33,15 @@ from recipes.reading.tables import (
 logger = logging.getLogger(__name__)
 
 LABEL = "label"
-LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category", "target", "y", "breed", "species")
+LABEL_COLUMNS = (
+    *("label", "labels", "class", "class_name", "category", "target", "y", "breed", "species", "class_id", "classid"),
+    "diagnosis",
+)
 HEADERLESS = (IMAGE, LABEL)
 INDEX_COLUMNS = ("", "unnamed: 0", "index", "id")  # what pandas and databases number rows by
 SUBMISSION = "submission"  # in the name of a table of Kaggle: a form whose labels are no one's
+# Folders of a data set that no one means for labels.
+NO_LABELS = {"images", "image", "imgs", "img", "jpegimages", "annotations", "annotation", "masks", "trimaps", "labels"}
 NUM_NAMED = 6
 FIRST = Record(1, {})  # a table with a header has its first row in line 2
 
@@ -119,7 +127,8 @@ def _splits_in_labels(
 
 def _label(parts: tuple[str, ...], start: int, level: int) -> str | None:
     place = start + level - 1 if level > 0 else len(parts) - 1 + level
-    return parts[place] if start <= place < len(parts) - 1 else None
+    # One way to write accents: file systems of macOS have another.
+    return unicodedata.normalize("NFC", parts[place]) if start <= place < len(parts) - 1 else None
 
 
 def has_class_folders(place: Place, arguments: DataArguments) -> bool:
@@ -140,6 +149,7 @@ def read_class_folders(place: Place, arguments: DataArguments) -> DatasetDict:
         found[arguments.test_split] = [(file, None) for file, _ in found[arguments.test_split]]
     names = in_order({label for files in found.values() for _, label in files} - {None})
     if arguments.label_level is None:
+        _refuse_other_readings(place, in_order(trained or names), arguments)
         _say_deeper(found, names, split_of_word(arguments))
     number = {name: index for index, name in enumerate(names)}
     splits = DatasetDict()
@@ -153,11 +163,43 @@ def read_class_folders(place: Place, arguments: DataArguments) -> DatasetDict:
     return splits
 
 
+def _refuse_other_readings(place: Place, labels: list[str], arguments: DataArguments) -> None:
+    """ValueError where the folders are rather parts of a data set, or a table of the pictures lies beside them."""
+    folders = f"the folders {some(labels)}"
+    splits = {split_of_name(label, arguments) for label in labels}
+    if None not in splits and len(splits) > 1:
+        raise ValueError(
+            f"expected labels, {folders} of {place.name} look like splits; put the pictures of each into a folder for "
+            "every label (train/LABEL/1.jpg), or name a table of labels; --label_level 1 takes the folders for labels"
+        )
+    parts = [label for label in labels if label.lower() in NO_LABELS]
+    tables = [table for table in picture_tables(place, arguments) if _names_pictures(place, table, arguments)]
+    if parts or tables:
+        seen = [f"{table} ({place.tables_seen.get(table, 'paths alone')})" for table in tables]
+        raise ValueError(
+            f"{place.name} can be read in more than one way, found {folders}"
+            f"{f' and tables of the pictures: {some(seen)}' if seen else ', which are rather parts of a data set'}; "
+            "--label_column NAME reads a table, --label_level 1 takes the folders for labels"
+        )
+
+
+def _names_pictures(place: Place, table: str, arguments: DataArguments) -> bool:
+    """Whether the first rows of a table lead to files."""
+    first = list(itertools.islice(records(Path(place.full(table)), arguments, HEADERLESS), NUM_NAMED))
+    image = column_of(list(next((record.cells for record in first if record.cells), {})), None, IMAGE_COLUMNS)
+    cells = [cell for record in first if isinstance(cell := record.cells.get(image), str)]
+    try:
+        finder = Finder(Path(place.full(table)), arguments).fit(cells)
+    except ValueError:  # in several folders: it speaks of pictures
+        return True
+    return any(map(finder.finds, cells))
+
+
 def _say_deeper(found: dict[str, Labelled], names: list[str], splits: Mapping[str, str]) -> None:
     """Says which folders below those of the labels are neither labels nor splits, if there are any."""
     below = set()
     for file, label in (each for files in found.values() for each in files):
-        parts = PurePosixPath(file).parts
+        parts = PurePosixPath(unicodedata.normalize("NFC", file)).parts
         if label is not None and (place := parts.index(label) + 1) < len(parts) - 1:
             below.add(parts[place])
     below = {name for name in below if name.lower() not in splits}

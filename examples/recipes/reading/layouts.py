@@ -13,6 +13,13 @@ from recipes.arguments import DataArguments
 from recipes.reading.place import Place
 from recipes.reading.tables import TEXT_TABLES, Target, with_known_columns
 
+UNREAD_PICTURES = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".dng", ".cr2", ".nef", ".arw", ".psd")
+# What a file of another kind has to become first.
+ADVICE = {
+    **dict.fromkeys((".zip", ".rar", ".7z", ".gz", ".tgz", ".bz2", ".xz"), "unpack it"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the table as .csv"),
+    **dict.fromkeys(UNREAD_PICTURES, "convert it to .png or .jpg"),
+}
 NUM_NAMED = 4  # tables that an error says the columns of
 
 logger = logging.getLogger(__name__)
@@ -66,9 +73,17 @@ def read_splits(
             raise ValueError(unknown_layout(layouts, place, arguments))
         logger.info("%s is read as: %s (%s)", arguments.dataset, layout.name, layout.form)
         splits = layout.read(place, arguments)
+    for suffix, files in unread_pictures(place).items():
+        logger.warning("%d files of %s are not read, as %s; convert them to .png or .jpg", len(files), suffix, files[0])
     if layout.has_user_columns:
         splits = with_known_columns(splits, place.folder, arguments, target, needs_pictures)
     return layout, splits
+
+
+def unread_pictures(place: Place) -> dict[str, list[str]]:
+    """{suffix: files} of pictures of kinds that Pillow does not open by itself."""
+    found = {suffix: place.with_suffix(suffix) for suffix in UNREAD_PICTURES}
+    return {suffix: files for suffix, files in found.items() if files}
 
 
 def unknown_layout(layouts: Sequence[Layout], place: Place, arguments: DataArguments) -> str:
@@ -80,6 +95,7 @@ def unknown_layout(layouts: Sequence[Layout], place: Place, arguments: DataArgum
     if any(held[nearest]):
         lacks = [sign.words for sign, holds in zip(nearest.signs, held[nearest]) if not holds]
         lines.append(f"nearest: {nearest.name} ({nearest.form}), but it lacks {' and '.join(lacks)}")
+    lines += [f"{files[0]}: {advice}" for suffix, advice in ADVICE.items() if (files := place.with_suffix(suffix))]
     lines += [f"{table}: {columns}" for table, columns in list(place.tables_seen.items())[:NUM_NAMED]]
     lines += ["layouts:", *(f"- {layout.name}: {layout.form}" for layout in layouts)]
     return "\n".join(lines)

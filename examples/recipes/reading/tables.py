@@ -32,7 +32,7 @@ ROW = "__row__"  # how the user knows a row
 PROBLEM = "__problem__"  # why a row cannot be used, where reading it found that out
 IMAGE = "image"
 # Tables of Kaggle name pictures by their stems.
-IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "rgb", "image_name", "img_name", "image_id", "id")
+IMAGE_COLUMNS = (*sources.IMAGE_COLUMNS, "rgb", "image_name", "img_name", "image index", "image_id", "id_code", "id")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 LIST_SUFFIXES = (".txt", ".lst")
 TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", *LIST_SUFFIXES)
@@ -205,9 +205,9 @@ def tables_with(
     """
     key = f"tables with {what}"
     if key not in vars(place):
-        stems = {str(PurePosixPath(file).with_suffix("")) for file in place.pictures}
+        stems = {PurePosixPath(file).stem for file in place.pictures}  # 1.txt is about 1.jpg, also in another folder
         near = [file for file in place.with_suffix(*TEXT_TABLES) if file.count("/") < DEEPEST_TABLE]
-        near = [file for file in near if str(PurePosixPath(file).with_suffix("")) not in stems][:MOST_TABLES]
+        near = [file for file in near if PurePosixPath(file).stem not in stems][:MOST_TABLES]
         vars(place)[key] = [file for file in near if _has(place, file, arguments, lacks, columns)]
     return vars(place)[key]
 
@@ -222,7 +222,9 @@ def _has(place: Place, file: str, arguments: DataArguments, lacks, columns) -> b
     names = list(first[0].cells) if first else []
     image = column_of(names, arguments.image_column, IMAGE_COLUMNS)
     instead = _columns(names) if image is None else lacks(first, image)
-    if instead and len(names) > 1:
+    if not first:
+        place.tables_seen[file] = "has no rows"
+    elif instead and len(names) > 1:
         place.tables_seen[file] = instead
     return image is not None and instead is None
 
@@ -277,8 +279,11 @@ def read_tables(
 ) -> DatasetDict:
     """The rows of some tables by split: their own columns, ROW and PROBLEM; pictures, and what `also` names, as paths.
 
-    A column `split` (SPLIT_COLUMNS) tells the split of each row.
+    A column `split` (SPLIT_COLUMNS) tells the split of each row. Other tables that were looked into are named.
     """
+    unread = [f"{name} ({what})" for name, what in place.tables_seen.items() if name not in tables]
+    if unread:
+        logger.warning("tables that are not read: %s", "; ".join(unread[:4]))
     splits: dict[str, list[dict]] = {}
     for split, files in split_tables(place, tables, arguments).items():
         for file in files:
@@ -438,9 +443,10 @@ def _with_pictures(rows: Dataset, split: str, folder: Path, arguments: DataArgum
     column = column_of(columns, arguments.image_column, IMAGE_COLUMNS)
     if column is None:
         asked = arguments.image_column or " or ".join(IMAGE_COLUMNS[:4])
-        raise ValueError(
-            f"expected pictures in column {asked!r} of split {split!r}, found columns {columns}; set --image_column"
-        )
+        advice = "set --image_column"
+        if any(name.lower() in ("url", "image_url") for name in columns):
+            advice = "addresses are not read: download the pictures first, as img2dataset does"
+        raise ValueError(f"expected pictures in column {asked!r} of split {split!r}, found columns {columns}; {advice}")
     feature = rows.features[column]
     is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
     if not isinstance(feature, ImageFeature):
