@@ -184,7 +184,7 @@ SAID = {
     ),
     "labels that look missing": (
         column("cat", "NaN", "dog"),
-        "look like missing cells, each is learned as a label: NaN",
+        "look like missing ones, each is learned as a label: NaN",
     ),
     "an empty cell": (column("cat", "dog", ""), "split train: 4 rows with no label: ['labels.csv:4', 'labels.csv:7'"),
     "the separator": (
