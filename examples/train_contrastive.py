@@ -18,7 +18,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
-from recipes.arguments import parse
+from recipes.arguments import SHIPPED_CHECKPOINT, parse
 from recipes.check import check_and_show
 from recipes.command import run_command
 from recipes.contrastive import (
@@ -53,6 +53,8 @@ def main() -> None:
         check_batch_size(training)
     if training.do_train and data.streaming:
         check_streaming(data, training)
+    if data.check_only and model_arguments.model_name_or_path is None and model_arguments.config_name is None:
+        model_arguments.model_name_or_path = SHIPPED_CHECKPOINT  # to look at rows any will do
     model, processor = load_two_towers(model_arguments)
     prepare(model, recipe)
     splits = load_captioned(data)

@@ -244,6 +244,12 @@ def test_a_batch_of_one_pair_is_refused_and_a_last_one_left_out(small, tmp_path)
         assert training.dataloader_drop_last == left_out
 
 
+def test_rows_are_looked_at_without_naming_a_model(small, tmp_path):
+    options = {**small, "config_name": None, "tokenizer_name": None, "output_dir": tmp_path, "check_only": True}
+    run_here(train_contrastive, **{name: value for name, value in options.items() if not name.startswith("do_")})
+    assert (tmp_path / "check" / "rows.png").exists()
+
+
 def test_one_caption_for_all_is_refused_before_the_first_step(small, tmp_path):
     same = rows().remove_columns("captions").add_column("captions", ["one"] * (len(PICTURES) + 1))
     DatasetDict(train=same).save_to_disk(tmp_path / "data")
