@@ -1,5 +1,6 @@
 """recipes/command.py: what a user reads who mistypes a flag, names what is not there, or asks for help."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -78,13 +79,8 @@ def test_a_fault_keeps_its_traceback(monkeypatch):
         run_command(refuse)
     monkeypatch.delenv("VIT_EMBED_TRACEBACK")
 
-    def fault_in_torch() -> None:
-        import torch
-
-        torch.distributions.Normal(0.0, -1.0)
-
-    with pytest.raises(ValueError, match="Expected parameter scale"):
-        run_command(fault_in_torch)
+    with pytest.raises(ValueError, match="Expecting property name"):  # raised in the library, so it may be our fault
+        run_command(lambda: json.loads("{"))
 
 
 @pytest.mark.heavy
