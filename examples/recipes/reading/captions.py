@@ -6,7 +6,7 @@ import ast
 import json
 import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 from accelerate import PartialState
@@ -192,6 +192,18 @@ def read_tars(place: Place, arguments: DataArguments):
 
 # --- the table ---
 
+
+def _json_layout(name: str, form: str, keys: tuple[str, str, str], rows_of: Callable) -> Layout:
+    """A layout told by the keys in its .json, whose rows `rows_of` gives."""
+    words = f'a .json with "{keys[0]}", "{keys[1]}" and "{keys[2]}"'
+    return Layout(
+        name,
+        form,
+        (Sign(words, lambda place, arguments: bool(jsons_with(place, *keys))),),
+        lambda place, arguments: read_jsons(place, arguments, jsons_with(place, *keys), rows_of),
+    )
+
+
 LAYOUTS = (
     stored.SAVED,
     Layout(
@@ -201,31 +213,17 @@ LAYOUTS = (
         read_tars,
     ),
     stored.PARQUET,
-    Layout(
+    _json_layout(
         "captions of COCO",
         "annotations/captions_train2017.json beside train2017/, or the .json alone and --image_folder",
-        (
-            Sign(
-                'a .json with "images", "annotations" and "caption"',
-                lambda place, arguments: bool(jsons_with(place, "images", "annotations", "caption")),
-            ),
-        ),
-        lambda place, arguments: read_jsons(
-            place, arguments, jsons_with(place, "images", "annotations", "caption"), coco_rows
-        ),
+        ("images", "annotations", "caption"),
+        coco_rows,
     ),
-    Layout(
+    _json_layout(
         "captions of Karpathy's splits",
         "dataset_coco.json, dataset_flickr8k.json, ...: the split and the sentences of each picture",
-        (
-            Sign(
-                'a .json with "images", "sentences" and "raw"',
-                lambda place, arguments: bool(jsons_with(place, "images", "sentences", "raw")),
-            ),
-        ),
-        lambda place, arguments: read_jsons(
-            place, arguments, jsons_with(place, "images", "sentences", "raw"), karpathy_rows
-        ),
+        ("images", "sentences", "raw"),
+        karpathy_rows,
     ),
     Layout(
         "table of captions",
