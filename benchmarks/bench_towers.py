@@ -6,15 +6,12 @@
     python benchmarks/bench_towers.py --shares --sizes B/16 --dtypes bf16 --batches 16        # where the time goes
 
 Every round measures every side. Before anything is timed the outputs are compared: in float32 with transformers', in
-bfloat16 each side's distance to the float32 result with that of transformers. A file that is there is added to.
+bfloat16 each side's distance to the float32 result with that of transformers. A file keeps its other cells.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import itertools
-import json
 import logging
 import statistics
 import sys
@@ -23,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from timing import CLOCK_HELP, CLOCKS, Ratios, interleave, keep_freed_memory, machine, table, timed
+from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, keep_freed_memory, machine, store, table, timed
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import vit_embed
@@ -42,6 +39,9 @@ TOLERANCE = 1e-5  # of float32, relative: sums taken in another order
 # Of bfloat16: a side's distance to float32 over that of transformers. Both round as often, not at the same places.
 BF16_TOLERANCE = 1.1
 
+# What tells a stored cell from another.
+SETTINGS = ("freezing", "keep_freed_memory")
+CELL = ("size", "dtype", "batch", "mode", *SETTINGS)
 PACKAGES = {"transformers": "transformers", "open_clip": "open_clip_torch", "timm": "timm"}
 
 Embed = Callable[[torch.Tensor], torch.Tensor]
@@ -236,26 +236,22 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if args.keep_freed_memory:
         keep_freed_memory()
-    about = {
-        "machine": machine(),
-        "versions": {name: importlib.metadata.version(PACKAGES[name]) for name in args.peers if is_installed(name)},
-        "date": datetime.date.today().isoformat(),
-        **{key: value for key, value in vars(args).items() if key != "output"},
-    }
+    installed = [PACKAGES[name] for name in args.peers if is_installed(name)]
+    settings = {name: getattr(args, name) for name in SETTINGS}
     if args.shares:
         for cell in itertools.product(args.sizes, args.dtypes, args.batches):
             header, *rows = share_lines(*cell, args)
-            sys.stdout.write(f"{cell}: {about['machine']}\n\n{table(header, rows)}\n\n")
+            sys.stdout.write(f"{cell}: {machine()}\n\n{table(header, rows)}\n\n")
         return
     cells = []
     for size in args.sizes:
         for dtype_name in args.dtypes:
             for batch in args.batches:
                 for mode in args.modes:
-                    cells.append({**measure(size, dtype_name, batch, mode, args), "about": about})
+                    cell = measure(size, dtype_name, batch, mode, args)
+                    cells.append({**cell, **settings, "about": about(args.clock, installed)})
                     if args.output:
-                        stored = json.loads(args.output.read_text()) if args.output.exists() else []
-                        args.output.write_text(json.dumps([*stored, cells[-1]], indent=1))
+                        store(args.output, cells[-1:], CELL)
     header = ("pooled image features", "fastest peer", "vit_embed", "optimized()", "images/s, optimized()", "rounds")
     sys.stdout.write(f"{machine()}, {args.clock} time; times as fast as the peer\n\n{table(header, lines(cells))}\n")
 

@@ -7,7 +7,11 @@ all of them alike: read the ratios, not the times.
 from __future__ import annotations
 
 import ctypes
+import datetime
+import importlib.metadata
+import json
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -113,6 +117,26 @@ def return_freed_memory() -> None:
     """Makes malloc give every freed tensor of 64 KiB and more back at once: otherwise resident memory holds the gaps of
     its heap, which are no tensors. It costs time."""
     _set_malloc(M_MMAP_THRESHOLD=64 * 1024)
+
+
+# --- what is kept: JSON lists of cells, which benchmarks/charts.py draws ---
+
+
+def about(clock: str, packages: Sequence[str] = ()) -> dict[str, object]:
+    """Machine, versions (of torch, transformers and `packages`) and date, that go with every cell."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", *packages)}
+    today = datetime.date.today().isoformat()
+    return {"machine": machine(), "versions": versions, "date": today, "clock": clock}
+
+
+def store(path: Path, cells: Sequence[dict], keys: Sequence[str]) -> list[dict]:
+    """Writes the cells into `path`, in place of those whose `keys` are the same, and returns all that it holds."""
+    kept = {tuple(cell[key] for key in keys): cell for cell in json.loads(path.read_text())} if path.exists() else {}
+    kept.update({tuple(cell[key] for key in keys): cell for cell in cells})
+    aside = path.with_name(f"{path.name}.aside")
+    aside.write_text("[\n" + ",\n".join(map(json.dumps, kept.values())) + "\n]\n")
+    os.replace(aside, path)
+    return list(kept.values())
 
 
 # --- tables ---
