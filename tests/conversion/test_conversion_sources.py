@@ -132,17 +132,6 @@ def test_the_clip_inside_a_folder_of_sentence_transformers_is_found(tmp_path):
         find_source(folder)
 
 
-def test_shards_are_named_by_their_index(tmp_path):
-    folder = folder_of(tmp_path)
-    save_file({"a": torch.zeros(2)}, folder / "one.safetensors")
-    save_file({"b": torch.ones(3)}, folder / "two.safetensors")
-    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    source = find_source(folder)
-    assert {name: len(tensor) for name, tensor in source.state_dict().items()} == {"a": 2, "b": 3}
-    assert list(source.sha256()) == ["model.safetensors.index.json", "one.safetensors", "two.safetensors"]
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -73,18 +73,6 @@ def test_features_are_those_of_the_dual_encoder(dual):
         model.get_image_features(pixels(), torch.ones(3))
 
 
-@torch.no_grad()
-def test_it_takes_what_the_trunk_takes():
-    model = randomised(VitEmbedModelWithProjection(vision_config()))
-    patches = torch.randn(2, 32, 3, 5)
-    expected = model.visual_projection(model.vision_model(patch_embeds=patches).pooler_output)
-    torch.testing.assert_close(model(patch_embeds=patches).image_embeds, expected, **CLOSE)
-    mask = torch.zeros(2, 32, 32, dtype=torch.long)
-    mask[0], mask[1, :16, :24] = 1, 1
-    together = model(pixels(2), pixel_mask=mask).image_embeds
-    torch.testing.assert_close(together[1:], model(pixels(2)[1:, :, :16, :24]).image_embeds, **CLOSE)
-
-
 def test_an_adaptive_stem_gives_its_loss_to_add():
     model = VitEmbedModelWithProjection(vision_config(stem_type="adaptive"))
     assert model.train()(pixels()).stem_loss.requires_grad
@@ -106,16 +94,6 @@ def test_out_of_a_dual_encoder(dual, tmp_path):
     )
     assert type(again) is VitEmbedModelWithProjection and not any(info.values()), info
     assert digests(again) == digests(model)
-
-
-def test_into_a_dual_encoder_again(dual, tmp_path):
-    folder, reference = dual
-    VitEmbedModelWithProjection.from_pretrained(folder).save_pretrained(tmp_path)
-    text = reference.config.text_config.to_dict()
-    model, info = VitEmbedForContrastive.from_pretrained(tmp_path, text_config=text, output_loading_info=True)
-    assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert {name.split(".")[0] for name in info["missing_keys"]} == {"text_model", "text_projection", "logit_scale"}
-    assert torch.equal(model.visual_projection.weight, reference.visual_projection.weight)
 
 
 def test_out_of_a_stock_folder(stock, stock_folder):
