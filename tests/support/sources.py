@@ -494,7 +494,7 @@ DEEPSEEK_OCR = [
         "deepseek_ocr",
         "whole model",
         _deepseek,
-        lambda model: [model.transformer.layers],
+        lambda model: [model.layers],
         lambda model, inputs: {"last_hidden_state": model(inputs.pixel_values)[-1]},
         "VitEmbedModel",
         set(),  # its code comes with the weights, and is never run
