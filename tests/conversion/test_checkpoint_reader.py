@@ -238,9 +238,14 @@ ARCHIVES = {
 }
 
 
+FOREIGN = {
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "no file of safetensors or torch"),
+    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "no file of safetensors or torch"),
+    "zeros": (bytes(4096), "no file of safetensors or torch"),
+}
 FORMS = {"zip": files.archive, "legacy": files.legacy}
 PICKLED = {lie: (files.pickled(value), message) for lie, (value, message) in PICKLES.items()} | INSTRUCTIONS
-LIES = {**SAFETENSORS, **ARCHIVES, **{f"{lie}, old torch": row for lie, row in LEGACY.items()}} | {
+LIES = {**SAFETENSORS, **ARCHIVES, **FOREIGN, **{f"{lie}, old torch": row for lie, row in LEGACY.items()}} | {
     f"{lie}, {form}": (FORMS[form](content), message) for form in FORMS for lie, (content, message) in PICKLED.items()
 }
 
@@ -454,7 +459,8 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path, name):
     refused(tmp_path / name, "a pipe or a device")
 
 
-def test_a_device_a_folder_and_a_ring_of_links_are_refused(tmp_path):
+def test_an_empty_file_a_device_a_folder_and_a_ring_of_links_are_refused(tmp_path):
+    refused(files.written(tmp_path / "empty.pt", b""), "is empty")
     refused(Path("/dev/zero"), "a pipe or a device")
     (tmp_path / "a.index.json").mkdir()
     refused(tmp_path / "a.index.json", "a folder")

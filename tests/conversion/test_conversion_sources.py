@@ -173,3 +173,6 @@ def test_the_licence_is_what_the_card_states_on_one_line(tmp_path, front, licenc
     (folder / "README.md").unlink()
     (folder / "config.json").write_text('{"pretrained_cfg": {"license": "apache-2.0"}}')  # timm's
     assert find_source(folder).licence == "apache-2.0"
+    (folder / "config.json").write_text('{"pretrained_cfg": ["license"]}')
+    (folder / "processor_config.json").write_text('{"image_processor": 3}')
+    assert find_source(folder).licence is find_source(folder).preprocessor is None
