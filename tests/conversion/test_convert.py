@@ -12,7 +12,6 @@ from pathlib import Path
 
 import openai_reference
 import pytest
-import tiny
 import torch
 import torch._utils
 from conversions import converter, leftovers
@@ -35,35 +34,6 @@ def from_openai(state_dict: dict, options: ConversionOptions):
 
 
 convert = convert_checkpoint
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """The difference in units of the largest value expected."""
-    return (got - expected) / expected.abs().max()
-
-
-def test_bfloat16_is_no_worse_than_openais(tmp_path):
-    reference = openai_reference.openai_clip().float()
-    for parameter in reference.parameters():
-        parameter.data = parameter.data.bfloat16().float()  # both then round only what they compute
-    torch.save(openai_reference.openai_state_dict(reference), tmp_path / "clip.pt")
-    convert(tmp_path / "clip.pt", tmp_path / "folder", ConversionOptions(dtype=torch.bfloat16))
-    model = VitEmbedForContrastive.from_pretrained(tmp_path / "folder", dtype=torch.bfloat16).eval()
-    pixel_values, input_ids = tiny.pixels(batch=32), tiny.tokens(batch=32)
-    with torch.no_grad():
-        exact = reference.encode_image(pixel_values), reference.encode_text(input_ids)
-        ours = model.get_image_features(pixel_values), model.get_text_features(input_ids)
-        # OpenAI's mixed form, bfloat16 in place of float16: norms in float32, the residual stream rounded.
-        for module in reference.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.MultiheadAttention)):
-                module.bfloat16()
-        for parameter in (reference.visual.proj, reference.text_projection):
-            parameter.data = parameter.data.bfloat16()
-        theirs = reference.encode_image(pixel_values), reference.encode_text(input_ids)
-    for expected, our, their in zip(exact, ours, theirs):
-        our_error, their_error = (relative(value.float(), expected).square().mean().sqrt() for value in (our, their))
-        # Two roundings of 32 features at random: their means agree within a tenth.
-        assert our_error <= 1.1 * their_error
 
 
 def config_but_origin(folder: Path) -> dict:
@@ -180,25 +150,6 @@ def test_a_resnet_clip_is_refused_by_name():
     resnet = openai_reference.openai_clip(vision_layers=(1, 1, 1, 1), vision_width=8)
     with pytest.raises(ValueError, match="this is a ResNet CLIP"):
         from_openai(openai_reference.openai_state_dict(resnet), ConversionOptions())
-
-
-def test_keys_left_over_are_listed_and_counted(source):
-    extra = {f"visual.extra.{n}": torch.zeros(1) for n in range(9)}
-    with pytest.raises(ValueError, match=r"keys of the source without a place.*visual\.extra\.0.*\(9 in all\)"):
-        from_openai({**source.state_dict, **extra}, ConversionOptions())
-    # A layer that nothing leads up to.
-    stray = {"transformer.resblocks.7.ln_1.weight": torch.zeros(64)}
-    with pytest.raises(ValueError, match="keys of the source without a place.*resblocks.7.ln_1.weight"):
-        from_openai({**source.state_dict, **stray}, ConversionOptions())
-
-
-def test_keys_not_filled_are_listed_and_counted(source):
-    partial = {key: tensor for key, tensor in source.state_dict.items() if "resblocks.1.ln_2" not in key}
-    with pytest.raises(ValueError, match=r"not in the source: .*layers\.1\.layer_norm2\.weight, [^,]*$"):
-        from_openai(partial, ConversionOptions())
-    empty = {key: tensor for key, tensor in source.state_dict.items() if "ln_" not in key}
-    with pytest.raises(ValueError, match=r"not in the source: .*\(26 in all\)"):
-        from_openai(empty, ConversionOptions())
 
 
 def test_non_finite_weights_are_counted_and_converted(source, tmp_path, caplog):

@@ -381,6 +381,9 @@ def test_stock_clip_folder_loads(tmp_path):
     assert digests(load_all(VitEmbedForContrastive, tmp_path)) == stock
     assert digests(load_all(VitEmbedModel, tmp_path)) == trunk
     assert digests(load_all(VitEmbedTextModel, tmp_path)) == part_of(stock, "text_model.")
+    kept = ("vision_model.", "visual_projection.")
+    projected = {name: value for name, value in stock.items() if name.startswith(kept)}
+    assert digests(load_all(VitEmbedModelWithProjection, tmp_path)) == projected
     head, info = load(VitEmbedForImageClassification, tmp_path, num_labels=7)
     assert info["missing_keys"] == {"classifier.weight", "classifier.bias"} and not info["unexpected_keys"]
     assert digests(head.vision_model) == trunk and head.config.num_labels == 7

@@ -44,6 +44,10 @@ CHECKS = {
     options.PIXELS: ((8, (4, 8), [8, 4]), (0, (32, 32, 32), 8.0, (8, -8))),
     options.EVEN: ((2, 6), (3, 4.0, 0)),
     options.LOG_SCALE: ((-2.0, 4.6052), ("x", 9.0)),
+    options.JSON_DICT: (
+        (None, {"layout": "timm", "names": ["a", None]}),
+        ("timm", ["timm"], {"layout": object()}, {"sizes": (1, 2)}, {1: "one"}, {"scale": math.nan}),
+    ),
     options.STEM_SHARE: ((0.25, 1), (0.2, 1.1, "half", math.nan)),
 }
 # Fields of which the config makes something, and those that are only written.
@@ -137,12 +141,6 @@ def test_a_misspelled_field_is_refused(name, message):
         {"out_indices": 1},
         {"out_features": "stage1"},
         {"text_config": "x"},
-        {"converted_from": "timm"},
-        {"converted_from": ["timm"]},
-        {"converted_from": {"layout": object()}},
-        {"converted_from": {"sizes": (1, 2)}},
-        {"converted_from": {1: "one"}},
-        {"converted_from": {"scale": float("nan")}},
     ],
 )
 def test_values_of_the_wrong_type_are_refused(overrides):

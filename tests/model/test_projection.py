@@ -1,8 +1,6 @@
 """The image tower with its projection: against transformers.CLIPVisionModelWithProjection, and out of every folder that
 has its weights."""
 
-import json
-
 import pytest
 import torch
 from fresh_process import digests, junk_in_new_memory
@@ -77,23 +75,6 @@ def test_an_adaptive_stem_gives_its_loss_to_add():
     model = VitEmbedModelWithProjection(vision_config(stem_type="adaptive"))
     assert model.train()(pixels()).stem_loss.requires_grad
     assert model.eval()(pixels()).stem_loss is None
-
-
-def test_out_of_a_dual_encoder(dual, tmp_path):
-    folder, reference = dual
-    with junk_in_new_memory():
-        model, info = VitEmbedModelWithProjection.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    kept = ("vision_model.", "visual_projection.")
-    assert digests(model) == {name: value for name, value in digests(reference).items() if name.startswith(kept)}
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["text_config"] is None and written["architectures"] == ["VitEmbedModelWithProjection"]
-    again, info = VitEmbedAutoModel.from_pretrained(
-        tmp_path, config=VitEmbedConfig.from_pretrained(tmp_path), output_loading_info=True
-    )
-    assert type(again) is VitEmbedModelWithProjection and not any(info.values()), info
-    assert digests(again) == digests(model)
 
 
 def test_out_of_a_stock_folder(stock, stock_folder):

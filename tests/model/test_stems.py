@@ -16,7 +16,6 @@ from stem_family import (
     PYRAMID_STEMS,
     assert_close,
     assert_every_weight_learns,
-    assert_same_gradients,
     build,
     inputs_of,
     positions_of,
@@ -24,7 +23,7 @@ from stem_family import (
     result,
     stem_config,
 )
-from tiny import CLOSE, gradients, pixels, score, vision_config
+from tiny import CLOSE, assert_same_gradients, gradients, pixels, score, vision_config
 from torch import nn
 
 from vit_embed import VitEmbedForImageClassification, VitEmbedModel

@@ -11,8 +11,6 @@ from tiny import CLOSE, EOS, SIGLIP, SIGLIP_TEXT, TEXT, VISION, dual_config, pix
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig, VitEmbedTextModel, encoder_vit_embed
-from vit_embed.options_vit_embed import TEXT_POOLING_TYPES
-from vit_embed.pooling_vit_embed import POOLED_TOKEN
 
 PAD = 7
 LENGTHS = (5, 9, 12)
@@ -220,11 +218,3 @@ def test_only_a_tower_that_reads_the_end_token_asks_for_one():
                 tower(endless)
         else:
             assert tower(endless).pooler_output.isfinite().all()
-
-
-def test_which_towers_read_padding():
-    assert set(POOLED_TOKEN) == set(TEXT_POOLING_TYPES)
-    assert not VitEmbedTextConfig().reads_padding
-    assert VitEmbedTextConfig(pad_token_id=None).pad_token_id is None
-    for fields in READS_PADDING.values():
-        assert VitEmbedTextConfig(**fields).reads_padding

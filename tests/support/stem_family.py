@@ -229,14 +229,6 @@ def assert_close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, 
         torch.testing.assert_close(one, other, **(tolerance or CLOSE))
 
 
-def assert_same_gradients(found: dict, expected: dict) -> None:
-    """Equal up to the rounding of sums in another order, which grows with the size of what is summed."""
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        bound = 1e-5 * max(1.0, gradient.abs().max().item())
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
-
-
 def assert_every_weight_learns(model: torch.nn.Module) -> None:
     """Every weight that asks for a gradient has one that is finite and not 0. A key's bias shifts all scores of a query
     alike, which softmax ignores: its gradient is 0 up to rounding."""
