@@ -204,6 +204,7 @@ def test_what_the_sources_code_gives_is_compared(source, tmp_path, monkeypatch, 
     monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=reference))
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         convert_checkpoint(source.file, tmp_path / "out", ConversionOptions(dtype=dtype))
+    assert (tmp_path / "out").exists() == (message is None)
 
 
 # Image processors
