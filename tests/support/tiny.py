@@ -89,7 +89,7 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def use_attention(model: torch.nn.Module, implementation: str) -> None:
-    """Sets the attention of every tower, and sees to it that it is set; the backbone of a stem may have other choices."""
+    """Sets the attention of every tower, and sees to it that it is set; a backbone in a stem may have other choices."""
     model.set_attn_implementation(implementation)
     layers = [module for module in model.modules() if hasattr(module, "self_attn")]
     assert {layer.self_attn.config._attn_implementation for layer in layers} == {implementation}
