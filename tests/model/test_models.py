@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from catalogue import ARITHMETIC, CLASSES, OPTIONS, STEMS
+from catalogue import ARITHMETIC, CLASSES, IMAGE_CLASSES, OPTIONS, STEMS, flat
 from tiny import (
     CLOSE,
     assert_same_gradients,
@@ -69,6 +69,17 @@ def test_rows_equal_the_batch(case):
             of_batch = whole[key] if isinstance(whole[key], tuple) else (whole[key],)
             of_row = alone[key] if isinstance(alone[key], tuple) else (alone[key],)
             assert_same(of_row, tuple(values[row : row + 1] for values in of_batch), **CLOSE)
+
+
+@pytest.mark.parametrize("name", [*(name for name in IMAGE_CLASSES if name != "masked"), "merging"])
+@torch.no_grad()
+def test_features_of_another_encoder_take_the_place_of_pixels(name):
+    case = CASES[name]
+    model, inputs = case.model(), case.inputs()
+    expected = flat(model(**inputs), case.outputs)
+    embeds = model.trunk.embeddings.patch_embedding(inputs.pop("pixel_values"))
+    assert_same(tuple(flat(model(patch_embeds=embeds, **inputs), case.outputs)), tuple(expected), **CLOSE)
+    assert torch.equal(model.trunk.get_token_map(patch_embeds=embeds), model.trunk.get_token_map(pixels()))
 
 
 @EVERY

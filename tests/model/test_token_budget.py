@@ -172,15 +172,6 @@ def test_flash_attention_gets_no_mask(monkeypatch, fields, calls):
     assert len(seen) == calls
 
 
-@torch.no_grad()
-def test_features_of_another_encoder_merge():
-    model = build("mean", token_merge_size=2)
-    embeds = model.embeddings.patch_embedding(pixels())
-    expected = model(pixels()).pooler_output
-    torch.testing.assert_close(model(patch_embeds=embeds).pooler_output, expected, **CLOSE)
-    assert torch.equal(model.get_token_map(patch_embeds=embeds), model.get_token_map(pixels()))
-
-
 # --- dropping ---
 
 

@@ -116,6 +116,7 @@ def scale_of(number: float) -> Scale:
 def test_what_is_no_depth_is_zero():
     depth = np.array([[np.nan, np.inf, -np.inf], [-1.0, 0.0, 2.5]])
     assert read_depth(depth, MILLIMETRES, None).tolist() == [[0, 0, 0], [0, 0, 2.5]]
+    assert not read_depth(depth, MILLIMETRES, 2.0).any(), "beyond the largest depth"
     with pytest.raises(ValueError, match="a depth of 2 channels, which is a picture of depth"):
         read_depth(np.dstack([np.zeros((5, 5)), np.ones((5, 5))]), MILLIMETRES, None)
 
