@@ -338,9 +338,3 @@ def test_gradient_matching_is_added_to_the_depth_loss_with_its_weight(loss_name)
     matching = gradient_matching_loss(resized, labels, labels > 0).mean()
     torch.testing.assert_close(both.loss, plain.loss + 0.5 * matching)
     assert both.loss > 1.01 * plain.loss
-
-
-@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 1, 32, 32), (3, 32), (32, 32)])
-def test_depth_labels_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"labels must be \(batch=3, height, width\)"):
-        VitEmbedForDepthEstimation(tiny.vision_config())(tiny.pixels(), labels=torch.ones(shape))

@@ -163,13 +163,17 @@ def headerless_csv(folder: Path) -> None:
     write_table(folder / "all.csv", rows, header=False)
 
 
-def jsonl_tables(folder: Path) -> None:
-    for split in COUNTS:
-        lines = []
-        for row in rows_of(split):
-            save(folder / split / f"{row}.png", SINGLE, row)
-            lines.append(json.dumps({"file_name": f"{row}.png", "label": label_of(row)}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+def jsonl_of(kind: str, cells_of: Callable[[int], dict]) -> Callable[[Path], None]:
+    """A metadata.jsonl in the folder of each split."""
+
+    def write(folder: Path) -> None:
+        for split in COUNTS:
+            for row in rows_of(split):
+                save(folder / split / f"{row}.png", kind, row)
+            lines = [json.dumps({"file_name": f"{row}.png", **cells_of(row)}) for row in rows_of(split)]
+            (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+
+    return write
 
 
 def json_list(folder: Path) -> None:
@@ -232,15 +236,6 @@ def table_of(kind: str, cells_of: Callable[[int], dict]) -> Callable[[Path], Non
     return write
 
 
-def tags_jsonl(folder: Path) -> None:
-    for split in COUNTS:
-        lines = []
-        for row in rows_of(split):
-            save(folder / split / f"{row}.png", MULTI, row)
-            lines.append(json.dumps({"file_name": f"{row}.png", "labels": several_of(row)}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
-
-
 def soft_lists(folder: Path) -> None:
     splits = {}
     for split in COUNTS:
@@ -269,7 +264,7 @@ SETS: dict[str, Callable[[Path], None]] = {
     "tsv_tables": tsv_tables,
     "txt_lists": txt_lists,
     "headerless_csv": headerless_csv,
-    "jsonl_tables": jsonl_tables,
+    "jsonl_tables": jsonl_of(SINGLE, lambda row: {"label": label_of(row)}),
     "json_list": json_list,
     "kaggle": kaggle,
     "parquet_paths": parquet_of(lambda folder, row: f"files/{row}.png", True),
@@ -277,7 +272,7 @@ SETS: dict[str, Callable[[Path], None]] = {
     "parquet_pandas": parquet_of(lambda folder, row: {"bytes": png(SINGLE, row), "path": f"{row}.png"}, False),
     "parquet_relative": parquet_of(lambda folder, row: {"bytes": None, "path": f"files/{row}.png"}, True),
     "saved": saved,
-    "tags_jsonl": tags_jsonl,
+    "tags_jsonl": jsonl_of(MULTI, lambda row: {"labels": several_of(row)}),
     "tags_separated": table_of(MULTI, lambda row: {"label": "|".join(several_of(row))}),
     "tags_pandas": table_of(MULTI, lambda row: {"label": several_of(row)}),
     "tags_01": table_of(MULTI, flags),
