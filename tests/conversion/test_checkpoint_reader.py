@@ -109,6 +109,8 @@ PICKLES = {
     "a side that is a float": ({"a": files.tensor(size=(6.0,))}, "from 0 up"),
     "100 dimensions": ({"a": files.tensor(size=(1,) * 100, stride=(1,) * 100)}, "a size and strides"),
     "a conjugated view": ({"a": files.tensor(None, 0, (6,), (1,), {"conj": True})}, "conjugated"),
+    "a negated view": ({"a": files.tensor(None, 0, (6,), (1,), {"neg": True})}, "negated"),
+    "a sparse tensor": ({"a": calls("torch._utils._rebuild_sparse_tensor")}, "it names torch._utils._rebuild_sparse"),
     "two lengths of one record": (
         {"a": files.tensor(), "b": files.tensor(files.storage(numel=5), size=(5,))},
         "two dtypes or lengths",
@@ -338,22 +340,6 @@ def test_only_the_weights_of_a_training_checkpoint_are_looked_at(tmp_path):
 
 
 # Made in the test: torch warns of some that they are a beta or deprecated.
-OTHER_TENSORS = {
-    "sparse": lambda: torch.eye(3).to_sparse(),
-    "compressed": lambda: torch.eye(3).to_sparse_csr(),
-    "quantised": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "without numbers": lambda: torch.ones(3, device="meta"),
-    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "negated": lambda: torch._neg_view(torch.ones(3)),
-    "conjugated": lambda: torch.ones(3, dtype=torch.complex64).conj(),
-}
-
-
-@pytest.mark.parametrize("kind", OTHER_TENSORS)
-@pytest.mark.filterwarnings("ignore")
-def test_what_is_no_plain_tensor_is_refused(tmp_path, kind):
-    torch.save({"a": OTHER_TENSORS[kind]()}, tmp_path / "a.pt")
-    refused(tmp_path / "a.pt", "something else: a|it names|conjugated")
 
 
 # Shards
