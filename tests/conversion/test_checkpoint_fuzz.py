@@ -4,13 +4,10 @@ The examples are the same on every run. VIT_EMBED_FUZZ=50 takes 50 times as many
 small test of its own in test_checkpoint_reader.py.
 """
 
-import gzip
 import json
 import math
 import os
-import shutil
 import signal
-import string
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,10 +20,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from vit_embed.configuration_vit_embed import VitEmbedTextConfig
 from vit_embed.conversion.reading import read_checkpoint
-from vit_embed.conversion.source import find_source
-from vit_embed.conversion.tokenizer import clip_bpe_vocabulary, read_tokenizer
 
 LONGER = int(os.environ.get("VIT_EMBED_FUZZ", "0"))
 # The slowest file of these sizes that is refused takes milliseconds; a busy machine takes a second.
@@ -291,100 +285,3 @@ def test_an_index_of_anything_gives_only_the_files_beside_it(shards, weight_map,
     assert got is None or (got and got.keys() <= {"a", "b"})
     if weight_map == {"a": "a.safetensors", "b": "b.safetensors"} and not edits:
         assert got.keys() == {"a", "b"}
-
-
-# What lies beside the weights
-
-JSON = st.recursive(
-    JSON_ATOMS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(["pretrained_cfg", "license", "image_processor", "model_type", "model_cfg", "x"]), inner
-        ),
-    ),
-    max_leaves=10,
-)
-CARDS = st.one_of(
-    st.text(max_size=30),
-    st.text(alphabet="-\n\r:[]{}&*!?|>'\"%@`#, abc0123456789.", max_size=60).map(lambda text: f"---\n{text}\n---\n"),
-    st.sampled_from(
-        ["!!bool x", "!!timestamp x", "!!float x", "!!int ''", "2001-99-99", "&a [*a]", "[" * 2000, "=", "<<: 1"]
-    ).map(lambda text: f"---\nlicense: {text}\n---\n"),
-    st.sampled_from(["\n" * 30000, "---\n" + "\n" * 30000, "---\n" + "---\n" * 9000, "---\n" + "a: 1\n" * 9000]),
-)
-
-
-@given(
-    config=st.one_of(JSON.map(lambda value: json.dumps(value).encode()), st.binary(max_size=20)),
-    processor=st.one_of(st.none(), JSON.map(lambda value: json.dumps(value).encode())),
-    card=st.one_of(CARDS.map(lambda text: text.encode("utf-8", "surrogatepass")), st.binary(max_size=20)),
-)
-@fuzz(200)
-def test_a_folder_with_anything_beside_its_weights_is_found_or_refused(folder, valid, config, processor, card):
-    shutil.rmtree(folder / "source", ignore_errors=True)
-    (folder / "source").mkdir()
-    for name, content in {
-        "model.safetensors": valid["a.safetensors"],
-        "config.json": config,
-        "processor_config.json": processor,
-        "README.md": card,
-    }.items():
-        if content is not None:
-            (folder / "source" / name).write_bytes(content)
-    source = attempt(find_source, folder / "source")
-    if source is not None:
-        assert isinstance(source.config, dict) and (source.licence is None or source.licence.isprintable())
-
-
-TEXT_CONFIG = VitEmbedTextConfig(
-    vocab_size=516, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8,
-    max_position_embeddings=8, bos_token_id=514, eos_token_id=515,
-)  # fmt: skip
-
-
-def bpe_file(merges: int = 2) -> bytes:
-    return gzip.compress("\n".join(["header", *("a b" for _ in range(merges)), ""]).encode(), mtime=0)
-
-
-@given(edits=EDITS)
-@fuzz(100)
-def test_a_damaged_vocabulary_is_refused_or_a_vocabulary(folder, edits):
-    path = files.written(folder / "bpe.txt.gz", damaged(bpe_file(), edits))
-    got = attempt(clip_bpe_vocabulary, path, 2)
-    if got is not None:
-        vocab, merges = got
-        assert len(merges) == 2 and all(len(merge.split(" ")) == 2 for merge in merges)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_files() -> dict[str, bytes]:
-    from tokenizers import Tokenizer, models
-
-    letters = {letter: number for number, letter in enumerate(string.ascii_letters)}
-    vocab = {**letters, **{f"{number}": number for number in range(len(letters), 516)}}
-    return {
-        "tokenizer.json": Tokenizer(models.BPE(letters, [])).to_str().encode(),
-        "tokenizer_config.json": b'{"model_max_length": 8}',
-        "vocab.json": json.dumps(vocab).encode(),
-        "merges.txt": b"#version: 0.2\na b\n",
-    }
-
-
-@given(
-    names=st.sampled_from([("tokenizer.json", "tokenizer_config.json"), ("vocab.json", "merges.txt")]),
-    edits=EDITS,
-    anything=st.one_of(st.none(), JSON.map(lambda value: json.dumps(value).encode())),
-    which=st.integers(0, 1),
-)
-@fuzz(150)
-def test_a_damaged_tokenizer_is_refused_or_files(folder, tokenizer_files, names, edits, anything, which):
-    shutil.rmtree(folder / "tokenizer", ignore_errors=True)
-    (folder / "tokenizer").mkdir()
-    for number, name in enumerate(names):
-        content = tokenizer_files[name]
-        if number == which:
-            content = damaged(content, edits) if anything is None else anything
-        (folder / "tokenizer" / name).write_bytes(content)
-    got = attempt(read_tokenizer, folder / "tokenizer", (), TEXT_CONFIG)
-    assert got is None or all(isinstance(content, bytes) for content in got.values())

@@ -4,7 +4,6 @@ What a conversion leaves behind when it fails or is interrupted is in test_conve
 """
 
 import errno
-import logging
 import multiprocessing
 import os
 import resource
@@ -20,7 +19,7 @@ import torch
 from vit_embed.conversion import writer
 from vit_embed.conversion.reading import read_checkpoint
 from vit_embed.conversion.writer import new_file, new_folder, write_state_dict
-from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
+from vit_embed.convert_checkpoint import convert_checkpoint, restore_checkpoint
 
 WEIGHTS = {"a": torch.arange(6.0), "b": torch.ones(2, 3).half()}
 BOTH = pytest.mark.parametrize("new", [new_folder, new_file])
@@ -79,24 +78,6 @@ def test_of_two_processes_one_writes_all_and_the_other_is_refused(tmp_path, new)
         assert refusal is None and message is not None and {winner, loser} == {0, 1}
         assert "must be a new" in message and str(target) in message
         assert content_of(target) == {str(winner)} and os.listdir(target.parent) == [target.name]
-
-
-def test_of_two_commands_one_writes_the_folder_and_the_other_is_refused(source, tmp_path):
-    context = multiprocessing.get_context("fork")
-    results, handler = context.Queue(), logging.FileHandler(tmp_path / "log")
-    logging.getLogger().addHandler(handler)
-    arguments = [str(source.file), "--output_dir", str(tmp_path / "out")]
-    running = [context.Process(target=lambda: results.put(main(arguments))) for _ in range(2)]
-    for process in running:
-        process.start()
-    assert sorted(results.get(timeout=300) for _ in running) == [0, 1]
-    for process in running:
-        process.join(60)
-    logging.getLogger().removeHandler(handler)
-    log = (tmp_path / "log").read_text()
-    assert log.count("nothing was written: --output_dir must be a new or an empty folder") == 1
-    assert sorted(os.listdir(tmp_path)) == ["log", "out"] and "Traceback" not in log
-    restore_checkpoint(tmp_path / "out", "openai", output_file=tmp_path / "back.pt")  # it is whole
 
 
 def write_for_ever(new, target: Path, written) -> None:

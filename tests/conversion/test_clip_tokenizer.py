@@ -10,14 +10,12 @@ from pathlib import Path
 import ftfy
 import openai_reference
 import pytest
-import tiny
 import torch
 import transformers
-from fresh_process import outputs, run_fresh
 from transformers import CLIPTokenizer
 
 import vit_embed
-from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig
+from vit_embed import VitEmbedTextConfig
 from vit_embed.conversion.openai_files import BPE_FILE, find_openai_file
 from vit_embed.conversion.tokenizer import (
     clip_bpe_vocabulary,
@@ -39,51 +37,6 @@ def with_tokenizer(tmp_path_factory) -> Path:
     torch.save(openai_reference.openai_state_dict(model), folder / "clip.pt")
     convert(folder / "clip.pt", folder / "out")
     return folder / "out"
-
-
-def load_with_auto_classes(folder, pixel_values, texts):
-    import torch
-    from transformers import (
-        AutoModel,
-        AutoModelForDepthEstimation,
-        AutoModelForImageClassification,
-        AutoModelForZeroShotImageClassification,
-        AutoProcessor,
-    )
-
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    tokenized = processor(text=texts, padding=True, return_tensors="pt")
-    pixel_values = torch.tensor(pixel_values)
-    result = {"processor": type(processor).__name__, "input_ids": tokenized.input_ids.tolist(), "classes": []}
-    for auto_class in (AutoModel, AutoModelForZeroShotImageClassification):
-        model = auto_class.from_pretrained(folder, trust_remote_code=True).eval()
-        with torch.no_grad():
-            result[auto_class.__name__] = model(pixel_values, tokenized.input_ids).logits_per_image.tolist()
-    for auto_class, shape in ((AutoModelForImageClassification, (2, 5)), (AutoModelForDepthEstimation, (2, 32, 32))):
-        model, info = auto_class.from_pretrained(folder, trust_remote_code=True, num_labels=5, output_loading_info=True)
-        missing = {name.split(".")[0] for name in info["missing_keys"]}
-        with torch.no_grad():
-            output = model(pixel_values)
-        output = getattr(output, "logits", None) if shape == (2, 5) else output.predicted_depth
-        assert output.shape == shape, output.shape
-        result["classes"].append([auto_class.__name__, sorted(missing)])
-    return result
-
-
-def test_auto_classes_load_the_folder_in_a_fresh_process(with_tokenizer, tmp_path):
-    pixel_values, texts = tiny.pixels(batch=2), ["A photo of a dog!", "two cats"]
-    got = run_fresh(
-        load_with_auto_classes, tmp_path, folder=str(with_tokenizer), pixel_values=pixel_values.tolist(), texts=texts
-    )
-    assert got["processor"] == "CLIPProcessor"
-    assert got["classes"] == [
-        ["AutoModelForImageClassification", ["classifier"]],
-        ["AutoModelForDepthEstimation", ["depth_head"]],
-    ]
-    model = VitEmbedForContrastive.from_pretrained(with_tokenizer).eval()
-    expected = outputs(model, {"pixel_values": pixel_values, "input_ids": torch.tensor(got["input_ids"])})[1]
-    for auto_class in ("AutoModel", "AutoModelForZeroShotImageClassification"):
-        torch.testing.assert_close(torch.tensor(got[auto_class]), expected, rtol=0, atol=0)
 
 
 def test_the_tokenizer_gives_openais_ids(with_tokenizer):

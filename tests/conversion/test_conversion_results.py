@@ -14,35 +14,16 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
 from vit_embed import VitEmbedForContrastive
 from vit_embed.conversion import progress
 from vit_embed.conversion.layouts import LAYOUTS, openai
 from vit_embed.conversion.layouts.layout import ConversionOptions
-from vit_embed.conversion.layouts.openai import METADATA
 from vit_embed.conversion.reading import read_checkpoint
 from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
 
 # The way back
-
-
-def test_openais_code_loads_what_comes_back(converted, tmp_path):
-    restored = restore_checkpoint(converted, "openai", output_file=tmp_path / "back.pt")
-    state_dict = torch.load(tmp_path / "back.pt", weights_only=True)
-    assert state_dict.keys() == restored.state_dict.keys()
-    # Its own `build_model` drops the three sizes, rounds to float16 and loads with strict keys.
-    theirs = openai_reference.openai_code().build_model(dict(state_dict)).float()
-    ours = VitEmbedForContrastive.from_pretrained(converted).eval()
-    pixel_values, input_ids = tiny.pixels(), tiny.tokens()
-    with torch.no_grad():
-        expected, got = theirs.encode_image(pixel_values), ours.get_image_features(pixel_values)
-    assert (got - expected).abs().max() < 1e-2 * expected.abs().max()  # float16 weights
-    exact = openai_reference.openai_clip().float()
-    exact.load_state_dict({name: tensor for name, tensor in state_dict.items() if name not in METADATA})
-    with torch.no_grad():
-        expected, got = exact(pixel_values, input_ids)[0], ours(pixel_values, input_ids).logits_per_image
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)  # logits of tens: 1e-5 of them
 
 
 @pytest.mark.parametrize(
@@ -142,13 +123,6 @@ def test_card_and_config_name_the_origin_of_the_weights(source, converted):
     assert "| image_features |" in card and "license:" not in card.split("---")[1]
 
 
-def test_the_origin_survives_training_and_saving(converted, tmp_path):
-    model = VitEmbedForContrastive.from_pretrained(converted)
-    model.save_pretrained(tmp_path / "saved")
-    saved = AutoConfig.from_pretrained(tmp_path / "saved", trust_remote_code=True)
-    assert saved.converted_from == model.config.converted_from is not None
-
-
 # Progress
 
 
@@ -230,24 +204,10 @@ def test_what_the_sources_code_gives_is_compared(source, tmp_path, monkeypatch, 
     monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], reference=reference))
     with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
         convert_checkpoint(source.file, tmp_path / "out", ConversionOptions(dtype=dtype))
+    assert (tmp_path / "out").exists() == (message is None)
 
 
 # Image processors
-
-
-def test_an_image_processor_of_an_old_release_is_read(tmp_path):
-    """In the form that transformers < 4.25 wrote: sizes as one number, no `image_processor_type`."""
-    tiny.clip_model().save_pretrained(tmp_path / "clip")
-    old = {
-        **{"crop_size": 32, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 32},
-        **{"feature_extractor_type": "CLIPFeatureExtractor", "image_mean": [0.4] * 3, "image_std": [0.3] * 3},
-    }
-    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(old))
-    convert_checkpoint(tmp_path / "clip", tmp_path / "out")
-    written = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
-    assert (written["size"], written["crop_size"]) == ({"shortest_edge": 32}, {"height": 32, "width": 32})
-    assert written["image_mean"] == [0.4] * 3 and written["image_std"] == [0.3] * 3
-    assert type(AutoImageProcessor.from_pretrained(tmp_path / "out")).__name__.startswith("CLIPImageProcessor")
 
 
 def test_unknown_preprocessing_is_warned_of(source, tmp_path, caplog, monkeypatch):

@@ -132,17 +132,6 @@ def test_the_clip_inside_a_folder_of_sentence_transformers_is_found(tmp_path):
         find_source(folder)
 
 
-def test_shards_are_named_by_their_index(tmp_path):
-    folder = folder_of(tmp_path)
-    save_file({"a": torch.zeros(2)}, folder / "one.safetensors")
-    save_file({"b": torch.ones(3)}, folder / "two.safetensors")
-    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    source = find_source(folder)
-    assert {name: len(tensor) for name, tensor in source.state_dict().items()} == {"a": 2, "b": 3}
-    assert list(source.sha256()) == ["model.safetensors.index.json", "one.safetensors", "two.safetensors"]
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -184,3 +173,6 @@ def test_the_licence_is_what_the_card_states_on_one_line(tmp_path, front, licenc
     (folder / "README.md").unlink()
     (folder / "config.json").write_text('{"pretrained_cfg": {"license": "apache-2.0"}}')  # timm's
     assert find_source(folder).licence == "apache-2.0"
+    (folder / "config.json").write_text('{"pretrained_cfg": ["license"]}')
+    (folder / "processor_config.json").write_text('{"image_processor": 3}')
+    assert find_source(folder).licence is find_source(folder).preprocessor is None

@@ -12,16 +12,15 @@ from pathlib import Path
 
 import openai_reference
 import pytest
-import tiny
 import torch
 import torch._utils
 from conversions import converter, leftovers
-from transformers import AutoConfig, CLIPModel
+from transformers import AutoConfig
 
 import vit_embed
 from vit_embed import VitEmbedForContrastive
 from vit_embed.conversion import openai_files
-from vit_embed.conversion.layouts import LAYOUTS, openai
+from vit_embed.conversion.layouts import LAYOUTS
 from vit_embed.conversion.layouts.layout import ConversionOptions
 from vit_embed.conversion.layouts.openai import METADATA
 from vit_embed.conversion.openai_files import BPE_FILE, find_openai_file
@@ -35,35 +34,6 @@ def from_openai(state_dict: dict, options: ConversionOptions):
 
 
 convert = convert_checkpoint
-
-
-def relative(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """The difference in units of the largest value expected."""
-    return (got - expected) / expected.abs().max()
-
-
-def test_bfloat16_is_no_worse_than_openais(tmp_path):
-    reference = openai_reference.openai_clip().float()
-    for parameter in reference.parameters():
-        parameter.data = parameter.data.bfloat16().float()  # both then round only what they compute
-    torch.save(openai_reference.openai_state_dict(reference), tmp_path / "clip.pt")
-    convert(tmp_path / "clip.pt", tmp_path / "folder", ConversionOptions(dtype=torch.bfloat16))
-    model = VitEmbedForContrastive.from_pretrained(tmp_path / "folder", dtype=torch.bfloat16).eval()
-    pixel_values, input_ids = tiny.pixels(batch=32), tiny.tokens(batch=32)
-    with torch.no_grad():
-        exact = reference.encode_image(pixel_values), reference.encode_text(input_ids)
-        ours = model.get_image_features(pixel_values), model.get_text_features(input_ids)
-        # OpenAI's mixed form, bfloat16 in place of float16: norms in float32, the residual stream rounded.
-        for module in reference.modules():
-            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.MultiheadAttention)):
-                module.bfloat16()
-        for parameter in (reference.visual.proj, reference.text_projection):
-            parameter.data = parameter.data.bfloat16()
-        theirs = reference.encode_image(pixel_values), reference.encode_text(input_ids)
-    for expected, our, their in zip(exact, ours, theirs):
-        our_error, their_error = (relative(value.float(), expected).square().mean().sqrt() for value in (our, their))
-        # Two roundings of 32 features at random: their means agree within a tenth.
-        assert our_error <= 1.1 * their_error
 
 
 def config_but_origin(folder: Path) -> dict:
@@ -81,27 +51,6 @@ def test_a_state_dict_gives_the_same_folder_as_the_archive(source, converted, tm
         name = "model.safetensors"
         assert (tmp_path / str(number) / name).read_bytes() == (converted / name).read_bytes()
         assert config_but_origin(tmp_path / str(number)) == config_but_origin(converted)
-
-
-def test_sizes_are_read_from_the_tensors(converted):
-    config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
-    sizes = openai_reference.SIZES
-    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 3, 2)
-    assert (config.image_size, config.patch_size, config.intermediate_size) == (32, 8, 512)
-    assert (config.projection_dim, config.hidden_act) == (sizes["embed_dim"], "quick_gelu")
-    text = config.text_config
-    assert (text.hidden_size, text.num_hidden_layers, text.num_attention_heads) == (64, 2, 1)
-    assert (text.max_position_embeddings, text.vocab_size, text.intermediate_size) == (16, 100, 256)
-    assert (text.bos_token_id, text.eos_token_id, text.hidden_act) == (98, 99, "quick_gelu")
-
-
-def test_stock_clip_loads_the_folder(source, converted):
-    model, info = CLIPModel.from_pretrained(converted, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    with torch.no_grad():
-        logits = model(pixel_values=tiny.pixels(), input_ids=tiny.tokens()).logits_per_image
-        difference = relative(logits, source.model(tiny.pixels(), tiny.tokens())[0])
-    assert difference.abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
@@ -126,21 +75,6 @@ def test_the_largest_difference_is_logged_returned_and_in_the_card(source, tmp_p
         assert f"| {name} | {difference:.2e} |" in card
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: zero-shot-image-classification\n")
     assert "archive.pt" in card
-
-
-def test_a_result_that_computes_something_else_is_not_written(source, tmp_path, monkeypatch):
-    def swaps_queries_and_values(state_dict, source_config, options):
-        converted = openai.convert(state_dict, source_config, options)
-        weights = converted.weights
-        attention = "vision_model.encoder.layers.1.self_attn."
-        query, value = f"{attention}q_proj.weight", f"{attention}v_proj.weight"
-        weights[query], weights[value] = weights[value], weights[query]
-        return converted
-
-    monkeypatch.setitem(LAYOUTS, "openai", replace(LAYOUTS["openai"], convert=swaps_queries_and_values))
-    with pytest.raises(ValueError, match="image_features of the result differs from the source's"):
-        convert(source.archive, tmp_path / "out")
-    assert leftovers(tmp_path) == []
 
 
 def test_without_openais_code_the_folder_is_written_with_a_line_in_the_log(source, tmp_path, monkeypatch, caplog):
@@ -201,25 +135,6 @@ def test_a_resnet_clip_is_refused_by_name():
     resnet = openai_reference.openai_clip(vision_layers=(1, 1, 1, 1), vision_width=8)
     with pytest.raises(ValueError, match="this is a ResNet CLIP"):
         from_openai(openai_reference.openai_state_dict(resnet), ConversionOptions())
-
-
-def test_keys_left_over_are_listed_and_counted(source):
-    extra = {f"visual.extra.{n}": torch.zeros(1) for n in range(9)}
-    with pytest.raises(ValueError, match=r"keys of the source without a place.*visual\.extra\.0.*\(9 in all\)"):
-        from_openai({**source.state_dict, **extra}, ConversionOptions())
-    # A layer that nothing leads up to.
-    stray = {"transformer.resblocks.7.ln_1.weight": torch.zeros(64)}
-    with pytest.raises(ValueError, match="keys of the source without a place.*resblocks.7.ln_1.weight"):
-        from_openai({**source.state_dict, **stray}, ConversionOptions())
-
-
-def test_keys_not_filled_are_listed_and_counted(source):
-    partial = {key: tensor for key, tensor in source.state_dict.items() if "resblocks.1.ln_2" not in key}
-    with pytest.raises(ValueError, match=r"not in the source: .*layers\.1\.layer_norm2\.weight, [^,]*$"):
-        from_openai(partial, ConversionOptions())
-    empty = {key: tensor for key, tensor in source.state_dict.items() if "ln_" not in key}
-    with pytest.raises(ValueError, match=r"not in the source: .*\(26 in all\)"):
-        from_openai(empty, ConversionOptions())
 
 
 def test_non_finite_weights_are_counted_and_converted(source, tmp_path, caplog):

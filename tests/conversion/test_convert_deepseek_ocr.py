@@ -46,21 +46,21 @@ def assert_every_state_equal(model: VitEmbedModel, expected: list[torch.Tensor],
 @pytest.mark.parametrize("size", [48, 16])
 def test_pixels_of_other_sizes(size):
     source, pixel_values = deepseek_clip(), tiny.pixels(height=size, width=size)
-    assert_every_state_equal(converted(source.state_dict()), source(pixel_values), pixel_values=pixel_values)
+    assert_every_state_equal(converted(source.weights()), source(pixel_values), pixel_values=pixel_values)
 
 
 @pytest.mark.parametrize("side", [4, 8, 3])
 def test_features_of_another_encoder_in_place_of_pixels(side):
     source, patch_embeds = deepseek_clip(), torch.randn(2, 32, side, side, generator=torch.Generator().manual_seed(3))
     expected = source(torch.empty(2, 3, 0, 0), patch_embeds)
-    assert_every_state_equal(converted(source.state_dict()), expected, patch_embeds=patch_embeds)
+    assert_every_state_equal(converted(source.weights()), expected, patch_embeds=patch_embeds)
 
 
 def test_the_published_width_gives_the_config_of_the_system():
     with torch.device("meta"):
         source = DeepSeekClip(width=1024, layers=1, heads=16, hidden=4096, patch=14, image=224)
     # Zeros take no memory until they are written.
-    state_dict = {key: torch.zeros(tensor.shape) for key, tensor in source.state_dict().items()}
+    state_dict = {key: torch.zeros(tensor.shape) for key, tensor in source.weights().items()}
     config, _ = from_deepseek(state_dict, {}, ConversionOptions())
     stated = json.loads((CONFIGS / "deepseek-ocr-clip-l.json").read_text())
     assert stated.pop("num_hidden_layers") == 24 and config.num_hidden_layers == 1
@@ -84,7 +84,7 @@ def test_equals_the_encoder_of_unlimited_ocr():
     source = deepseek_clip()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": HEADS}
     theirs = UnlimitedOcrVisionEncoder(UnlimitedOcrVisionEncoderConfig(**sizes, image_size=32, patch_size=8)).eval()
-    model = converted(source.state_dict())
+    model = converted(source.weights())
     weights = {key: tensor for key, tensor in model.state_dict().items() if "patch_embedding" not in key}
     theirs.load_state_dict(weights)  # strict: its keys are CLIP's, as ours are
     for grid in ((4, 4), (8, 8), (3, 5)):
@@ -115,7 +115,7 @@ def test_the_whole_models_folder_gives_the_half(made, tmp_path, caplog):
 @pytest.mark.parametrize("prefix", ["", "vision_model.", "model.vision_model."])
 @pytest.mark.parametrize("source_config", [{}, whole_config()])
 def test_detected_with_and_without_a_config_and_under_every_prefix(prefix, source_config):
-    weights = {prefix + key: tensor for key, tensor in deepseek_clip().state_dict().items()}
+    weights = {prefix + key: tensor for key, tensor in deepseek_clip().weights().items()}
     layout, reason = detect_layout(weights, source_config)
     assert layout == "deepseek_ocr" and f"{prefix}transformer.layers" in reason
     assert from_deepseek(weights, source_config)[0].num_hidden_layers == 3
@@ -125,7 +125,7 @@ def test_detected_with_and_without_a_config_and_under_every_prefix(prefix, sourc
 
 
 def test_heads_come_from_the_config_or_must_be_given():
-    weights = deepseek_clip().state_dict()
+    weights = deepseek_clip().weights()
     assert from_deepseek(weights, whole_config(), ConversionOptions())[0].num_attention_heads == HEADS
     with pytest.raises(ValueError, match="--num_attention_heads of width 32"):
         from_deepseek(weights, {}, ConversionOptions())
@@ -136,7 +136,7 @@ def test_heads_come_from_the_config_or_must_be_given():
 @pytest.mark.parametrize(("field", "value"), [("width", 64), ("layers", 24), ("patch_size", 14), ("image_size", 224)])
 def test_a_config_that_contradicts_the_weights(field, value):
     with pytest.raises(ValueError, match=f"{field} of clip-l-14-224 must be .* got {value}"):
-        from_deepseek(deepseek_clip().state_dict(), whole_config(**{field: value}))
+        from_deepseek(deepseek_clip().weights(), whole_config(**{field: value}))
 
 
 def test_options_that_its_code_fixes_are_refused(made, tmp_path):

@@ -31,7 +31,7 @@ from transformers import (
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel
 from vit_embed.conversion.layouts.layout import ConversionOptions
-from vit_embed.convert_checkpoint import convert_checkpoint, main, restore_checkpoint
+from vit_embed.convert_checkpoint import convert_checkpoint, restore_checkpoint
 
 
 def convert(state_dict, config):
@@ -133,22 +133,7 @@ def test_siglip_without_its_processor_gets_siglips_settings(made, tmp_path):
     assert written["resample"] == int(stock["resample"])
 
 
-@pytest.fixture(scope="module")
-def siglip(made, tmp_path_factory):
-    """A converted SiglipModel."""
-    folder = tmp_path_factory.mktemp("siglip") / "ours"
-    convert_checkpoint(made("hf_clip: SiglipModel").path, folder)
-    return folder
-
-
 # The way back
-
-
-def test_a_file_alone_has_the_same_weights(made, siglip, tmp_path):
-    arguments = [str(siglip), "--reverse", "--layout", "hf_clip"]
-    assert main([*arguments, "--output_file", str(tmp_path / "model.pt")]) == 0
-    alone, expected = torch.load(tmp_path / "model.pt"), made("hf_clip: SiglipModel").state_dict
-    assert alone.keys() == expected.keys() and all(torch.equal(alone[key], expected[key]) for key in expected)
 
 
 @torch.no_grad()

@@ -14,9 +14,7 @@ from conversions import NEW_ATTENTION_NAMES, assert_same_states, built, converte
 from safetensors.torch import save_file
 from sources import BARE_OPTIONS, DINO_SIZES, DINOV2_MODELS, HF_VIT_MODELS, REGISTERS, VIT_SIZES, dinov2, hf_vit
 from transformers import (
-    AutoImageProcessor,
     AutoModelForImageClassification,
-    BitImageProcessor,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
@@ -251,20 +249,3 @@ def test_without_a_processor_there_is_the_published_one(made):
     # github.com/facebookresearch/deit, its evaluation: 256, the middle 224, ImageNet's statistics
     stated = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}, "image_mean": IMAGENET_MEAN}
     assert {name: own("DeiTModel")[name] for name in stated} == stated
-
-
-@pytest.mark.parametrize(
-    ("name", "processor", "shape"),
-    [
-        ("ViTModel", ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.4, 0.5, 0.6]), (32, 32)),
-        ("Dinov2Model", BitImageProcessor(size={"shortest_edge": 80}, crop_size=70, image_mean=[0.1] * 3), (70, 70)),
-    ],
-)
-def test_the_folders_processor_is_carried_over(name, processor, shape, tmp_path):
-    MODELS[name]().save_pretrained(tmp_path / "source")
-    processor.save_pretrained(tmp_path / "source")
-    convert_checkpoint(tmp_path / "source", tmp_path / "folder")
-    ours = AutoImageProcessor.from_pretrained(tmp_path / "folder")
-    assert type(ours).__name__.startswith("CLIP") and list(ours.image_mean) == list(processor.image_mean)
-    assert name == "ViTModel" or dict(ours.size)["shortest_edge"] == 80
-    assert ours(torch.zeros(3, 50, 20), return_tensors="pt").pixel_values.shape[2:] == shape

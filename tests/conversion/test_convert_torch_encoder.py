@@ -177,7 +177,7 @@ def test_two_heads_are_refused_and_their_trunk_is_converted():
     model = converted(both, replace(POST, trunk_only=True))
     assert isinstance(model, VitEmbedModel)
     with torch.no_grad():
-        assert_close(model(pixel_values).pooler_output, source.norm(source.states(pixel_values)[-1])[:, 0])
+        assert_close(model(pixel_values).pooler_output, source.norm(source.tokens(pixel_values))[:, 0])
 
 
 def test_an_average_beside_a_class_token_is_warned_of_as_such(caplog):

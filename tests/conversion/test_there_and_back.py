@@ -104,9 +104,10 @@ def test_every_key_is_needed_and_no_other_is_taken(case, made):
     for key, tensor in source.state_dict.items():
         if case.is_needed(key):
             assert is_refused({name: value for name, value in source.state_dict.items() if name != key}), key
-            # Nothing reads Meta's mask token.
-            wrong = {**source.state_dict, key: torch.stack([tensor] * 3)}
-            assert key == "mask_token" or is_refused(wrong), f"{key} of another rank"
+            longer = [torch.cat([tensor, tensor[:1]])] if tensor.dim() else []
+            for wrong in (torch.stack([tensor] * 3), *longer):
+                # Nothing reads Meta's mask token.
+                assert key == "mask_token" or is_refused({**source.state_dict, key: wrong}), (key, wrong.shape)
     with pytest.raises(ValueError, match=r"without a place in the model: .*extra\.weight"):
         convert(case, {**source.state_dict, "extra.weight": torch.ones(1)}, source.config)
 
@@ -200,32 +201,24 @@ TENSORS = {
     ("openai: CLIP",): [
         ("visual.positional_embedding", torch.zeros(12, 128), "square grid.* 12 positions"),
         ("visual.conv1.weight", torch.zeros(128, 3, 8, 4), r"patches of \(8, 4\)"),
-        ("visual.proj", torch.zeros(128, 25), r"text_projection must be \(64, 25\), got \(64, 24\)"),
         ("visual.proj", torch.zeros(128, 0), r"visual.proj must be \(width, joint width\), got \(128, 0\)"),
-        ("ln_final.bias", torch.zeros(65), r"ln_final.bias must be \(64,\), got \(65,\)"),
         ("ln_final.bias", torch.zeros(64, dtype=torch.int64), "ln_final.bias must be a float tensor, got torch.int64"),
         ("vocab_size", torch.tensor(99), "vocab_size must be 100 as the weights say, got 99"),
         ("input_resolution", torch.tensor([32, 32]), "input_resolution must be 32"),
     ],
     ("hf_clip: SiglipModel",): [
         ("vision_model.embeddings.patch_embedding.weight", torch.ones(1, 32, 3, 8, 8), "embedding.weight must be"),
-        ("logit_scale", torch.ones(1, 1), "logit_scale must be"),
-        ("vision_model.head.probe", torch.ones(1, 1, 1, 32), "vision_model.head.probe must be"),
     ],
     ("hf_vit: ViTForImageClassification",): [
         ("vit.embeddings.patch_embeddings.projection.weight", torch.ones(32, 192), "patch height"),
-        ("vit.embeddings.position_embeddings", torch.ones(17, 32), "position_embeddings must be"),
         ("vit.embeddings.position_embeddings", torch.ones(1, 26, 32), "make 16 patches .here 25"),
         ("vit.encoder.layer.0.intermediate.dense.weight", torch.ones(40, 32), "intermediate_size=48 .here 40"),
-        ("vit.encoder.layer.1.intermediate.dense.weight", torch.ones(40, 32), "layer.1.intermediate.dense.weight must"),
         ("classifier.weight", torch.ones(6, 32), "names 5 classes in id2label, classifier.weight has 6"),
     ],
     ("dinov2: Dinov2Model of Meta", "dinov2: Dinov2WithRegistersModel of Meta"): [
         ("pos_embed", torch.ones(26, 32), "pos_embed must be"),
         ("pos_embed", torch.ones(1, 25, 32), "no square grid"),
-        ("register_tokens", torch.ones(3, 32), "register_tokens must be .1, registers, width"),
         ("blocks.1.mlp.fc1.weight", torch.ones(60, 32), "blocks.1.mlp.fc1.weight must be"),
-        ("blocks.2.ls1.gamma", torch.ones(1, 32), "blocks.2.ls1.gamma must be"),
     ],
     ("deepseek_ocr: whole model",): [
         (f"model.vision_model.{key}", torch.ones(shape), message)
@@ -238,8 +231,6 @@ TENSORS = {
     ],
     ("torch_encoder: MiniViT",): [
         ("encoder.layers.1.linear2.weight", torch.ones(32, 47), r"linear2.weight must be \(32, 48\)"),
-        ("cls_token", torch.ones(1, 1, 31), r"cls_token must be \(1, 1, 32\)"),
-        ("pos_embed", torch.ones(2, 17, 32), r"pos_embed must be \(1, 17, 32\)"),
         ("patch_embed.weight", torch.ones(32, 192), "patch_embed is a linear map of flattened patches"),
     ],
     ("torch_encoder: MiniViTDepth",): [

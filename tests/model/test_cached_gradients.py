@@ -8,7 +8,7 @@ import pytest
 import stem_family
 import tiny
 import torch
-from test_training import assert_same_gradients
+from tiny import assert_same_gradients
 
 from vit_embed import VitEmbedForContrastive
 from vit_embed.contrastive_vit_embed import CONTRASTIVE_LOSSES, PairRows, contrastive_logits

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 import stem_family
+from stem_family import APPLIES, fields_for, other_value
 from tiny import TEXT, VISION, dual_config, vision_config
-from transformers import CLIPConfig, PretrainedConfig, PreTrainedModel, ResNetConfig
+from transformers import CLIPConfig, PretrainedConfig, PreTrainedModel
 
 from vit_embed import VitEmbedConfig, VitEmbedForContrastive, VitEmbedModel, VitEmbedTextConfig
+from vit_embed import options_vit_embed as options
 from vit_embed.configuration_vit_embed import AUTO_MAP, FIELDS, TEXT_FIELDS, reject_misspelled
+from vit_embed.options_vit_embed import OPTIONS
 
 REPO = Path(__file__).parents[2]
 
@@ -27,79 +31,69 @@ def test_defaults_are_openai_clip_vit_b_16():
     assert (text.max_position_embeddings, text.eos_token_id) == (77, 49407)
 
 
+# Of each check: values in range, and values out of it.
+CHECKS = {
+    options.COUNT: ((1, 7), (0, -1, 2.0, True)),
+    options.integer(0): ((0, 3), (-1, 0.0, False)),
+    options.one_of(options.HIDDEN_ACTS): (("gelu",), ("swish", None)),
+    options.optional(options.COUNT): ((None, 1), (0, "1")),
+    options.FLAG: ((True, False), ("yes", None)),
+    options.RATE: ((0, 0.5), (1.0, -0.1, "0.1", math.nan)),
+    options.POSITIVE: ((1e-9, 3), (0, -1.0, math.inf, math.nan)),
+    options.NOT_NEGATIVE: ((0, 0.5), (-0.5, "0.5", math.inf, math.nan)),
+    options.PIXELS: ((8, (4, 8), [8, 4]), (0, (32, 32, 32), 8.0, (8, -8))),
+    options.EVEN: ((2, 6), (3, 4.0, 0)),
+    options.LOG_SCALE: ((-2.0, 4.6052), ("x", 9.0)),
+    options.JSON_DICT: (
+        (None, {"layout": "timm", "names": ["a", None]}),
+        ("timm", ["timm"], {"layout": object()}, {"sizes": (1, 2)}, {1: "one"}, {"scale": math.nan}),
+    ),
+    options.STEM_SHARE: ((0.25, 1), (0.2, 1.1, "half", math.nan)),
+}
+# Fields of which the config makes something, and those that are only written.
+UNCHECKED = {"backbone_config", "out_features", "out_indices", "text_config"}
+UNCHECKED_OF_TEXTS = {"initializer_range", "initializer_factor", "bos_token_id", "pad_token_id"}
+
+
+@pytest.mark.parametrize(("check", "values"), CHECKS.items(), ids=[check.must_be for check in CHECKS])
+def test_what_a_check_accepts(check, values):
+    accepted, refused = values
+    assert all(map(check.accepts, accepted)) and not any(map(check.accepts, refused))
+
+
+@pytest.mark.parametrize("option", (*OPTIONS, *options.TEXT_OPTIONS), ids=lambda option: option.name)
+def test_a_value_out_of_range_is_refused_by_the_name_of_its_field(option):
+    of_text = option in options.TEXT_OPTIONS
+    if option.check is options.ANYTHING:
+        assert option.name in (UNCHECKED_OF_TEXTS if of_text else UNCHECKED)
+        return
+    wrong = [object()] if option.check is options.LOG_SCALE else [object(), -2.0]
+    wrong += [1.0] if option.name.endswith(("_prob", "_rate", "_ratio", "_dropout")) else []
+    is_count = type(option.default) is int and option.default > 0 and not option.name.endswith("_token_id")
+    for value in wrong + ([0] if is_count else []):
+        with pytest.raises(option.check.error, match=re.escape(f"{option.name} must be {option.check.must_be} got")):
+            VitEmbedTextConfig(**{**TEXT, option.name: value}) if of_text else vision_config(**{option.name: value})
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size must be an integer >= 1, got 0"),
         ({"hidden_size": 33}, "hidden_size.*num_attention_heads.*hidden_size=33.*num_attention_heads=4"),
-        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer"),
-        ({"hidden_act": "swish"}, "hidden_act must be one of quick_gelu, gelu.*got 'swish'"),
-        ({"stem_type": "convolution"}, "stem_type must be one of conv, linear, .*; got 'convolution'"),
-        ({"position_embedding_type": "rope"}, "position_embedding_type must be one of learned, sinusoidal, polynomial"),
-        ({"norm_type": "batch_norm"}, "norm_type must be one of layer_norm, rms_norm"),
-        ({"final_norm_type": "no"}, "final_norm_type must be one of"),
-        ({"norm_position": "sandwich"}, "norm_position must be one of pre, post"),
-        ({"pooling_type": "max"}, "pooling_type must be one of cls, mean, map"),
-        ({"contrastive_loss": "triplet"}, "contrastive_loss must be one of softmax, sigmoid"),
-        ({"depth_head_type": "unet"}, "depth_head_type must be one of deconv, dpt"),
-        ({"depth_loss": "huber"}, "depth_loss must be one of silog, l1, l2"),
-        ({"hard_negative_beta": -0.5}, "hard_negative_beta must be a number >= 0, got -0.5"),
-        ({"hard_negative_beta": float("nan")}, "hard_negative_beta must be a number >= 0, got nan"),
-        (
-            {"hard_negative_beta": 0.25, "contrastive_loss": "sigmoid"},
-            "hard_negative_beta=0.25 has a meaning with contrastive_loss='softmax' only, got .*'sigmoid'",
-        ),
-        ({"contrastive_chunk_size": 0}, "contrastive_chunk_size must be an integer >= 1, got 0"),
-        ({"depth_gradient_weight": "0.5"}, "depth_gradient_weight must be a number >= 0, got '0.5'"),
-        ({"depth_gradient_weight": float("inf")}, "depth_gradient_weight must be a number >= 0, got inf"),
         (
             {"depth_gradient_weight": 0.5, "depth_activation": "identity", "depth_loss": "l1"},
             "depth_gradient_weight=0.5 compares logarithms .* depth_activation='identity'; set depth_gradient_weight=0",
         ),
-        ({"depth_activation": "relu"}, "depth_activation must be one of None, identity; got 'relu'"),
         (
             {"depth_activation": "identity", "max_depth": 10.0},
             "max_depth=10.0 bounds a positive depth, but depth_activation='identity'",
         ),
-        ({"deconv_kernel_size": 3}, "deconv_kernel_size must be an even integer >= 2, got 3"),
-        ({"deconv_kernel_size": 4.0}, "deconv_kernel_size must be an even integer >= 2, got 4.0"),
-        ({"deconv_kernel_size": 0}, "deconv_kernel_size must be an even integer >= 2, got 0"),
-        (
-            {"deconv_kernel_size": 4, "depth_head_type": "dpt"},
-            "deconv_kernel_size=4 has a meaning with depth_head_type='deconv' only, got depth_head_type='dpt'",
-        ),
-        (
-            {"norm_before_pooling": True},
-            "norm_before_pooling=True has a meaning with pooling_type='mean' only, got pooling_type='cls'",
-        ),
-        ({"norm_before_pooling": "yes", "pooling_type": "mean"}, "norm_before_pooling must be one of True, False"),
+        ({"problem_type": "foo"}, "problem_type"),
         ({"use_visual_projection": False}, "use_visual_projection=False.*projection_dim=20 and hidden_size=32"),
-        ({"use_visual_projection": None}, "use_visual_projection must be one of True, False; got None"),
-        ({"hidden_dropout_prob": 1.0}, r"hidden_dropout_prob must be a number in \[0, 1\), got 1.0"),
-        ({"drop_path_rate": -0.1}, "drop_path_rate"),
-        ({"attention_dropout": "0.1"}, "attention_dropout"),
-        ({"layer_norm_eps": 0}, "layer_norm_eps must be a positive number"),
-        ({"max_depth": -1.0}, "max_depth must be a positive number, got -1.0"),
         ({"image_size": 30}, "image_size must be a multiple of patch_size, got image_size=30 and patch_size=8"),
         ({"image_size": (32, 30)}, r"image_size=\(32, 30\)"),
-        ({"image_size": (32, 32, 32)}, "image_size must be pixels > 0"),
-        ({"patch_size": 0}, "patch_size must be pixels > 0"),
-        ({"use_cls_token": False}, "pooling_type='cls' needs use_cls_token=True"),
-        ({"position_embedding_type": "sinusoidal", "hidden_size": 6, "num_attention_heads": 2}, "multiple of 4"),
-        (
-            {"position_embedding_type": "none", "position_interpolation": "bilinear"},
-            "position_interpolation='bilinear'.*position_embedding_type='none'",
-        ),
-        ({"num_register_tokens": -1}, "num_register_tokens"),
-        ({"patch_drop_rate": 1.0}, r"patch_drop_rate must be a number in \[0, 1\), got 1.0"),
-        ({"token_merge_size": 9}, "token_merge_size must be at most half of the 16 patch tokens, got 9"),
         ({"out_indices": [9]}, r"out_indices must be in \[-5, 4\], got \[9\]"),
         ({"out_features": ["stage9"]}, r"out_features must be among .*got \['stage9'\]"),
         ({"out_features": ["stage1"], "out_indices": [2]}, "name different stages"),
-        ({"initializer_range": -1.0}, "initializer_range must be a positive number"),
-        ({"initializer_factor": float("nan")}, "initializer_factor must be a positive number"),
-        ({"logit_scale_init_value": "x"}, "logit_scale_init_value must be a natural log"),
-        ({"problem_type": "foo"}, "problem_type"),
     ],
 )
 def test_values_without_a_meaning_are_refused(overrides, message):
@@ -111,12 +105,7 @@ def test_values_without_a_meaning_are_refused(overrides, message):
     ("overrides", "message"),
     [
         ({"eos_token_id": 100}, "eos_token_id must be below vocab_size, got eos_token_id=100 and vocab_size=100"),
-        ({"max_position_embeddings": 0}, "max_position_embeddings"),
         ({"hidden_size": 25}, "num_attention_heads=3"),
-        ({"hidden_act": "tanh"}, "hidden_act must be one of"),
-        ({"pooling_type": "argmax"}, "pooling_type must be one of eos, first, last; got 'argmax'"),
-        ({"use_causal_mask": "no"}, "use_causal_mask must be one of True, False; got 'no'"),
-        ({"projection_bias": None}, "projection_bias must be one of True, False; got None"),
         ({"pooling_type": "first"}, "pooling_type='first'.*use_causal_mask=True"),
         (
             {"pooling_type": "last", "pad_token_id": None},
@@ -155,12 +144,6 @@ def test_a_misspelled_field_is_refused(name, message):
         {"out_indices": 1},
         {"out_features": "stage1"},
         {"text_config": "x"},
-        {"converted_from": "timm"},
-        {"converted_from": ["timm"]},
-        {"converted_from": {"layout": object()}},
-        {"converted_from": {"sizes": (1, 2)}},
-        {"converted_from": {1: "one"}},
-        {"converted_from": {"scale": float("nan")}},
     ],
 )
 def test_values_of_the_wrong_type_are_refused(overrides):
@@ -236,78 +219,19 @@ ORIGIN = {
     "sure": True,
 }
 
-# Values other than the defaults, for every field there is: those that go together, and those of one stem or scheme.
+# Values other than the defaults, for every field there is: those that go together, and those that need another.
 CHANGED = {
     "general": {
-        **VISION,
-        "hidden_act": "gelu",
-        "image_size": (32, 64),
-        "patch_size": (8, 16),
-        "num_channels": 4,
-        "stem_type": "linear",
-        "patch_bias": True,
-        "use_cls_token": False,
-        "num_register_tokens": 2,
-        "position_embedding_type": "learned",
-        "position_interpolation": "bicubic_antialias",
-        "norm_type": "rms_norm",
-        "norm_position": "post",
-        "use_pre_layernorm": False,
-        "final_norm_type": "layer_norm",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": False,
-        "layer_scale_init_value": 0.1,
-        "hidden_dropout_prob": 0.1,
-        "attention_dropout": 0.2,
-        "drop_path_rate": 0.3,
-        "pooling_type": "map",
-        "pad_to_patch": True,
-        "patch_drop_rate": 0.25,
-        "token_merge_size": 2,
-        "mask_ratio": 0.6,
-        "norm_pix_loss": False,
-        "decoder_hidden_size": 24,
-        "decoder_num_hidden_layers": 1,
-        "decoder_num_attention_heads": 2,
-        "decoder_intermediate_size": 30,
-        "projection_dim": 20,
-        "logit_scale_init_value": 2.0,
-        "contrastive_loss": "sigmoid",
-        "contrastive_chunk_size": 32,
-        "depth_head_type": "dpt",
-        "depth_loss": "l1",
-        "depth_gradient_weight": 0.5,
-        "max_depth": 10.0,
-        "out_features": ["stem", "stage3"],
-        "out_indices": [0, 3],
-        "reshape_hidden_states": False,
-        "initializer_range": 0.01,
-        "initializer_factor": 0.5,
-        "text_config": {
-            **TEXT,
-            "pooling_type": "last",
-            "use_causal_mask": False,
-            "projection_bias": True,
-            "pad_token_id": 7,
-        },
-        "converted_from": ORIGIN,
+        **{option.name: other_value(option) for option in OPTIONS if option.applies_when is None},
+        **{"stem_type": "linear", "position_embedding_type": "learned", "position_interpolation": "bilinear"},
+        **{"hidden_size": 24, "projection_dim": 24, "num_attention_heads": 4, "token_merge_size": 2},
+        **{"image_size": (32, 64), "patch_size": (8, 16), "pooling_type": "map", "depth_activation": None},
+        **{"out_features": ["stem", "stage3"], "out_indices": [0, 3], "converted_from": ORIGIN},
+        "text_config": {option.name: other_value(option) for option in options.TEXT_OPTIONS}
+        | {**TEXT, "pooling_type": "last", "pad_token_id": 7},
     },
-    "overlap": {"stem_type": "overlap", "patch_kernel_size": (24, 20), "patch_pointwise": True},
-    "hierarchical": {
-        "stem_type": "hierarchical",
-        "stem_norm_type": "batch_norm",
-        "use_feature_pyramid": True,
-        "depth_head_type": "dpt",
-    },
-    "hybrid": {"stem_type": "hybrid", "backbone_config": ResNetConfig(hidden_sizes=[8, 16, 24, 32])},
-    "adaptive": {"stem_type": "adaptive", "adaptive_budget": 0.75, "adaptive_budget_weight": 2.0},
-    "token_learner": {"stem_type": "token_learner", "num_learned_tokens": 5},
-    "dct": {"stem_type": "dct", "num_coefficients": 7},
-    "polynomial": {"position_embedding_type": "polynomial", "position_degree": 2},
-    "unprojected": {"use_visual_projection": False, "projection_dim": 768},
-    "mean": {"pooling_type": "mean", "norm_before_pooling": True},
-    "hard negatives": {"hard_negative_beta": 0.25},
-    "raw depth": {"deconv_kernel_size": 4, "depth_activation": "identity"},
+    "raw depth": {"depth_activation": "identity"},
+    **{field: {**fields_for(*option.applies_when), field: other_value(option)} for field, option in APPLIES.items()},
 }
 
 
@@ -352,22 +276,6 @@ def test_a_clip_config_is_read_as_it_is(tmp_path):
         assert {name: getattr(config, name) for name in vision} == vision
         assert {name: getattr(config.text_config, name) for name in TEXT} == TEXT
     assert VitEmbedConfig.from_dict({"model_type": "clip"}).patch_size == 32, "CLIPVisionConfig's own default"
-
-
-def test_old_clip_configs_hold_each_tower_twice():
-    """openai/clip-vit-large-patch14 has its sizes in `vision_config_dict`; `vision_config` has other defaults."""
-    config = VitEmbedConfig.from_dict(
-        {
-            "model_type": "clip",
-            "projection_dim": 768,
-            "vision_config": {"hidden_size": 768, "patch_size": 32},
-            "vision_config_dict": {"hidden_size": 1024, "num_attention_heads": 16, "patch_size": 14},
-            "text_config": {"hidden_size": 512, "eos_token_id": 2},
-            "text_config_dict": {"hidden_size": 768, "num_attention_heads": 12},
-        }
-    )
-    assert (config.hidden_size, config.patch_size, config.projection_dim) == (1024, 14, 768)
-    assert (config.text_config.hidden_size, config.text_config.eos_token_id) == (768, 49407)
 
 
 def test_square_sizes_are_one_number():

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from references import import_without_init
+from references import import_package
 from stem_family import positions_of, read_stem
 from tiny import VISION, clip_model, pixels, randomised, vision_config
 from torch.nn import functional as F
@@ -27,7 +27,7 @@ def test_patchify_is_row_by_row():
 
 @pytest.mark.parametrize("grid", [(8, 32), (32, 8), (3, 5)])
 def test_resampling_equals_timm_with_antialias(grid):
-    resample = import_without_init("timm.layers.pos_embed").resample_abs_pos_embed
+    resample = import_package("timm").layers.resample_abs_pos_embed
     table = torch.randn(64, 12)
     expected = resample(table[None], list(grid), old_size=[8, 8], num_prefix_tokens=0)[0]
     found = interpolate_positions(table, (8, 8), grid, "bicubic_antialias")

@@ -124,18 +124,6 @@ def test_raw_depth_is_not_trained_by_its_logarithm():
     torch.testing.assert_close(output.loss, (output.predicted_depth - labels).square().mean())
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("head_type", DEPTH_HEADS)
-@pytest.mark.parametrize("max_depth", [None, 10.0])
-def test_depth_is_positive_and_in_range(head_type, max_depth):
-    model = depth_model(depth_head_type=head_type, max_depth=max_depth)
-    depth = model(pixels(2, 40, 64)).predicted_depth
-    assert depth.shape == (2, 40, 64) and (depth > 0).all()
-    assert max_depth is None or (depth <= max_depth).all()
-    of_other_labels = model(pixels(2, 40, 64), labels=torch.rand(2, 50, 70) + 0.1)
-    assert of_other_labels.loss.isfinite() and torch.equal(of_other_labels.predicted_depth, depth)
-
-
 def test_dpt_needs_four_layers():
     with pytest.raises(ValueError, match="depth_head_type='dpt'.*num_hidden_layers=3.*deconv"):
         depth_model(num_hidden_layers=3, depth_head_type="dpt")

@@ -187,7 +187,12 @@ def test_depths_beyond_max_depth_do_not_count():
     ("labels", "kind", "message"),
     [
         (np.ones((3, 32, 32)), TypeError, "labels must be a tensor.*got ndarray"),
-        (torch.ones(3, 1, 32, 32), ValueError, r"one depth a pixel; got \(3, 1, 32, 32\)"),
+        (
+            torch.ones(3, 1, 32, 32),
+            ValueError,
+            r"labels must be \(batch=3, height, width\).* one depth a pixel; got \(3, 1",
+        ),
+        (torch.ones(2, 32, 32), ValueError, r"labels must be \(batch=3, height, width\)"),
         (torch.ones(3, 32, 32, dtype=torch.bool), ValueError, "numbers, one depth a pixel; got .* of torch.bool"),
         (torch.ones(3, 32, 32, dtype=torch.complex64), ValueError, "of torch.complex64"),
     ],

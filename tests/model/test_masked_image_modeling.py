@@ -2,16 +2,15 @@
 
 import logging
 
-import pictures
 import pytest
 import torch
 from fresh_process import digests
-from stem_family import DECODER, FAMILY, HEADS, assert_every_weight_learns, assert_same_gradients
-from tiny import CLOSE, TEXT, gradients, pixels, randomised, use_attention, vision_config
+from stem_family import DECODER, FAMILY, HEADS
+from tiny import CLOSE, TEXT, pixels, randomised, vision_config
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments, ViTMAEConfig, ViTMAEForPreTraining
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from vit_embed import VitEmbedForMaskedImageModeling, VitEmbedModel
+from vit_embed import VitEmbedForMaskedImageModeling
 from vit_embed.options_vit_embed import STEM_TYPES, TOKEN_CHOOSING_STEMS
 from vit_embed.stem_layers_vit_embed import patchify
 
@@ -159,27 +158,6 @@ def test_a_flat_patch_has_a_finite_target():
     assert output.loss.isfinite() and output.reconstruction.isfinite().all()
 
 
-@EVERY_STEM
-def test_every_weight_learns(stem):
-    model = model_of(stem, num_register_tokens=2).train()
-    model(pixels(), bool_masked_pos=even_mask()).loss.backward()
-    assert_every_weight_learns(model)
-
-
-def test_sdpa_and_checkpointing_of_uneven_rows():
-    model, calls = model_of().train(), []
-    inputs = {"pixel_values": pixels(), "bool_masked_pos": uneven_mask()}
-    use_attention(model, "eager")
-    expected = gradients(model, inputs)
-    use_attention(model, "sdpa")
-    assert_same_gradients(gradients(model, inputs), expected)
-    for layer in (model.vision_model.encoder.layers[1], model.decoder.encoder.layers[1]):
-        layer.layer_norm1.register_forward_hook(lambda module, *_: calls.append(module))
-    model.gradient_checkpointing_enable()
-    assert_same_gradients(gradients(model, inputs), expected)
-    assert len(calls) == 4, "both stacks are computed again"
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A folder of a masked autoencoder, and the model."""
@@ -201,43 +179,6 @@ def test_its_trunk_loads_into_every_head(head, saved, caplog, monkeypatch):
     assert not info["unexpected_keys"] and not info["mismatched_keys"]
     assert "decoder" not in caplog.text and "nexpected" not in caplog.text.replace("UNEXPECTED:", "")
     assert all(name in caplog.text for name in new), "what starts from random weights is named"
-
-
-def test_a_trunk_trained_otherwise_can_be_its_start(tmp_path):
-    trunk = randomised(VitEmbedModel(vision_config(**DECODER)))
-    trunk.save_pretrained(tmp_path)
-    model, info = VitEmbedForMaskedImageModeling.from_pretrained(tmp_path, output_loading_info=True)
-    assert digests(model.vision_model) == digests(trunk)
-    assert info["missing_keys"] and all(name.startswith("decoder.") for name in info["missing_keys"])
-
-
-def photo_crops(count: int, seed: int) -> torch.Tensor:
-    """(3 * count, 3, 32, 32) of three photos, in [-1, 1]."""
-    crops = [crop for name in ("astronaut", "coffee", "flower") for crop in pictures.crops(name, count, seed=seed)]
-    small = [torch.tensor(list(crop.resize((32, 32)).tobytes())).view(32, 32, 3).permute(2, 0, 1) for crop in crops]
-    return torch.stack(small) / 127.5 - 1
-
-
-def test_training_predicts_hidden_patches_of_unseen_photos(tmp_path):
-    torch.manual_seed(0)
-    model = VitEmbedForMaskedImageModeling(vision_config(norm_pix_loss=False))
-    training, held_out, mask = photo_crops(24, seed=0), photo_crops(4, seed=1), even_mask(12)
-
-    @torch.no_grad()
-    def error() -> float:
-        return model.eval()(held_out, mask).loss.item()
-
-    start = error()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model.train()(training[torch.randint(len(training), (24,))]).loss.backward()
-        optimizer.step()
-    assert error() < 0.25 * start, f"{start} fell to {error()}"
-    # Trainer reports it without labels.
-    rows = [{"pixel_values": values} for values in held_out]
-    arguments = TrainingArguments(str(tmp_path), per_device_eval_batch_size=8, report_to="none", use_cpu=True)
-    assert 0 < Trainer(model, arguments, eval_dataset=rows).evaluate()["eval_loss"] < start
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""What holds for every class and option, over the cases of the catalogue; and what single options do."""
+"""What holds for every class, stem and option, over the cases of the catalogue; and what single options do."""
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from catalogue import ARITHMETIC, CLASSES, OPTIONS
+from catalogue import ARITHMETIC, CLASSES, IMAGE_CLASSES, OPTIONS, STEMS, flat
 from tiny import (
     CLOSE,
     assert_same_gradients,
@@ -23,7 +23,7 @@ from vit_embed import (
     VitEmbedModel,
 )
 
-CASES = {**CLASSES, **OPTIONS, **ARITHMETIC}
+CASES = {**CLASSES, **STEMS, **OPTIONS, **ARITHMETIC}
 EVERY = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -34,8 +34,10 @@ def assert_same(found, expected, **tolerance) -> None:
         torch.testing.assert_close(one, other, **tolerance)
 
 
-@EVERY
-def test_gradients_reach_every_parameter_with_eager_and_sdpa_alike(case):
+# The gate of the adaptive stem learns in training alone: test_stems.
+@pytest.mark.parametrize("name", [name for name in CASES if name != "stem adaptive"])
+def test_gradients_reach_every_parameter_with_eager_and_sdpa_alike(name):
+    case = CASES[name]
     model, found = case.model(), {}
     for implementation in ("eager", "sdpa"):
         use_attention(model, implementation)
@@ -67,6 +69,17 @@ def test_rows_equal_the_batch(case):
             of_batch = whole[key] if isinstance(whole[key], tuple) else (whole[key],)
             of_row = alone[key] if isinstance(alone[key], tuple) else (alone[key],)
             assert_same(of_row, tuple(values[row : row + 1] for values in of_batch), **CLOSE)
+
+
+@pytest.mark.parametrize("name", [*(name for name in IMAGE_CLASSES if name != "masked"), "merging"])
+@torch.no_grad()
+def test_features_of_another_encoder_take_the_place_of_pixels(name):
+    case = CASES[name]
+    model, inputs = case.model(), case.inputs()
+    expected = flat(model(**inputs), case.outputs)
+    embeds = model.trunk.embeddings.patch_embedding(inputs.pop("pixel_values"))
+    assert_same(tuple(flat(model(patch_embeds=embeds, **inputs), case.outputs)), tuple(expected), **CLOSE)
+    assert torch.equal(model.trunk.get_token_map(patch_embeds=embeds), model.trunk.get_token_map(pixels()))
 
 
 @EVERY

@@ -1,8 +1,6 @@
 """The image tower with its projection: against transformers.CLIPVisionModelWithProjection, and out of every folder that
 has its weights."""
 
-import json
-
 import pytest
 import torch
 from fresh_process import digests, junk_in_new_memory
@@ -46,13 +44,9 @@ def test_it_equals_clips(stock, implementation):
     model.load_state_dict(stock.state_dict(), strict=True)
     use_attention(model, implementation)
     stock.set_attn_implementation("eager")
-    wants = {"output_hidden_states": True, "output_attentions": True}
-    theirs, ours = stock(pixels(), **wants), model(pixels(), **wants)
+    theirs, ours = stock(pixels()), model(pixels(), output_hidden_states=True, output_attentions=True)
     for name in ("image_embeds", "last_hidden_state"):
         torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
-    for name in ("hidden_states", "attentions"):
-        for own, their in zip(ours[name], theirs[name], strict=True):
-            torch.testing.assert_close(own, their, **CLOSE)
     assert list(ours) == ["image_embeds", "last_hidden_state", "hidden_states", "attentions", "pooler_output"]
     assert ours.pooler_output is ours.image_embeds, "for pipelines"
     assert not torch.allclose(ours.image_embeds.norm(dim=-1), torch.ones(3), atol=0.1), "embeddings keep their length"
@@ -73,49 +67,10 @@ def test_features_are_those_of_the_dual_encoder(dual):
         model.get_image_features(pixels(), torch.ones(3))
 
 
-@torch.no_grad()
-def test_it_takes_what_the_trunk_takes():
-    model = randomised(VitEmbedModelWithProjection(vision_config()))
-    patches = torch.randn(2, 32, 3, 5)
-    expected = model.visual_projection(model.vision_model(patch_embeds=patches).pooler_output)
-    torch.testing.assert_close(model(patch_embeds=patches).image_embeds, expected, **CLOSE)
-    mask = torch.zeros(2, 32, 32, dtype=torch.long)
-    mask[0], mask[1, :16, :24] = 1, 1
-    together = model(pixels(2), pixel_mask=mask).image_embeds
-    torch.testing.assert_close(together[1:], model(pixels(2)[1:, :, :16, :24]).image_embeds, **CLOSE)
-
-
 def test_an_adaptive_stem_gives_its_loss_to_add():
     model = VitEmbedModelWithProjection(vision_config(stem_type="adaptive"))
     assert model.train()(pixels()).stem_loss.requires_grad
     assert model.eval()(pixels()).stem_loss is None
-
-
-def test_out_of_a_dual_encoder(dual, tmp_path):
-    folder, reference = dual
-    with junk_in_new_memory():
-        model, info = VitEmbedModelWithProjection.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values()), info
-    kept = ("vision_model.", "visual_projection.")
-    assert digests(model) == {name: value for name, value in digests(reference).items() if name.startswith(kept)}
-    model.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert written["text_config"] is None and written["architectures"] == ["VitEmbedModelWithProjection"]
-    again, info = VitEmbedAutoModel.from_pretrained(
-        tmp_path, config=VitEmbedConfig.from_pretrained(tmp_path), output_loading_info=True
-    )
-    assert type(again) is VitEmbedModelWithProjection and not any(info.values()), info
-    assert digests(again) == digests(model)
-
-
-def test_into_a_dual_encoder_again(dual, tmp_path):
-    folder, reference = dual
-    VitEmbedModelWithProjection.from_pretrained(folder).save_pretrained(tmp_path)
-    text = reference.config.text_config.to_dict()
-    model, info = VitEmbedForContrastive.from_pretrained(tmp_path, text_config=text, output_loading_info=True)
-    assert not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert {name.split(".")[0] for name in info["missing_keys"]} == {"text_model", "text_projection", "logit_scale"}
-    assert torch.equal(model.visual_projection.weight, reference.visual_projection.weight)
 
 
 def test_out_of_a_stock_folder(stock, stock_folder):

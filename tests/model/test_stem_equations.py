@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoBackbone
 
 from vit_embed import VitEmbedModel, options_vit_embed
-from vit_embed.stem_layers_vit_embed import dct_basis, haar_basis
+from vit_embed.stem_layers_vit_embed import haar_basis
 from vit_embed.stems_vit_embed import STEMS
 
 
@@ -207,15 +207,6 @@ def test_token_learner_is_the_formula():
     expected = torch.einsum("bnk,bnd->bkd", weights, placed)
     assert expected.shape == (2, 8, 32)
     torch.testing.assert_close(model.embeddings(images).states[:, 1:], expected, **CLOSE)
-
-
-@pytest.mark.parametrize("basis", [dct_basis, haar_basis])
-@pytest.mark.parametrize("length", [1, 2, 8, 32])
-def test_spectral_bases_are_orthonormal(basis, length):
-    rows, frequency = (torch.tensor(each, dtype=torch.float64) for each in basis(length))
-    torch.testing.assert_close(rows @ rows.t(), torch.eye(length, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(rows[0], torch.full((length,), length**-0.5, dtype=torch.float64))
-    assert torch.equal(frequency, frequency.sort().values) and frequency[0] == 0
 
 
 def test_each_level_of_haar_wavelets_is_half_as_wide_as_the_one_before():

@@ -1,10 +1,19 @@
 """Combinations of fields and inputs that have no meaning: each is refused by the names of its fields."""
 
-import math
-
 import pytest
 import torch
-from stem_family import CONVNEXT_MAPS, DECODER, FAMILY, HEADS, NEEDED, PYRAMID_STEMS, RESNET, stem_config
+from stem_family import (
+    APPLIES,
+    CONVNEXT_MAPS,
+    FAMILY,
+    HEADS,
+    PYRAMID_STEMS,
+    RESNET,
+    choices_of,
+    fields_for,
+    other_value,
+    stem_config,
+)
 from tiny import dual_config, pixels, vision_config
 from transformers import BertConfig, BitConfig, ResNetConfig, SwinConfig
 
@@ -14,44 +23,16 @@ from vit_embed import (
     VitEmbedForDepthEstimation,
     VitEmbedModel,
     VitEmbedModelWithProjection,
-    options_vit_embed,
 )
-from vit_embed.options_vit_embed import GRIDLESS_STEMS, OPTIONS, TOKEN_CHOOSING_STEMS
-
-APPLIES = {option.name: option for option in OPTIONS if option.applies_when is not None}
-
-
-def choices_of(field: str) -> tuple:
-    """The constant of the options' module that lists the values of a field: NORM_TYPES, CONTRASTIVE_LOSSES."""
-    plural = f"{field}es" if field.endswith("s") else f"{field}s"
-    return getattr(options_vit_embed, plural.upper())
-
-
-def other_than_default(field: str):
-    """A value of a field that is in range and not its default: read off the default, or off the field's constant."""
-    needed = {name: value for fields in NEEDED.values() for name, value in fields.items()}
-    default = APPLIES[field].default
-    if field in needed or default is None:
-        return needed.get(field, 8)
-    if isinstance(default, bool):
-        return not default
-    if isinstance(default, str):
-        return next(choice for choice in choices_of(field) if choice != default)
-    return default * 2 if isinstance(default, int) else default / 2 or 0.5
-
-
-def fields_for(name: str, value: str) -> dict:
-    """The fields that make `name=value` a config that stands, and one in which every other field has a meaning."""
-    needed = {**NEEDED, "hybrid": {"backbone_config": CONVNEXT_MAPS}}  # three stages make a pyramid
-    return {"depth_head_type": "dpt", **DECODER, name: value, **(needed.get(value, {}) if name == "stem_type" else {})}
+from vit_embed.options_vit_embed import GRIDLESS_STEMS, TOKEN_CHOOSING_STEMS
 
 
 @pytest.mark.parametrize("field", APPLIES)
 def test_a_field_is_refused_where_it_has_no_meaning(field):
     other, meant = APPLIES[field].applies_when
-    value = other_than_default(field)
+    value = other_value(APPLIES[field])
     for choice in choices_of(other):
-        fields = {**fields_for(other, choice), field: value}
+        fields = {**fields_for(other, [choice]), field: value}
         if choice in meant:
             assert getattr(vision_config(**fields), field) == value
             continue
@@ -75,7 +56,6 @@ def stem(name: str, **fields) -> dict:
             {"position_embedding_type": "sinusoidal", "hidden_size": 6, "num_attention_heads": 2},
             ["position_embedding_type='sinusoidal'", "hidden_size=6"],
         ),
-        ({"position_embedding_type": "polynomial", "position_degree": 0}, ["position_degree must be an integer >= 1"]),
         ({"out_features": ["pyramid1"]}, ["out_features must be among ['stem', 'stage1'", "['pyramid1']"]),
         # sizes
         ({"image_size": 36}, ["image_size=36", "patch_size=8", "pad_to_patch=True"]),
@@ -84,9 +64,7 @@ def stem(name: str, **fields) -> dict:
             stem("adaptive", image_size=40),
             ["image_size=40", "twice patch_size", "stem_type='adaptive'", "patch_size=8", "pad_to_patch=True"],
         ),
-        ({"pad_to_patch": "yes"}, ["pad_to_patch must be one of True, False; got 'yes'"]),
         # stems
-        (stem("overlap", patch_kernel_size=0), ["patch_kernel_size must be pixels > 0", "0"]),
         (stem("overlap", patch_kernel_size=7), ["patch_kernel_size", "7", "patch_size=8"]),
         (stem("overlap", patch_kernel_size=(16, 7)), ["patch_kernel_size", "(16, 7)", "patch_size=8"]),
         (stem("overlap", patch_size=4, patch_kernel_size=7, image_size=4), ["patch_kernel_size", "image"]),
@@ -94,19 +72,11 @@ def stem(name: str, **fields) -> dict:
         (stem("hierarchical", patch_size=12, image_size=48), ["stem_type='hierarchical'", "patch_size", "12"]),
         (stem("hierarchical", patch_size=1), ["stem_type='hierarchical'", "patch_size"]),
         (stem("hierarchical", patch_size=32), ["hidden_size must be at least 2 ", "patch_size=32"]),
-        (stem("hierarchical", stem_norm_type="group_norm"), ["stem_norm_type must be one of layer_norm"]),
         (stem("wavelet", patch_size=(8, 12), image_size=48), ["stem_type='wavelet'", "patch_size", "(8, 12)"]),
         (stem("wavelet", num_coefficients=65), ["num_coefficients", "65", "patch_size=8"]),
-        (stem("dct", num_coefficients=0), ["num_coefficients must be an integer >= 1, got 0"]),
         (stem("dct", num_coefficients=65), ["num_coefficients", "64 pixels", "65", "patch_size=8"]),
         (stem("hybrid"), ["stem_type='hybrid'", "backbone_config", "got None"]),
         (stem("hybrid", backbone_config={"model_type": "nope"}), ["backbone_config", "'nope'"]),
-        (stem("adaptive", adaptive_budget=0.2), ["adaptive_budget", "[0.25, 1]", "0.2"]),
-        (stem("adaptive", adaptive_budget=1.1), ["adaptive_budget", "1.1"]),
-        (stem("adaptive", adaptive_budget="half"), ["adaptive_budget", "'half'"]),
-        (stem("adaptive", adaptive_budget_weight=-1.0), ["adaptive_budget_weight", ">= 0", "-1.0"]),
-        (stem("adaptive", adaptive_budget_weight=math.nan), ["adaptive_budget_weight", "nan"]),
-        (stem("token_learner", num_learned_tokens=0), ["num_learned_tokens must be an integer >= 1"]),
         # pyramids
         (stem("hierarchical", use_feature_pyramid=True), ["use_feature_pyramid=True", "got depth_head_type='deconv'"]),
         ({**PYRAMID_STEMS["hierarchical"], "patch_size": 4}, ["use_feature_pyramid=True", "patch_size=4"]),
@@ -123,7 +93,6 @@ def stem(name: str, **fields) -> dict:
             ["use_feature_pyramid=True", "backbone_config with hidden_sizes", "got SwinConfig with []"],
         ),
         # merging, dropping
-        ({"token_merge_size": -1}, ["token_merge_size must be an integer >= 0, got -1"]),
         ({"token_merge_size": 9}, ["token_merge_size must be at most half of the 16 patch tokens, got 9"]),
         (stem("token_learner", token_merge_size=5), ["token_merge_size", "half of the 8 patch tokens, got 5"]),
         (stem("adaptive", token_merge_size=2), ["token_merge_size=2", "stem_type='adaptive'"]),
@@ -131,14 +100,7 @@ def stem(name: str, **fields) -> dict:
             ({**FAMILY[name], "patch_drop_rate": 0.5}, ["patch_drop_rate=0.5", f"stem_type='{name}'"])
             for name in TOKEN_CHOOSING_STEMS
         ),
-        *(
-            ({name: share}, [f"{name} must be a number in [0, 1), got {share!r}"])
-            for name in ("patch_drop_rate", "mask_ratio")
-            for share in (1.0, -0.1, math.nan, "a half")
-        ),
         # masked image modelling
-        ({"norm_pix_loss": "yes"}, ["norm_pix_loss must be one of True, False"]),
-        ({"decoder_num_hidden_layers": 0}, ["decoder_num_hidden_layers must be an integer >= 1"]),
         (
             {"decoder_hidden_size": 24, "decoder_num_attention_heads": 5},
             ["decoder_hidden_size must be a multiple of", "decoder_hidden_size=24", "decoder_num_attention_heads=5"],

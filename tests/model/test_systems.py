@@ -10,7 +10,6 @@ from vit_embed import (
     VitEmbedConfig,
     VitEmbedForContrastive,
     VitEmbedForDepthEstimation,
-    VitEmbedForImageClassification,
     VitEmbedModel,
 )
 
@@ -91,20 +90,3 @@ def test_clip_vit_b_16(name, text_layers):
     assert model.text_model.embeddings.token_embedding.weight.shape == (49_408, 512)
     if text_layers == 12:
         assert count(model) == 149_620_737  # OpenAI's ViT-B/16, every tensor of its state dict
-
-
-def test_minivit():
-    model = build(VitEmbedForImageClassification, config_of("minivit", num_labels=10))
-    layer = torch.nn.TransformerEncoderLayer(768, 8, 2048, device="meta")
-    assert count(model.vision_model.encoder) == 6 * count(layer)
-    assert count(model.vision_model.embeddings) == 768 + 768 * 768 + 768 + 197 * 768
-    assert count(model.vision_model.post_layernorm) + count(model.classifier) == 2 * 768 + 768 * 10 + 10
-    assert model(torch.empty(2, 3, 224, 224, device="meta")).logits.shape == (2, 10)
-
-
-def test_minivit_depth():
-    model = build(VitEmbedForDepthEstimation, config_of("minivit-depth"))
-    head = model.depth_head
-    assert head.deconv1.weight.shape[:2] == (768, 384) and head.deconv2.weight.shape[:2] == (384, 192)
-    assert head.projection.weight.shape == (1, 192, 1, 1)
-    assert model(torch.empty(2, 3, 224, 320, device="meta")).predicted_depth.shape == (2, 224, 320)

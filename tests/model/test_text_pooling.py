@@ -7,12 +7,12 @@ import shutil
 
 import pytest
 import torch
-from tiny import CLOSE, EOS, SIGLIP, SIGLIP_TEXT, TEXT, VISION, dual_config, pixels, randomised, tokens, use_attention
+from conversions import built, converter, saved
+from tiny import CLOSE, EOS, SIGLIP_TEXT, TEXT, VISION, dual_config, pixels, randomised, tokens, use_attention
 from transformers import SiglipConfig, SiglipModel, SiglipTextConfig, SiglipTextModel
 
 from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig, VitEmbedTextModel, encoder_vit_embed
-from vit_embed.options_vit_embed import TEXT_POOLING_TYPES
-from vit_embed.pooling_vit_embed import POOLED_TOKEN
+from vit_embed.conversion.layouts.layout import ConversionOptions
 
 PAD = 7
 LENGTHS = (5, 9, 12)
@@ -57,30 +57,14 @@ def mask(length: int) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[SiglipModel, VitEmbedForContrastive]:
+def pair(tmp_path_factory) -> tuple[SiglipModel, VitEmbedForContrastive]:
     """SigLIP of transformers and ours, with its weights."""
     vision = {**VISION, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
     text = {**STOCK_TEXT, "projection_size": 32}
     stock = randomised(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
-    weights = stock.state_dict()
-    attention = "vision_model.head.attention.in_proj_"
-    for kind in ("weight", "bias"):
-        for part, tensor in zip("qkv", weights.pop(attention + kind).chunk(3)):
-            weights[f"vision_model.head.{part}_proj.{kind}"] = tensor
-    renamed = {
-        "vision_model.head.attention.out_proj": "vision_model.head.out_proj",
-        "vision_model.head.mlp.": "vision_model.head.",
-        "vision_model.head.": "vision_model.pooler.",
-        "text_model.head.": "text_projection.",
-    }
-    for old, new in renamed.items():
-        weights = {name.replace(old, new): tensor for name, tensor in weights.items()}
-    for name in ("logit_scale", "logit_bias"):
-        weights[name] = weights[name].squeeze()
-    model = VitEmbedForContrastive(dual_config(**{**SIGLIP, "text_config": {**SIGLIP_TEXT, "pad_token_id": PAD}}))
-    model.load_state_dict(weights)
     stock.set_attn_implementation("eager")
-    return stock, model.eval()
+    weights = saved(stock, tmp_path_factory.mktemp("siglip"))
+    return stock, built(*converter("hf_clip")(*weights, ConversionOptions()))
 
 
 @torch.no_grad()
@@ -220,11 +204,3 @@ def test_only_a_tower_that_reads_the_end_token_asks_for_one():
                 tower(endless)
         else:
             assert tower(endless).pooler_output.isfinite().all()
-
-
-def test_which_towers_read_padding():
-    assert set(POOLED_TOKEN) == set(TEXT_POOLING_TYPES)
-    assert not VitEmbedTextConfig().reads_padding
-    assert VitEmbedTextConfig(pad_token_id=None).pad_token_id is None
-    for fields in READS_PADDING.values():
-        assert VitEmbedTextConfig(**fields).reads_padding

@@ -10,7 +10,7 @@ import pictures
 import pytest
 import tiny
 import torch
-from catalogue import CLASSES, WITH_LOSS
+from catalogue import CLASSES, GRAPHS, WITH_LOSS
 from datasets import Dataset
 from fresh_process import run_fresh
 from tiny import assert_same_gradients
@@ -18,12 +18,11 @@ from tiny_tokenizer import write_tokenizer
 from transformers import AutoImageProcessor, AutoProcessor, PreTrainedModel, Trainer, TrainingArguments
 
 from vit_embed import VitEmbedForContrastive, VitEmbedForDepthEstimation, VitEmbedForImageClassification
-from vit_embed.contrastive_vit_embed import CONTRASTIVE_LOSSES, MAX_LOGIT_SCALE, PairRows
+from vit_embed.contrastive_vit_embed import CONTRASTIVE_LOSSES, PairRows
 from vit_embed.depth_vit_embed import gradient_matching_loss
 
-PHOTOS = ["astronaut", "coffee", "flower"]
 EXAMPLES, BATCH = 10, 4  # the last batch has 2
-STEPS, SAVE_STEPS = 10, 5  # of 3 batches an epoch: the checkpoint lies inside the second epoch
+STEPS = 10
 
 
 def labelled(folder: Path, rows: list[tuple[Any, Any]]) -> Dataset:
@@ -74,10 +73,9 @@ HEADS = {
 
 
 class Run(NamedTuple):
-    """A finished fine-tuning: metrics before and after, and where everything lies."""
+    """A finished fine-tuning: metrics before and after, and where the checkpoints lie."""
 
     head: Head
-    base: Path
     output: Path
     trainer: Trainer
     dataset: Dataset
@@ -90,7 +88,7 @@ def make_trainer(model: PreTrainedModel, dataset: Dataset, output: Path, **optio
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": BATCH,
         "max_steps": STEPS,
-        "save_steps": SAVE_STEPS,
+        "save_steps": STEPS,
         "learning_rate": 2e-3,
         "logging_steps": 1,
         "report_to": "none",
@@ -112,7 +110,7 @@ def fine_tune(head: Head, base: Path, output: Path) -> Run:
     trainer = make_trainer(head.model_class.from_pretrained(base), dataset, output)
     before = trainer.evaluate()
     trainer.train()
-    return Run(head, base, output, trainer, dataset, before, trainer.evaluate())
+    return Run(head, output, trainer, dataset, before, trainer.evaluate())
 
 
 @pytest.fixture(scope="module")
@@ -151,19 +149,6 @@ def test_trainer_predicts_rows_and_never_gathers_logits_of_a_batch(run):
     for found, wanted in zip(predictions, expected):
         assert len(found) == EXAMPLES
         torch.testing.assert_close(torch.from_numpy(found), wanted, rtol=1e-4, atol=1e-5)  # another batch size
-
-
-def test_a_resumed_run_ends_where_the_unbroken_one_does(runs, tmp_path):
-    run = runs["contrastive"]
-    torch.manual_seed(1)
-    resumed = make_trainer(run.head.model_class.from_pretrained(run.base), run.dataset, tmp_path)
-    resumed.train(resume_from_checkpoint=str(run.output / f"checkpoint-{SAVE_STEPS}"))
-    assert resumed.state.global_step == STEPS
-    found, expected = resumed.model.state_dict(), run.trainer.model.state_dict()
-    start = run.head.model_class.from_pretrained(run.base).state_dict()
-    assert any((expected[name] - start[name]).abs().max() > 1e-3 for name in expected)
-    # The same arithmetic in the same order; the margin is for memory that another run aligns in another way.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 def ask_checkpoints(picture: str, checkpoints: dict[str, str]) -> dict[str, tuple[dict[str, list], list]]:
@@ -211,20 +196,24 @@ def dual_inputs() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", [*CLASSES, "stem hybrid", "stem adaptive", "stem token_learner"])
 def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant):
-    model, inputs = CLASSES[name].model().train(), CLASSES[name].training_inputs()
-    expected = tiny.gradients(model, inputs)
-    calls = []
+    model, inputs = GRAPHS[name].model().train(), GRAPHS[name].training_inputs()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        torch.manual_seed(3)  # the same random choices
+        return tiny.gradients(model, inputs)
+
+    expected, calls = gradients(), []
     layer = next(module for module in model.modules() if type(module).__name__ == "VitEmbedLayer")
     layer.self_attn.register_forward_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable(None if use_reentrant is None else {"use_reentrant": use_reentrant})
     assert model.is_gradient_checkpointing
-    found = tiny.gradients(model, inputs)
+    found = gradients()
     assert len(calls) == 2, "once forward and once more for the gradients"
     assert_same_gradients(found, expected)
     model.gradient_checkpointing_disable()
-    assert tiny.gradients(model, inputs).keys() == expected.keys() and len(calls) == 3
+    assert gradients().keys() == expected.keys() and len(calls) == 3
 
 
 @pytest.mark.parametrize("use_reentrant", [None, True])
@@ -261,16 +250,6 @@ def test_input_gradients_can_be_switched_on_and_off():
     assert not model.get_input_embeddings()._forward_hooks
 
 
-def test_trainer_fine_tunes_adapters_under_gradient_checkpointing(runs, tmp_path):
-    run = runs["contrastive"]
-    model = VitEmbedForContrastive.from_pretrained(run.base)
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "fc1", "fc2"]))
-    trainer = make_trainer(adapted, run.dataset, tmp_path, gradient_checkpointing=True, save_strategy="no")
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before
-
-
 @pytest.mark.parametrize("name", WITH_LOSS)
 def test_a_step_under_bfloat16_autocast_is_finite_and_learns(name):
     model, inputs = CLASSES[name].model_class(CLASSES[name].config()).train(), CLASSES[name].training_inputs()
@@ -288,22 +267,6 @@ def test_a_step_under_bfloat16_autocast_is_finite_and_learns(name):
 
 
 EVERY_LOSS = pytest.mark.parametrize("settings", [{}, {"hard_negative_beta": 0.5}, {"contrastive_loss": "sigmoid"}])
-
-
-@EVERY_LOSS
-@pytest.mark.parametrize("logit_scale", [MAX_LOGIT_SCALE, 9.0])
-def test_contrastive_training_is_finite_at_the_bound_of_the_scale_under_bfloat16_autocast(settings, logit_scale):
-    model = VitEmbedForContrastive(tiny.dual_config(**settings)).train()
-    with torch.no_grad():
-        model.logit_scale.fill_(logit_scale)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(**dual_inputs(), group_ids=torch.tensor([1, 2, 1]))
-    output.loss.backward()
-    assert output.logits_per_image.dtype == output.loss.dtype == torch.float32 and output.loss.isfinite()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-    if model.logit_bias is None:
-        assert model.logit_scale.item() == pytest.approx(logit_scale), "a forward pass writes to no parameter"
-        assert output.logits_per_image.abs().max() <= 100.01
 
 
 @EVERY_LOSS
@@ -375,20 +338,3 @@ def test_gradient_matching_is_added_to_the_depth_loss_with_its_weight(loss_name)
     matching = gradient_matching_loss(resized, labels, labels > 0).mean()
     torch.testing.assert_close(both.loss, plain.loss + 0.5 * matching)
     assert both.loss > 1.01 * plain.loss
-
-
-@pytest.mark.parametrize("loss_name", PLAIN_DEPTH_LOSSES)
-def test_depth_labels_without_a_valid_pixel_give_no_loss_and_no_gradient(loss_name):
-    model = VitEmbedForDepthEstimation(tiny.vision_config(depth_loss=loss_name, depth_gradient_weight=0.5))
-    holes = torch.tensor([0.0, -1.0, float("nan")])[:, None, None]
-    inputs = {"pixel_values": tiny.pixels(), "labels": holes.expand(3, 32, 32)}
-    assert model(**inputs).loss == 0
-    gradients = tiny.gradients(model, inputs)
-    assert any(".layers.0." in name for name in gradients)
-    assert all((gradient == 0).all() for gradient in gradients.values())
-
-
-@pytest.mark.parametrize("shape", [(2, 32, 32), (3, 1, 32, 32), (3, 32), (32, 32)])
-def test_depth_labels_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"labels must be \(batch=3, height, width\)"):
-        VitEmbedForDepthEstimation(tiny.vision_config())(tiny.pixels(), labels=torch.ones(shape))

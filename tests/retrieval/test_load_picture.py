@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessor, pipeline
 
 import vit_embed
 from vit_embed import VitEmbedForImageClassification, load_picture
-from vit_embed.retrieval.pictures import read_rgb
+from vit_embed.retrieval.pictures import TURNED, read_rgb
 
 WHITE, BLACK, GREY, RED = (255, 255, 255), (0, 0, 0), (128, 128, 128), (255, 0, 0)
 SIDE = 32
@@ -96,6 +96,7 @@ def test_a_background_lies_under_what_is_transparent_and_nowhere_else(background
         found = ends(load_picture(encoded(picture, form, **options), background))
         assert found == ((0, 255, 0) if has_alpha else ground, ink), name
     assert ends(load_picture(icon(WHITE), "white")) == (WHITE, WHITE), "no black but by default"
+    assert ends(load_picture(Image.new("RGBA", (SIDE, SIDE)))) == (WHITE, WHITE), "nothing is drawn"
 
 
 def test_a_photo_is_turned_upright(tmp_path):
@@ -104,6 +105,7 @@ def test_a_photo_is_turned_upright(tmp_path):
     halves = Image.new("RGB", (40, 20), "red")
     halves.paste((0, 0, 255), (0, 0, 20, 20))
     halves.save(tmp_path / "lying.png", exif=exif)
+    assert read_rgb(tmp_path / "lying.png")[1] == [TURNED]
     for source in (tmp_path / "lying.png", Image.open(tmp_path / "lying.png")):
         found = load_picture(source)
         assert (found.size, found.getpixel((10, 5)), found.getpixel((10, 35))) == ((20, 40), (0, 0, 255), RED)

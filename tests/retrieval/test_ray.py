@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from stores import REPO, assert_same, rows_of, some_pictures
+from embedded import rows
+from stores import REPO, assert_same, some_pictures
 
 from vit_embed.retrieval.callables import EmbedPictures
 from vit_embed.retrieval.embed_command import main
@@ -176,7 +177,7 @@ def test_two_nodes_give_the_rows_of_one_process(what, two_nodes, local, tmp_path
             time.sleep(0.02)
         seen.append(two_nodes.copies())
         getattr(two_nodes, what)()
-        seen.append(len(rows_of(store)))
+        seen.append(len(rows(store)))
 
     watcher = threading.Thread(target=middle, daemon=True)
     watcher.start()
@@ -243,7 +244,7 @@ def test_texts_and_extra_columns(tmp_path):
         done = rows.map_batches(EmbedPictures, **options, batch_size=2, concurrency=1).take_all()
     finally:
         ray.shutdown()
-    wanted = rows_of(tmp_path / "patches-local.parquet")
+    wanted = rows(tmp_path / "patches-local.parquet")
     assert len(done) == 5 and {row["number"] for row in done} == set(range(5))
     for row in done:
         if row["image"] == "nowhere.png":

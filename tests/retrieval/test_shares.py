@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from stores import REPO, assert_same, errors_of, rows_of, some_pictures
+from embedded import reasons, rows
+from stores import REPO, assert_same, some_pictures
 
 from vit_embed.retrieval import store as stores
 from vit_embed.retrieval.embed_command import main
@@ -112,17 +113,17 @@ def test_two_processes_give_the_rows_of_one(tmp_path):
     shards = [path.name for path in (tmp_path / "two.parquet").iterdir()]
     assert {name[:10] for name in shards} == {"part-r000-", "part-r001-"}
 
-    before, pictures = rows_of(tmp_path / "two.parquet"), sorted(photos.glob("*.png"))
+    before, pictures = rows(tmp_path / "two.parquet"), sorted(photos.glob("*.png"))
     for number in range(10):  # each gets the next one's content
         os.replace(pictures[number + 1], pictures[number])
     pictures[10].write_bytes(b"now torn, too")
     done = two_processes(tmp_path, 2, *arguments, "two.parquet")
     assert [code for code, _, _ in done] == [0, 0], done
-    after = rows_of(tmp_path / "two.parquet")
+    after = rows(tmp_path / "two.parquet")
     assert after.keys() == before.keys() - {pictures[10].name}
     for number in range(10):
         assert abs(after[pictures[number].name] - before[pictures[number + 1].name]).max() < 1e-3
-    assert sorted(errors_of(tmp_path / "two.parquet")) == sorted([pictures[10].name, "torn.png"])
+    assert reasons(tmp_path / "two.parquet").keys() == {pictures[10].name, "torn.png"}
 
 
 def test_auto_takes_the_dtype_of_the_store(tmp_path, monkeypatch):
@@ -133,7 +134,7 @@ def test_auto_takes_the_dtype_of_the_store(tmp_path, monkeypatch):
     some_pictures(tmp_path / "photos" / "more", 2)
     monkeypatch.setattr("vit_embed.retrieval.embedder.fastest_dtype", lambda model: pytest.fail("measured"))
     assert main(arguments) == 3
-    assert len(rows_of(tmp_path / "out.parquet")) == 4
+    assert len(rows(tmp_path / "out.parquet")) == 4
 
 
 def children(process: int) -> list[int]:
@@ -161,7 +162,7 @@ def test_one_process_killed_and_the_run_begun_again(tmp_path):
     finally:
         running.kill()
         running.wait()
-    part = rows_of(store)
+    part = rows(store)
     assert 0 < len(part) < 120
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]

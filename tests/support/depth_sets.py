@@ -73,36 +73,20 @@ def write_depth(path: Path, depth: np.ndarray, scale: float | None = MILLIMETRES
 # --- layouts ---
 
 
-def rooms(path: Path) -> None:
-    for split, numbers in SPLITS.items():
-        for n in numbers:
-            write_picture(path / split / "images" / f"{n}.png", n)
-            write_depth(path / split / "depths" / f"{n}.png", metres(n))
+TRAIN = {"train": SPLITS["train"]}
 
 
-def flat(path: Path) -> None:
-    for n in SPLITS["train"]:
-        write_picture(path / "images" / f"{n}.png", n)
-        write_depth(path / "depths" / f"{n}.npy", metres(n), None)
+def pairs(picture: str, depth: str, scale: float | None = MILLIMETRES, splits: dict = SPLITS) -> Callable[[Path], None]:
+    """What writes every picture and its depth to these names, of {split} and {n}, in {scene} the {k}-th."""
 
+    def write(path: Path) -> None:
+        for split, numbers in splits.items():
+            for n in numbers:
+                place = {"split": split, "n": n, "scene": n // 6, "k": n % 6}
+                write_picture(path / picture.format(**place), n)
+                write_depth(path / depth.format(**place), metres(n), scale)
 
-def scans(path: Path) -> None:
-    for n in SPLITS["train"]:
-        write_picture(path / f"scene_{n // 6:02}" / "color" / f"{n % 6}.jpg", n)
-        write_depth(path / f"scene_{n // 6:02}" / "depth" / f"{n % 6}.tif", metres(n), None)
-
-
-def frames(path: Path) -> None:
-    for split, numbers in SPLITS.items():
-        for n in numbers:
-            write_picture(path / split / "seq-01" / f"frame-{n:06}.color.png", n)
-            write_depth(path / split / "seq-01" / f"frame-{n:06}.depth.png", metres(n))
-
-
-def bts(path: Path) -> None:
-    for n in SPLITS["train"]:
-        write_picture(path / "kitchen_0004" / f"rgb_{n:05}.jpg", n)
-        write_depth(path / "kitchen_0004" / f"sync_depth_{n:05}.png", metres(n))
+    return write
 
 
 def nyu_labelled(path: Path) -> None:
@@ -234,19 +218,13 @@ def saved(path: Path) -> None:
     DatasetDict({split: Dataset.from_list(found) for split, found in rows.items()}).save_to_disk(path)
 
 
-def patterns(path: Path) -> None:
-    for n in SPLITS["train"]:
-        write_picture(path / "scans" / f"{n // 6}" / "left" / f"{n}_a.png", n)
-        write_depth(path / "scans" / f"{n // 6}" / "metres" / f"{n}_b.exr", metres(n), None)
-
-
 # {name of a data set as in docs/your-data.md: what writes it to that path}.
 SETS: dict[str, Callable[[Path], None]] = {
-    "rooms": rooms,
-    "flat": flat,
-    "scans": scans,
-    "frames": frames,
-    "kitchen": bts,
+    "rooms": pairs("{split}/images/{n}.png", "{split}/depths/{n}.png"),
+    "flat": pairs("images/{n}.png", "depths/{n}.npy", None, TRAIN),
+    "scans": pairs("scene_{scene:02}/color/{k}.jpg", "scene_{scene:02}/depth/{k}.tif", None, TRAIN),
+    "frames": pairs("{split}/seq-01/frame-{n:06}.color.png", "{split}/seq-01/frame-{n:06}.depth.png"),
+    "kitchen": pairs("kitchen_0004/rgb_{n:05}.jpg", "kitchen_0004/sync_depth_{n:05}.png", splits=TRAIN),
     "nyu-labelled": nyu_labelled,
     "nyudepthv2": nyu_singles,
     "kaggle-nyu": kaggle,
@@ -258,7 +236,7 @@ SETS: dict[str, Callable[[Path], None]] = {
     "jsonl": jsonl,
     "parquet": parquet,
     "saved": saved,
-    "patterns": patterns,
+    "patterns": pairs("scans/{scene}/left/{n}_a.png", "scans/{scene}/metres/{n}_b.exr", None, TRAIN),
 }
 # What a command needs beside --dataset.
 OPTIONS = {

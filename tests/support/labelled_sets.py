@@ -97,36 +97,26 @@ def write_table(path: Path, rows: Sequence[dict], separator: str = ",", header: 
 # --- class folders ---
 
 
-def class_folders(folder: Path) -> None:
-    for split in COUNTS:
-        for row in rows_of(split):
-            save(folder / split / label_of(row) / f"{row}.png", SINGLE, row)
+def folders(place: Callable[[str, int], str]) -> Callable[[Path], None]:
+    """Each picture in the folder that `place` gives for its split and row."""
+
+    def write(folder: Path) -> None:
+        for split in COUNTS:
+            for row in rows_of(split):
+                save(folder / place(split, row) / f"{row}.png", SINGLE, row)
+
+    return write
 
 
-def deep_folders(folder: Path) -> None:
-    for row in range(18):
-        save(folder / label_of(row) / f"batch{row % 2}" / f"{row}.png", SINGLE, row)
+class_folders = folders(lambda split, row: f"{split}/{label_of(row)}")
+deep_folders = folders(lambda split, row: f"{label_of(row)}/batch{row % 2}")
+splits_in_labels = folders(lambda split, row: f"{label_of(row)}/{split.replace('validation', 'valid')}")
 
 
 def wrapped_folders(folder: Path) -> None:
-    for split, name in (("train", "Train"), ("validation", "val")):
-        for row in rows_of(split):
-            save(folder / "pets" / name / "images" / label_of(row) / f"{row}.png", SINGLE, row)
+    names = {"train": "Train", "validation": "val"}
+    folders(lambda split, row: f"pets/{names[split]}/images/{label_of(row)}")(folder)
     (folder / "notes.txt").write_text("photographed by ann\n")
-
-
-def splits_in_labels(folder: Path) -> None:
-    for split, name in (("train", "train"), ("validation", "valid")):
-        for row in rows_of(split):
-            save(folder / label_of(row) / name / f"{row}.png", SINGLE, row)
-
-
-def labels_below(folder: Path) -> None:
-    """The first folders are groups of the labels."""
-    for split in COUNTS:
-        for row in rows_of(split):
-            group = "farm" if label_of(row) == "Kuh" else "home"
-            save(folder / split / group / label_of(row) / f"{row}.png", SINGLE, row)
 
 
 def unlabelled_test(folder: Path) -> None:
@@ -173,13 +163,17 @@ def headerless_csv(folder: Path) -> None:
     write_table(folder / "all.csv", rows, header=False)
 
 
-def jsonl_tables(folder: Path) -> None:
-    for split in COUNTS:
-        lines = []
-        for row in rows_of(split):
-            save(folder / split / f"{row}.png", SINGLE, row)
-            lines.append(json.dumps({"file_name": f"{row}.png", "label": label_of(row)}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+def jsonl_of(kind: str, cells_of: Callable[[int], dict]) -> Callable[[Path], None]:
+    """A metadata.jsonl in the folder of each split."""
+
+    def write(folder: Path) -> None:
+        for split in COUNTS:
+            for row in rows_of(split):
+                save(folder / split / f"{row}.png", kind, row)
+            lines = [json.dumps({"file_name": f"{row}.png", **cells_of(row)}) for row in rows_of(split)]
+            (folder / split / "metadata.jsonl").write_text("\n".join(lines))
+
+    return write
 
 
 def json_list(folder: Path) -> None:
@@ -242,15 +236,6 @@ def table_of(kind: str, cells_of: Callable[[int], dict]) -> Callable[[Path], Non
     return write
 
 
-def tags_jsonl(folder: Path) -> None:
-    for split in COUNTS:
-        lines = []
-        for row in rows_of(split):
-            save(folder / split / f"{row}.png", MULTI, row)
-            lines.append(json.dumps({"file_name": f"{row}.png", "labels": several_of(row)}))
-        (folder / split / "metadata.jsonl").write_text("\n".join(lines))
-
-
 def soft_lists(folder: Path) -> None:
     splits = {}
     for split in COUNTS:
@@ -272,13 +257,14 @@ SETS: dict[str, Callable[[Path], None]] = {
     "deep_folders": deep_folders,
     "wrapped_folders": wrapped_folders,
     "splits_in_labels": splits_in_labels,
-    "labels_below": labels_below,
+    # The first folders are groups of the labels.
+    "labels_below": folders(lambda split, row: f"{split}/{'farm' if row % 3 == 2 else 'home'}/{label_of(row)}"),
     "unlabelled_test": unlabelled_test,
     "csv_table": csv_table,
     "tsv_tables": tsv_tables,
     "txt_lists": txt_lists,
     "headerless_csv": headerless_csv,
-    "jsonl_tables": jsonl_tables,
+    "jsonl_tables": jsonl_of(SINGLE, lambda row: {"label": label_of(row)}),
     "json_list": json_list,
     "kaggle": kaggle,
     "parquet_paths": parquet_of(lambda folder, row: f"files/{row}.png", True),
@@ -286,7 +272,7 @@ SETS: dict[str, Callable[[Path], None]] = {
     "parquet_pandas": parquet_of(lambda folder, row: {"bytes": png(SINGLE, row), "path": f"{row}.png"}, False),
     "parquet_relative": parquet_of(lambda folder, row: {"bytes": None, "path": f"files/{row}.png"}, True),
     "saved": saved,
-    "tags_jsonl": tags_jsonl,
+    "tags_jsonl": jsonl_of(MULTI, lambda row: {"labels": several_of(row)}),
     "tags_separated": table_of(MULTI, lambda row: {"label": "|".join(several_of(row))}),
     "tags_pandas": table_of(MULTI, lambda row: {"label": several_of(row)}),
     "tags_01": table_of(MULTI, flags),

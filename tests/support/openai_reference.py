@@ -4,14 +4,15 @@ Needs clip-anytorch of requirements-references.txt.
 """
 
 import functools
+import runpy
 import warnings
 from types import ModuleType
 
 import tiny
 import torch
-from references import import_without_init
 
 from vit_embed.conversion.layouts.openai import load_openai_code
+from vit_embed.conversion.openai_files import find_openai_file
 
 # Heads are 64 wide in OpenAI's code: two in the image tower, one in the text tower.
 SIZES = {
@@ -36,7 +37,7 @@ def openai_code() -> ModuleType:
 @functools.cache
 def openai_tokenizer():
     """OpenAI's SimpleTokenizer (needs ftfy and regex)."""
-    return import_without_init("clip.simple_tokenizer").SimpleTokenizer()
+    return runpy.run_path(find_openai_file("clip/simple_tokenizer.py"))["SimpleTokenizer"]()
 
 
 def openai_clip(**sizes) -> torch.nn.Module:

@@ -1,30 +1,10 @@
-"""Single files of packages whose `__init__` needs torchvision, which does not import beside the torch of the tests."""
+"""Packages that import torchvision, which does not import beside the torch of the tests."""
 
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 import types
-
-
-def import_without_init(name: str) -> types.ModuleType:
-    """Imports a dotted module without running the `__init__` of the packages above it.
-
-    Raises:
-        ImportError: the package is not installed; names the requirements file that has it.
-    """
-    parents = name.split(".")[:-1]
-    for depth in range(1, len(parents) + 1):
-        package = ".".join(parents[:depth])
-        if package in sys.modules:
-            continue
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise ImportError(f"{package} is not installed; pip install --no-deps -r requirements-references.txt")
-        bare = types.ModuleType(package)
-        bare.__path__ = list(spec.submodule_search_locations)
-        sys.modules[package] = bare
-    return importlib.import_module(name)
 
 
 class _AnyName(type):
@@ -73,10 +53,6 @@ def import_package(name: str) -> types.ModuleType:
     """
     if importlib.util.find_spec(name) is None:
         raise ImportError(f"{name} is not installed; pip install --no-deps -r requirements-references.txt")
-    # `import_without_init` may have left a bare package behind.
-    if name in sys.modules and not hasattr(sys.modules[name], "__version__"):
-        for module in [each for each in sys.modules if each.partition(".")[0] == name]:
-            del sys.modules[module]
     if importlib.util.find_spec("torchvision") is not None:
         return importlib.import_module(name)
     stub = _TorchvisionStub()

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vit_embed.conversion.layouts.layout import SampleInputs
+from vit_embed.conversion.layouts.openai import METADATA
 
 Outputs = dict[str, torch.Tensor]
 DUAL = {"image_features", "text_features", "logits_per_image"}
@@ -136,6 +137,14 @@ def _run_clip(model: nn.Module, inputs: SampleInputs) -> Outputs:
     }
 
 
+def _reload_openai(file: Path, model: nn.Module) -> nn.Module:
+    """By OpenAI's `build_model`, which rounds weights to float16; then with the file's own."""
+    state_dict = torch.load(file, weights_only=True)
+    model = openai_reference.openai_code().build_model(dict(state_dict)).float()
+    model.load_state_dict({name: tensor for name, tensor in state_dict.items() if name not in METADATA})
+    return model.eval()
+
+
 OPENAI = [
     Case(
         "openai",
@@ -146,7 +155,8 @@ OPENAI = [
         "VitEmbedForContrastive",
         DUAL,
         back="file",
-        free=("input_resolution", "context_length", "vocab_size"),
+        reload=_reload_openai,
+        free=METADATA,
         options={"hidden_act": "quick_gelu"},
     )
 ]
@@ -484,7 +494,7 @@ DEEPSEEK_OCR = [
         "deepseek_ocr",
         "whole model",
         _deepseek,
-        lambda model: [model.transformer.layers],
+        lambda model: [model.layers],
         lambda model, inputs: {"last_hidden_state": model(inputs.pixel_values)[-1]},
         "VitEmbedModel",
         set(),  # its code comes with the weights, and is never run

@@ -3,7 +3,7 @@
 A stem needs a row here only where it needs fields that have no default.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,9 +19,10 @@ from vit_embed import (
     VitEmbedForMaskedImageModeling,
     VitEmbedModel,
     VitEmbedModelWithProjection,
+    options_vit_embed,
 )
 from vit_embed.embeddings_vit_embed import POSITIONS, VitEmbedEmbeddings
-from vit_embed.options_vit_embed import STEM_TYPES
+from vit_embed.options_vit_embed import OPTIONS, STEM_TYPES, Option
 from vit_embed.stems_vit_embed import STEMS
 from vit_embed.tokens_vit_embed import Tokens
 
@@ -47,6 +48,32 @@ VARIANTS = {
     "wavelet, 5 coefficients": {"stem_type": "wavelet", "num_coefficients": 5},
 }
 FAMILY = {**{stem: {"stem_type": stem, **NEEDED.get(stem, {})} for stem in STEM_TYPES}, **VARIANTS}
+
+# field: its option, for those that have a meaning with some values of another field alone.
+APPLIES = {option.name: option for option in OPTIONS if option.applies_when is not None}
+
+
+def choices_of(field: str) -> tuple:
+    """The constant of the options' module that lists the values of a field: NORM_TYPES, CONTRASTIVE_LOSSES."""
+    plural = f"{field}es" if field.endswith("s") else f"{field}s"
+    return getattr(options_vit_embed, plural.upper())
+
+
+def other_value(option: Option) -> Any:
+    """A value of an option that is in range and not its default; None where the config makes something of it."""
+    if option.check in (options_vit_embed.ANYTHING, options_vit_embed.JSON_DICT):
+        return NEEDED["hybrid"].get(option.name)
+    words = option.check.must_be.removeprefix("one of ").strip(";,").split(", ")
+    candidates = (not option.default,) if isinstance(option.default, bool) else (*words, 24, 4, 0.5, 0.75)
+    return next(value for value in candidates if value != option.default and option.check.accepts(value))
+
+
+def fields_for(name: str, values: Sequence[str]) -> dict[str, Any]:
+    """The fields that make the first of these values of `name` a config that stands, and one in which every other field
+    has a meaning."""
+    needed = {**NEEDED, "hybrid": {"backbone_config": CONVNEXT_MAPS}}  # three stages make a pyramid
+    stem = needed.get(values[0], {}) if name == "stem_type" else {}
+    return {"depth_head_type": "dpt", **DECODER, name: values[0], **stem}
 
 
 class Head(NamedTuple):
@@ -200,14 +227,6 @@ def assert_close(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, 
     assert len(found) == len(expected) > 0
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, **(tolerance or CLOSE))
-
-
-def assert_same_gradients(found: dict, expected: dict) -> None:
-    """Equal up to the rounding of sums in another order, which grows with the size of what is summed."""
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        bound = 1e-5 * max(1.0, gradient.abs().max().item())
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_every_weight_learns(model: torch.nn.Module) -> None:

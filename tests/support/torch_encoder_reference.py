@@ -17,6 +17,16 @@ def layer(width: int, heads: int, hidden: int, **options) -> nn.TransformerEncod
     return nn.TransformerEncoderLayer(width, heads, hidden, dropout=0.1, batch_first=True, **options)
 
 
+@torch.no_grad()
+def states(patches: torch.Tensor, class_token: torch.Tensor, positions: torch.Tensor, layers) -> list[torch.Tensor]:
+    """The input of the first layer and the output of each, of a map of patches (B, D, gh, gw)."""
+    tokens = torch.cat([class_token.expand(len(patches), 1, -1), patches.flatten(2).mT], dim=1) + positions
+    states = [tokens]
+    for each in layers:
+        states.append(each(states[-1]))
+    return states
+
+
 class ViTTiny(nn.Module):
     """muOmni's encoder: pre-norm, exact GELU, a final RMSNorm.
 
@@ -33,18 +43,9 @@ class ViTTiny(nn.Module):
         self.norm = nn.RMSNorm(width, eps=eps)
 
     @torch.no_grad()
-    def states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """The input of the first layer and the output of each."""
-        patches = self.proj(pixel_values).flatten(2).mT
-        states = [torch.cat([self.cls.expand(len(patches), 1, -1), patches], dim=1) + self.pos]
-        for block in self.blocks:
-            states.append(block(states[-1]))
-        return states
-
-    @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Class token (B, 1, D) and grid (B, N, D)."""
-        tokens = self.norm(self.states(pixel_values)[-1])
+        tokens = self.norm(states(self.proj(pixel_values), self.cls, self.pos, self.blocks)[-1])
         return tokens[:, :1], tokens[:, 1:]
 
 
@@ -62,18 +63,14 @@ class MiniViT(nn.Module):
         self.head = nn.Linear(width, classes)
 
     @torch.no_grad()
-    def states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """The input of the first layer and the output of each."""
-        patches = self.patch_embed(pixel_values).flatten(2).mT
-        states = [torch.cat([self.cls_token.expand(len(patches), 1, -1), patches], dim=1) + self.pos_embed]
-        for each in self.encoder.layers:
-            states.append(each(states[-1]))
-        return states
+    def tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 1 + N, D) behind the last layer."""
+        return states(self.patch_embed(pixel_values), self.cls_token, self.pos_embed, self.encoder.layers)[-1]
 
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, classes)."""
-        return self.head(self.norm(self.states(pixel_values)[-1][:, 0]))
+        return self.head(self.norm(self.tokens(pixel_values)[:, 0]))
 
 
 class MiniViTDepth(MiniViT):
@@ -95,7 +92,7 @@ class MiniViTDepth(MiniViT):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, H, W), any number."""
         rows = pixel_values.shape[2] // self.patch_embed.stride[0]
-        tokens = self.states(pixel_values)[-1][:, 1:]
+        tokens = self.tokens(pixel_values)[:, 1:]
         maps = tokens.mT.unflatten(2, (rows, -1))
         return F.interpolate(self.decoder(maps), size=pixel_values.shape[2:], mode="bilinear")[:, 0]
 

@@ -1,10 +1,12 @@
-"""What every recipe that trains on pictures does: goes on after a stop, shares the work, writes a model card."""
+"""What every recipe that trains on pictures does: goes on after a stop, shares the work, writes a model card, leaves a
+folder that the other release of transformers reads."""
 
 import importlib
 import json
 import os
 import re
 import shutil
+import sys
 from functools import cache, partial
 from pathlib import Path
 
@@ -13,9 +15,11 @@ import pytest
 import tiny
 import torch
 import training_runs as runs
+import transformers
 from catalogue import mostly_heavy
 from datasets import Dataset, DatasetDict
 from datasets import Image as ImageFeature
+from fresh_process import auto_load, outputs, run_fresh
 from huggingface_hub import ModelCard
 from PIL import Image
 from training_runs import REPO, losses, results, run_apart, run_here, weights
@@ -186,3 +190,53 @@ def test_the_model_card_says_what_the_folder_is_and_its_code_runs(recipe, option
     assert names["image"] == as_rgb(tmp_path / "icon.png"), "what training saw"
     used = {"train_contrastive": "probabilities", "train_classification": "logits", "pretrain_masked": "features"}
     assert names[used.get(recipe, "depth")].isfinite().all()
+
+
+# How what a recipe leaves is read: a pipeline's task, or an Auto class where there is none.
+READERS = {
+    "train_contrastive": "zero-shot-image-classification",
+    "train_classification": "image-classification",
+    "train_depth": "depth-estimation",
+    "pretrain_masked": "AutoModelForMaskedImageModeling",
+    "train_adaptive": "depth-estimation",
+}
+OTHER_PYTHON = os.environ.get("VIT_EMBED_OTHER_PYTHON") or str(REPO / ".venv-4.57" / "bin" / "python")
+
+
+def read(folders: dict, readers: dict, picture: str) -> dict:
+    """{recipe: [class, numbers]} of what each folder's own code says of a picture."""
+    found = {"version": transformers.__version__, "package_imported": "vit_embed" in sys.modules}
+    for recipe, folder in folders.items():
+        if readers[recipe].startswith("Auto"):
+            model = auto_load(readers[recipe], folder)
+            generator = torch.Generator().manual_seed(0)
+            inputs = {
+                "pixel_values": torch.randn(1, 3, 32, 32, generator=generator),
+                "bool_masked_pos": torch.arange(16)[None] % 4 > 0,
+            }
+            numbers = torch.cat([tensor.float().flatten() for tensor in outputs(model, inputs)])
+        else:
+            ask = transformers.pipeline(readers[recipe], model=folder, trust_remote_code=True)
+            labels = {"candidate_labels": ["rocket", "carrot", "a red apple"]}
+            model, answer = ask.model, ask(picture, **(labels if recipe == "train_contrastive" else {}))
+            if "depth" in readers[recipe]:
+                numbers = answer["predicted_depth"].flatten()
+            else:
+                numbers = torch.tensor([each["score"] for each in sorted(answer, key=lambda each: each["label"])])
+        found[recipe] = [type(model).__name__, numbers.tolist()]
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists(OTHER_PYTHON), reason=f"there is no {OTHER_PYTHON}; make test-4.57 makes it")
+def test_the_other_release_reads_the_same(unbroken, tmp_path):
+    """What the training recipes leave, written here, is read by the other release of transformers that CI tests."""
+    Image.open(REPO / "examples" / "pictures" / "rocket.png").convert("RGB").save(tmp_path / "picture.png")
+    given = {"folders": {recipe: str(unbroken(recipe)) for recipe in CLASSES}, "readers": READERS}
+    given["picture"] = str(tmp_path / "picture.png")
+    here, there = read(**given), run_fresh(read, tmp_path / "home", python=OTHER_PYTHON, **given)
+    assert there["version"] != here["version"] and not there["package_imported"]
+    for recipe, model_class in CLASSES.items():
+        assert there[recipe][0] == here[recipe][0] == model_class
+        found, expected = torch.tensor(there[recipe][1]), torch.tensor(here[recipe][1])
+        assert expected.std() > 1e-4, "an answer that says something"
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -19,8 +19,8 @@ from transformers import AutoImageProcessor, AutoTokenizer, TrainingArguments
 from recipes import classification, contrastive, depth, masked, search, tokens
 from recipes.card import Base, write_model_card
 from recipes.drawing import _wrapped, draw_label, draw_picture, new_sheet, save_figure
-from vit_embed import VitEmbedForImageClassification, load_picture
-from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, TURNED, as_rgb, is_one_grey, read_rgb, read_rgba
+from vit_embed import VitEmbedForImageClassification
+from vit_embed.retrieval.pictures import ON_BLACK, ON_WHITE, SCALED, is_one_grey, read_rgba
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -40,39 +40,6 @@ ICONS = {
     "nearly white": (icon((245, 245, 245)), ON_BLACK),
     "red": (icon((255, 0, 0)), ON_WHITE),
 }
-
-
-@pytest.mark.parametrize("name", ICONS)
-def test_a_transparent_icon_keeps_its_drawing(name):
-    """`convert("RGB")` would make the black ones one black square, and white paper the white ones one white square."""
-    picture, note = ICONS[name]
-    rgb, notes = read_rgb(picture)
-    ground, ink = np.asarray(rgb)[0, 0].astype(int), np.asarray(rgb)[24, 24].astype(int)
-    assert notes == [note] and rgb.mode == "RGB"
-    assert np.abs(ground - ink).max() > 200
-    assert (ground == (255 if note == ON_WHITE else 0)).all()
-
-
-def test_pictures_of_every_other_kind(tmp_path):
-    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    Image.fromarray(ramp).save(tmp_path / "16bit.png")
-    for deep in (tmp_path / "16bit.png", Image.open(tmp_path / "16bit.png").convert("I")):
-        rgb, notes = read_rgb(deep)
-        np.testing.assert_array_equal(np.asarray(rgb)[..., 0], np.arange(256).reshape(16, 16))
-        assert notes == [SCALED]
-    assert as_rgb(Image.new("L", (2, 2), 7)).getpixel((0, 0)) == (7, 7, 7)
-    assert read_rgb(Image.new("CMYK", (2, 2), (0, 255, 255, 0)))[0].getpixel((0, 0)) == (255, 0, 0)
-    palette = Image.new("P", (2, 2), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    assert read_rgb(palette) == (as_rgb(palette), []) and as_rgb(palette).getpixel((0, 0)) == (10, 200, 30)
-    assert as_rgb(Image.new("RGBA", (2, 2))).getpixel((0, 0)) == (255, 255, 255), "nothing is drawn"
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    rgb, notes = read_rgb(tmp_path / "turned.jpg")
-    assert rgb.size == (2, 4) and notes == [TURNED]
-    with pytest.raises(ValueError, match="floating point"):
-        as_rgb(Image.new("F", (2, 2)))
 
 
 def test_what_is_drawn_in_one_grey():
@@ -110,14 +77,6 @@ def test_every_recipe_and_viewer_sees_the_drawing(recipe, name, tmp_path):
     pixels = pixels_of(recipe, picture, str(tmp_path / "icon.png"))
     middle, corner = (pixels[:, place, place].mean().item() for place in (pixels.shape[1] // 2, 1))
     assert (corner - middle if note == ON_WHITE else middle - corner) > 3
-
-
-@pytest.mark.parametrize("name", ICONS)
-def test_a_pipeline_that_is_given_load_picture_sees_what_the_recipe_evaluates(name, tmp_path):
-    ICONS[name][0].save(tmp_path / "icon.png")
-    evaluated = pixels_of("classification", Image.open(tmp_path / "icon.png"), "")
-    given = AutoImageProcessor.from_pretrained(REPO)(load_picture(tmp_path / "icon.png"), return_tensors="pt")
-    torch.testing.assert_close(given["pixel_values"][0], evaluated, rtol=0, atol=0)
 
 
 def test_training_on_captions_draws_it_in_any_colour_on_any_ground():

@@ -19,10 +19,10 @@ from datasets import Image as ImageFeature
 from depth_sets import SETS, kitti_selection, metres, pixels, write_depth, write_hdf5, write_picture
 from PIL import Image
 from scipy.io import savemat
-from training_runs import results, run_here
+from training_runs import run_here
 
 from recipes.depth import DataArguments, load_pairs
-from recipes.depth_checks import Checked, check_pairs, compare_splits
+from recipes.depth_checks import Checked, check_pairs
 from recipes.reading.depth_files import Unusable, open_depth, open_picture, read_depth
 from recipes.reading.depths import MILLIMETRES
 from recipes.reading.tables import IMAGE, ROW
@@ -409,20 +409,30 @@ FAULTS = {
     "millimetres": (".npy", lambda p: np.save(p, 1000 * DEPTH), "a median depth outside 0.2 to 200 m"),
     "inverse": (".npy", lambda p: np.save(p, DEPTH / 100), "a median depth outside 0.2 to 200 m"),
     "beyond": (".npy", lambda p: np.save(p, 30 + DEPTH), "no valid pixel within --max_depth 20"),
+    "infinite": (".npy", lambda p: np.save(p, np.inf + DEPTH), "a depth without a valid pixel"),
+}
+# What is said of a depth that is kept.
+ODD = {
+    "half": (
+        ".npy",
+        lambda p: np.save(p, DEPTH[::2, ::2]),
+        "a depth of another size than its picture",
+    ),
+    "whole": (".npy", lambda p: np.save(p, np.round(DEPTH)), "a depth of nothing but whole numbers of metres"),
 }
 
 
 def test_every_fault_of_a_spoiled_set_is_named_with_its_file_and_left_out(caplog):
     folder = write_folder(range(20))
-    for name, (suffix, write, _) in FAULTS.items():
+    for name, (suffix, write, _) in {**FAULTS, **ODD}.items():
         write_picture(Path(f"mine/images/{name}.png"), 9)
         write(folder / f"{name}{suffix}")
     write_picture(Path("mine/images/alone.png"), 9)
     np.save(folder / "blind.npy", DEPTH)
     rows = checked("mine", max_depth=20)["train"].rows
-    assert sorted(rows[ROW]) == sorted(f"images/{n}.png" for n in range(20))
+    assert sorted(rows[ROW]) == sorted(f"images/{n}.png" for n in (*range(20), *ODD))
     others = {"alone": (0, 0, "a picture without a depth"), "blind": (0, 0, "a depth without a picture")}
-    for name, (_, _, said) in {**FAULTS, **others}.items():
+    for name, (_, _, said) in {**FAULTS, **ODD, **others}.items():
         file = "depths/blind.npy" if name == "blind" else f"images/{name}.png"
         assert re.search(f"rows with {said}[^\\[]*: \\[[^]]*'{file}'", caplog.text), name
 
@@ -435,6 +445,35 @@ def test_pixels_beyond_the_largest_depth_are_counted_and_most_are_refused(caplog
     assert int(share[1]) == beyond and float(share[3]) == pytest.approx(100 * beyond / int(share[2]), abs=0.05)
     with pytest.raises(ValueError, match=r"within --max_depth 3, \d+ of \d+ measured pixels \(6.*%\).*raise it"):
         checked("mine", max_depth=3)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda: np.save("mine/depths/0.npy", (1000 * metres(0)).astype(np.uint16)),
+            r"none of 1 are: 1 with a median.*medians of 3.*e[+]03 .* m; .*by 1 \(--depth_scale\).*: set --dep",
+        ),
+        (
+            lambda: shutil.rmtree("mine/depths"),
+            "nearest: folders of pictures and depths .* lacks a folder depths or depth beside it",
+        ),
+        (
+            lambda: shutil.copy("mine/images/0.png", "mine/images/0.jpg"),
+            "one picture and one depth of the name '0', found images/0.jpg and images/0.png; remove",
+        ),
+    ],
+)
+def test_data_that_is_all_wrong_is_refused_with_what_to_set(spoil, message):
+    write_folder(range(1))
+    spoil()
+    with pytest.raises(ValueError, match=message):
+        checked("mine", depth_scale=1)
+
+
+def test_rows_without_depths_are_refused_with_what_to_set():
+    with pytest.raises(ValueError, match=r"expected columns \['depth'\] in split 'x'.*--depth_column"):
+        check_pairs(Dataset.from_dict({"image": ["a"]}), "x", MILLIMETRES, None)
 
 
 def test_nothing_but_whole_metres_is_refused():
@@ -499,13 +538,6 @@ def test_disparity_is_refused_by_its_name_with_what_to_do(picture, depth):
         load_pairs(DataArguments(dataset="stereo"))
 
 
-def test_splits_in_different_units_are_said(caplog):
-    compare_splits({"train": 3.0, "validation": 2.0})
-    assert not caplog.text
-    compare_splits({"train": 3.0, "validation": 0.5})
-    assert "may be in another unit (--depth_scale): 3 m in split 'train', 0.5 m in split 'validation'" in caplog.text
-
-
 def test_a_table_whose_folders_are_mixed_up_is_refused_or_told():
     """Names alone, of pictures in images/ and depths in depths/; and a picture that is given as its own depth."""
     SETS["table"](Path("table"))
@@ -554,13 +586,3 @@ def test_splits_of_another_scale_are_said_before_the_first_step(caplog):
     options = {"do_train": True, "do_eval": True, "max_steps": 1, "config_name": "config", "output_dir": "run"}
     run_here(train_depth, dataset="rooms", **options)
     assert "(--depth_scale): 3.5 m in split 'train', 26.2 m in split 'validation'" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["kitti", "tum", "nyudepthv2", "nyu-labelled", "kaggle-nyu", "patterns"])
-def test_a_step_is_trained_on_a_data_set_as_it_was_published(name):
-    SETS[name](Path(name))
-    tiny.vision_config(max_depth=20.0).save_pretrained("config")
-    options = {"do_train": True, "do_eval": True, "max_steps": 1, "per_device_train_batch_size": 4}
-    options |= {"dataset": name, **depth_sets.OPTIONS.get(name, {}), "config_name": "config", "output_dir": "run"}
-    run_here(train_depth, **options)
-    assert np.isfinite(results(Path("run"), "eval")["abs_rel"])

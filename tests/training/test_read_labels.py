@@ -47,10 +47,6 @@ EXPECTED = {
 }
 
 
-def test_every_data_set_has_a_command_in_the_docs():
-    assert {command[1] for command in COMMANDS} == set(SETS)
-
-
 def read(folder: Path, *flags: str):
     """The problem and the checked splits of a data set."""
     given = [flag for flag in flags if flag != "--do_predict"]

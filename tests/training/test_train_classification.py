@@ -184,17 +184,6 @@ def saved(folder: Path, feature: object, **columns: list) -> Path:
 NAMED = {"image_column": "picture", "label_column": "kind"}
 
 
-def test_labels_outside_the_label_set(trunks, tmp_path, caplog):
-    labels = {"train": ["cat", "dog", None, "cat"], "validation": ["dog", "cow", "cat"]}
-    data = saved(tmp_path / "data", Value("string"), **labels)
-    with caplog.at_level(logging.INFO):
-        train(data, trunks["still"], tmp_path / "run", **ONE_STEP, **NAMED)
-    assert "split train: 1 rows with no label: [2]" in caplog.text
-    assert "split validation: 1 rows with a label outside the 2 known: [1]" in caplog.text
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert config["id2label"] == {"0": "cat", "1": "dog"} and config["label2id"] == {"cat": 0, "dog": 1}
-
-
 def test_a_validation_share_is_stratified_and_seeded(tmp_path):
     labels = [0] * 20 + [1] * 10 + [2]
     data = saved(tmp_path / "data", ClassLabel(names=["a", "b", "c"]), train=labels)

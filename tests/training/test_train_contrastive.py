@@ -3,7 +3,6 @@
 import math
 import random
 import shutil
-import tarfile
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -63,18 +62,6 @@ def small(tmp_path_factory) -> dict:
 # --- what a run leaves ---
 
 
-def write_shards(folder: Path) -> Path:
-    folder.mkdir()
-    with tarfile.open(folder / "train-0.tar", "w") as shard:
-        for path in PICTURES:
-            caption = folder / f"{path.stem}.txt"
-            caption.write_text(name_of(path))
-            shard.add(path, path.name)
-            shard.add(caption, caption.name)
-            caption.unlink()
-    return folder
-
-
 def assert_recalls(run: Path) -> None:
     """Of a run that evaluated and tested on the same pictures."""
     found, tested = (results(run, split) for split in ("eval", "test"))
@@ -83,15 +70,6 @@ def assert_recalls(run: Path) -> None:
     assert found["chance_recall@1"] == pytest.approx(1 / len(PICTURES))
     assert tested["text_to_image_recall@1"] == found["text_to_image_recall@1"]
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["eval-000002.png", "test-000002.png"]
-
-
-def test_a_stream_of_tar_shards_trains_and_is_evaluated(small, tmp_path, monkeypatch):
-    """One split may be all three."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    options = {**small, **ONE_SPLIT, "dataset": write_shards(tmp_path / "data"), "streaming": True}
-    options |= {"image_column": "png", "caption_column": "txt", "output_dir": tmp_path / "run"}
-    run_here(train_contrastive, **options, per_device_train_batch_size=4)
-    assert_recalls(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 1)])

@@ -1,8 +1,6 @@
 """The depth recipe: what it leaves, and its parts against formulas that a reader can check."""
 
 import json
-import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import tiny
 import torch
 import train_depth
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from PIL import Image
 from training_runs import results, run_here
 from transformers import DPTImageProcessor, EvalPrediction
@@ -24,12 +22,10 @@ from recipes.depth import (
     ModelArguments,
     TrainingPair,
     load_depth_model,
-    load_pairs,
 )
-from recipes.depth_checks import Checked, check_pairs
+from recipes.depth_checks import check_pairs
 from recipes.reading.depth_files import Scale, read_depth
 from recipes.reading.depths import MILLIMETRES
-from recipes.reading.tables import ROW
 from vit_embed import VitEmbedConfig
 from vit_embed.saving_vit_embed import CLIP_IMAGE_MEAN, CLIP_IMAGE_STD, image_processor_dict
 
@@ -113,125 +109,16 @@ def arguments_for(path: Path | str, **fields) -> DataArguments:
     return DataArguments(dataset=str(path), **fields)
 
 
-def checked(path: Path, max_depth: float | None = None, **fields) -> Checked:
-    """`check_pairs` of the training split of a folder."""
-    splits, scale = load_pairs(arguments_for(path, **fields))
-    return check_pairs(splits["train"], "train", scale, max_depth)
-
-
 def scale_of(number: float) -> Scale:
     return Scale(number, number, "--depth_scale")
-
-
-METRES = np.array([[0.5, 1.0, 2.0, 4.0], [0.0, 3.0, 12.0, 8.0]], dtype=np.float32)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "scale", "stored"),
-    [
-        (".png", 1000, (METRES * 1000).astype(np.uint16)),
-        (".tif", 256, (METRES * 256).astype(np.uint16)),
-        (".npy", 1000, METRES.astype(np.float64)[None]),
-        (".npy", 1000, (METRES * 1000).astype(np.int32)),
-        (".npy", 256, METRES.astype(np.float16)[..., None]),
-    ],
-)
-def test_depths_of_every_format_are_the_same_metres(suffix, scale, stored, tmp_path):
-    path = tmp_path / f"depth{suffix}"
-    np.save(path, stored) if suffix == ".npy" else Image.fromarray(stored).save(path)
-    cell = Image.open(path) if suffix != ".npy" else stored.tolist() if stored.dtype.kind == "f" else stored
-    for given in (str(path), cell):
-        np.testing.assert_allclose(read_depth(given, scale_of(scale), None), METRES, rtol=1e-3)
-    np.testing.assert_allclose(
-        read_depth(str(path), scale_of(scale), 10.0), np.where(METRES > 10, 0, METRES), rtol=1e-3
-    )
 
 
 def test_what_is_no_depth_is_zero():
     depth = np.array([[np.nan, np.inf, -np.inf], [-1.0, 0.0, 2.5]])
     assert read_depth(depth, MILLIMETRES, None).tolist() == [[0, 0, 0], [0, 0, 2.5]]
+    assert not read_depth(depth, MILLIMETRES, 2.0).any(), "beyond the largest depth"
     with pytest.raises(ValueError, match="a depth of 2 channels, which is a picture of depth"):
         read_depth(np.dstack([np.zeros((5, 5)), np.ones((5, 5))]), MILLIMETRES, None)
-
-
-def write_pair(folder: Path, name: str, depth: np.ndarray | bytes | None, picture: bytes | str | None = "good") -> None:
-    for kind in ("images", "depths"):
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-    if picture == "good":
-        Image.fromarray(np.full((16, 24, 3), 90, np.uint8)).save(folder / "images" / f"{name}.png")
-    elif picture is not None:
-        (folder / "images" / f"{name}.png").write_bytes(picture)
-    if isinstance(depth, bytes):
-        (folder / "depths" / f"{name}.npy").write_bytes(depth)
-    elif depth is not None:
-        np.save(folder / "depths" / f"{name}.npy", depth)
-
-
-GOOD = np.linspace(1, 5, 16 * 24, dtype=np.float32).reshape(16, 24)
-# What is wrong with a pair: its depth, its picture, what the log says, and whether it is left out.
-PROBLEMS = {
-    "alone": (None, "good", "a picture without a depth", True),
-    "blind": (GOOD, None, "a depth without a picture", True),
-    "noise": (GOOD, b"this is no picture", "an unreadable picture", True),
-    "torn": (b"this is no array", "good", "an unreadable depth", True),
-    "grey": (np.zeros((16, 24, 3), np.uint8), "good", "a depth of equal channels, one number saved as a colour", True),
-    "empty": (np.zeros((16, 24), np.float32), "good", "a depth without a valid pixel", True),
-    "infinite": (np.full((16, 24), np.inf), "good", "a depth without a valid pixel", True),
-    "turned": (np.ascontiguousarray(GOOD.T), "good", "a depth turned by 90 degrees against its picture", True),
-    "cut": (GOOD[:9], "good", "a depth of another shape than its picture", True),
-    "far": (GOOD + 80, "good", "no valid pixel within --max_depth 50", True),
-    "half": (GOOD[::2, ::2], "good", "a depth of another size than its picture, which is scaled to it", False),
-    "millimetres": (GOOD * 1e3, "good", "a median depth outside 0.2 to 200 m", True),
-    "whole": (np.round(GOOD), "good", "a depth of nothing but whole numbers of metres", False),
-}
-
-
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_each_problem_is_named_with_its_file(name, tmp_path, caplog):
-    depth, picture, reason, is_dropped = PROBLEMS[name]
-    write_pair(tmp_path, "fine", GOOD)
-    write_pair(tmp_path, name, depth, picture)
-    rows, shape, _ = checked(tmp_path, max_depth=50.0 if name == "far" else None)
-    file = f"depths/{name}.npy" if picture is None else f"images/{name}.png"
-    assert re.search(f"split train: 1 rows with {reason}.*: \\['{file}'\\]", caplog.text)
-    assert sorted(rows[ROW]) == ["images/fine.png"] + [file] * (not is_dropped)
-    assert shape == (None if name == "half" else (16, 24))
-
-
-def test_data_that_is_all_wrong_is_refused_with_what_to_set(tmp_path):
-    write_pair(tmp_path / "a", "one", (GOOD * 1000).astype(np.uint16))
-    write_pair(tmp_path / "b", "one", None)
-    (tmp_path / "c" / "images").mkdir(parents=True)
-    shutil.copy(next((tmp_path / "a" / "images").iterdir()), tmp_path / "c" / "images")
-    shutil.copytree(tmp_path / "a", tmp_path / "d")
-    shutil.copy(tmp_path / "d" / "images" / "one.png", tmp_path / "d" / "images" / "one.jpg")
-    for folder, message in (
-        (
-            "a",
-            r"none of 1 are: 1 with a median.*medians of 3e[+]03 to 3e[+]03 m; .*by 1 \(--depth_scale\).*: set --dep",
-        ),
-        ("b", "lacks a folder depths or depth beside it"),
-        ("c", "nearest: folders of pictures and depths .* lacks a folder depths or depth beside it"),
-        ("d", "one picture and one depth of the name 'one', found images/one.jpg and images/one.png; remove"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            checked(tmp_path / folder, depth_scale=1)
-    with pytest.raises(ValueError, match=r"expected columns \['depth'\] in split 'x'.*--depth_column"):
-        check_pairs(Dataset.from_dict({"image": ["a"]}), "x", MILLIMETRES, None)
-
-
-def test_a_saved_dataset_reads_as_its_files_do(scenes, tmp_path):
-    """Columns of pictures as `datasets` keeps them, 16-bit depths among them."""
-    pairs = load_pairs(arguments_for(scenes))[0]["test"]
-    rows = [{name: Image.open(row[name]) for name in ("image", "depth")} for row in pairs]
-    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "saved")
-    saved, scale = load_pairs(arguments_for(tmp_path / "saved"))
-    kept, shape, _ = check_pairs(saved["test"], "test", scale, 10.0)
-    assert shape == (SIZE, SIZE) and len(kept) == 3
-    for pair, row in zip(pairs, kept):
-        expected, found = (read_depth(each["depth"], scale, 10.0) for each in (pair, row))
-        np.testing.assert_array_equal(found, expected)
-        assert expected.max() > 1
 
 
 def test_rows_of_one_name_are_told_apart(caplog):
@@ -240,21 +127,6 @@ def test_rows_of_one_name_are_told_apart(caplog):
     rows = Dataset.from_list([{"image": white, "depth": depth, "name": "hall"} for depth in (black, black, white)])
     kept = check_pairs(rows, "x", scale_of(50), None).rows
     assert "2 rows with a depth without a valid pixel: [0, 1]" in caplog.text and len(kept) == 1
-
-
-def test_depths_that_are_pictures_of_depth_are_named(tmp_path, caplog):
-    """A palette PNG holds the numbers of colours; 8 bits reach 0.255 m in millimetres, and 2.5 m with --depth_scale."""
-    ramp = np.tile(np.linspace(1, 250, 24, dtype=np.uint8), (16, 1))
-    pictures = {"palette": Image.fromarray(ramp).convert("P"), "8bit": Image.fromarray(ramp)}
-    for name, picture in pictures.items():
-        write_pair(tmp_path, name, None)
-        picture.save(tmp_path / "depths" / f"{name}.png")
-    with pytest.raises(ValueError, match="none of 2 are: 1 with a depth of 8 bits, at most 0.255 m with --depth_scale"):
-        checked(tmp_path)
-    assert "a palette PNG for a depth, whose numbers stand for colours: ['images/palette.png']" in caplog.text
-    kept = checked(tmp_path, depth_scale=100).rows
-    assert kept[ROW][:] == ["images/8bit.png"]
-    assert "1 rows with a depth of 8 bits, at most 255 distances: ['images/8bit.png']" in caplog.text
 
 
 # --- augmentation ---
