@@ -322,7 +322,7 @@ def draw(cells: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--icon_model", default=str(REPO), help="folder of a model of both towers")
     parser.add_argument("--vit", help="folder of a trained tower; left out without")
@@ -337,14 +337,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     parser.add_argument("--json", type=Path, help="file for what was measured; cells that were not are kept")
     parser.add_argument("--draw", type=Path, help="draws this chart of the file and measures nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.draw and not args.json:
         parser.error("--draw needs --json, the file to draw")
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if args.draw:
         draw(store(args.json, [], CELL), args.draw)
