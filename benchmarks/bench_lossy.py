@@ -296,30 +296,34 @@ def lines(model: str, sides: dict[str, dict]) -> list[tuple[str, ...]]:
 
 
 def draw(cells: list[dict], path: Path) -> None:
-    """Speed against accuracy, a panel a model: sides that both were measured of."""
+    """Speed against accuracy with ranges and standard errors, a panel a model of which both are stored."""
     from matplotlib.figure import Figure
 
-    models = {
-        model: sides
-        for model, sides in summary(cells).items()
-        if any("R@1" in key for e in sides.values() for key in e)
-    }
-    figure = Figure(figsize=(5.6 * len(models), 4.6), layout="constrained")
-    for panel, (model, sides) in zip(figure.subplots(1, len(models), squeeze=False)[0], models.items()):
-        batch = max(batch for each in sides.values() for batch in each["speed"])
-        metric = next(name for name in sides[BASE] if name.startswith("R@1"))
-        for number, (side, each) in enumerate(sides.items()):
+    found = {}
+    for model, sides in summary(cells).items():
+        metric = next((name for name in sides[BASE] if name.startswith("R@1")), None)
+        if metric and sides[BASE]["speed"]:
+            found[model] = (metric, max(sides[BASE]["speed"]), sides)
+    figure = Figure(figsize=(8.4, 5.6), layout="constrained")
+    panels = figure.subplots(1, len(found), squeeze=False)[0]
+    for panel, (model, (metric, batch, sides)) in zip(panels, found.items()):
+        colours: dict[str, str] = {}
+        for side, each in sides.items():
             speed, (share, error) = each["speed"][batch], each[metric]
             reach = [[speed.median - speed.lowest], [speed.highest - speed.median]]
-            marker = "os^Dv"[number // 10] if number >= 10 else "o"
-            panel.errorbar(speed.median, 100 * share, 100 * error, reach, fmt=marker, capsize=2, lw=0.8, label=side)
+            dtype = next((name for name in ("bfloat16", "float32") if side.endswith(name)), "int8")
+            kind = side.removesuffix(dtype)
+            colour = colours.setdefault(kind, f"C{len(colours)}")
+            style = {"fmt": {"float32": "o", "bfloat16": "s", "int8": "D"}[dtype], "color": colour, "label": side}
+            panel.errorbar(speed.median, 100 * share, 100 * error, reach, lw=0.6, **style)
+        panel.set_title(f"{model}, batch {batch}", fontsize=10)
+        panel.set_xlabel("times as fast as optimized() in float32")
+        panel.set_ylabel(f"{metric}, %")
         panel.axvline(1, color="grey", lw=0.6, ls=":")
-        panel.set(
-            title=f"{model}, batch {batch}", xlabel="times as fast as optimized() in float32", ylabel=f"{metric}, %"
-        )
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=6)
-    figure.savefig(path, dpi=120)
+        panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    about = cells[0]["about"]
+    figure.supxlabel(f"{about['machine']}; {about['date']}", fontsize=7)
+    figure.savefig(path, dpi=100)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
