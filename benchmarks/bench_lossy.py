@@ -170,7 +170,6 @@ def icon_figures(side: Side, load: Callable, args: argparse.Namespace) -> dict[s
     figures = {}
     for split in ICON_SPLITS:
         rows = load_from_disk(args.icons)[split]
-        rows = rows.select(range(min(args.pictures or len(rows), len(rows))))
         ids = np.array(list(map(caption_id, rows["name"][:])))
         texts = embed_texts(side.model, load.tokenizer, rows["name"][:], truncate=True)
         pictures = embed(side, load.processor, rows["image"][:])
@@ -334,7 +333,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--emoji", help="folder that build_emoji_dataset.py has written")
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--models", nargs="+", choices=list(BATCHES), default=list(BATCHES))
-    parser.add_argument("--pictures", type=int, help="of each split or vendor at most; all of them without")
+    parser.add_argument("--pictures", type=int, help="emoji of each vendor at most; all of them without")
     parser.add_argument("--batch", type=int, help="images at a time, beside 1")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
