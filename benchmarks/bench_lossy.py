@@ -295,13 +295,13 @@ def lines(model: str, sides: dict[str, dict]) -> list[tuple[str, ...]]:
 
 
 def draw(cells: list[dict], path: Path) -> None:
-    """Speed against accuracy with ranges and standard errors, a panel a model of which both are stored."""
+    """Speed against accuracy (cosines where nothing else is stored), ranges and standard errors, a panel a model."""
     from matplotlib.figure import Figure
 
     found = {}
     for model, sides in summary(cells).items():
-        metric = next((name for name in sides[BASE] if name.startswith("R@1")), None)
-        if metric and sides[BASE]["speed"]:
+        metric = next((name for name in sides[BASE] if name.startswith("R@1")), "cosine")
+        if metric in sides[BASE] and sides[BASE]["speed"]:
             found[model] = (metric, max(sides[BASE]["speed"]), sides)
     figure = Figure(figsize=(8.4, 5.6), layout="constrained")
     panels = figure.subplots(1, len(found), squeeze=False)[0]
@@ -309,15 +309,16 @@ def draw(cells: list[dict], path: Path) -> None:
         colours: dict[str, str] = {}
         for side, each in sides.items():
             speed, (share, error) = each["speed"][batch], each[metric]
+            error = None if metric == "cosine" else 100 * error
             reach = [[speed.median - speed.lowest], [speed.highest - speed.median]]
             dtype = next((name for name in ("bfloat16", "float32") if side.endswith(name)), "int8")
             kind = side.removesuffix(dtype)
             colour = colours.setdefault(kind, f"C{len(colours)}")
             style = {"fmt": {"float32": "o", "bfloat16": "s", "int8": "D"}[dtype], "color": colour, "label": side}
-            panel.errorbar(speed.median, 100 * share, 100 * error, reach, lw=0.6, **style)
+            panel.errorbar(speed.median, 100 * share, error, reach, lw=0.6, **style)
         panel.set_title(f"{model}, batch {batch}", fontsize=10)
         panel.set_xlabel("times as fast as optimized() in float32")
-        panel.set_ylabel(f"{metric}, %")
+        panel.set_ylabel(f"{metric}, %" if metric != "cosine" else "mean cosine with float32, %")
         panel.axvline(1, color="grey", lw=0.6, ls=":")
         panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     about = cells[0]["about"]
