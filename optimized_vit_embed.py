@@ -167,8 +167,10 @@ def check_replaceable(module: nn.Module, kind: type, parts: tuple[str, ...], nam
 def lay_out(module: nn.Module) -> None:
     """Puts the weights of an OptimizedAttention or OptimizedMLP on a CPU into the order of `STORED_BY_INPUT`."""
     for name, layer in module.named_children():
-        weight = getattr(layer, "weight", None)
-        if weight is not None and is_on_host(weight) and name in STORED_BY_INPUT.get(weight.dtype, ()):
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+            continue  # an activation, or a layer of a copy that was quantised
+        weight = layer.weight
+        if is_on_host(weight) and name in STORED_BY_INPUT.get(weight.dtype, ()):
             layer.weight = nn.Parameter(weight.detach().t().contiguous().t())
 
 

@@ -36,10 +36,11 @@ def differences(repo: str) -> dict[str, dict[str, float]]:
 
     expected, found = logits(model), {}
     for config in (Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()):
-        small = copy.deepcopy(model)
-        quantize_(small, config)
-        layers = sum(type(weight).__module__.startswith("torchao") for weight in small.parameters())
-        found[type(config).__name__] = {"off": float((logits(small) - expected).abs().max()), "layers": layers}
+        for kind, small in (("", copy.deepcopy(model)), (", optimized", model.optimized())):
+            quantize_(small, config)
+            layers = sum(type(weight).__module__.startswith("torchao") for weight in small.parameters())
+            off = float((logits(small) - expected).abs().max())
+            found[type(config).__name__ + kind] = {"off": off, "layers": layers}
     for bits in (8, 4):
         config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
         small = AutoModel.from_pretrained(repo, trust_remote_code=True, quantization_config=config).eval()
@@ -56,7 +57,9 @@ def test_quantised_logits_are_near(tmp_path):
     found = run_fresh(differences, tmp_path, repo=str(REPO), environment={"PYTHONPATH": str(ECOSYSTEM)})
     bounds = {
         "Int8WeightOnlyConfig": 0.12,
+        "Int8WeightOnlyConfig, optimized": 0.12,
         "Int8DynamicActivationInt8WeightConfig": 0.21,
+        "Int8DynamicActivationInt8WeightConfig, optimized": 0.21,
         "bitsandbytes 8": 0.27,
         "bitsandbytes 4": 2.4,
     }
