@@ -80,7 +80,7 @@ def optional(check: Check) -> Check:
 
 def is_pixels(value: Any) -> bool:
     pair = (value, value) if isinstance(value, int) else value
-    return isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(v, int) and v > 0 for v in pair)
+    return isinstance(pair, (tuple, list)) and len(pair) == 2 and all(map(COUNT.accepts, pair))
 
 
 def survives_json(value: Any) -> bool:
@@ -96,7 +96,7 @@ RATE = Check("a number in [0, 1),", lambda value: is_number(value) and 0 <= valu
 POSITIVE = Check("a positive number,", lambda value: is_number(value) and 0 < value < math.inf)
 NOT_NEGATIVE = Check("a number >= 0,", lambda value: is_number(value) and 0 <= value < math.inf)
 PIXELS = Check("pixels > 0, one integer or (height, width);", is_pixels)
-EVEN = Check("an even integer >= 2,", lambda value: isinstance(value, int) and value >= 2 and value % 2 == 0)
+EVEN = Check("an even integer >= 2,", lambda value: COUNT.accepts(value) and value % 2 == 0)
 ANYTHING = Check("anything", lambda value: True)  # the config makes of it what it is
 JSON_DICT = optional(
     Check("None, or a dict that JSON gives back unchanged: string keys, lists, no tuples;", survives_json, TypeError)

@@ -41,7 +41,7 @@ CHECKS = {
     options.RATE: ((0, 0.5), (1.0, -0.1, "0.1", math.nan)),
     options.POSITIVE: ((1e-9, 3), (0, -1.0, math.inf, math.nan)),
     options.NOT_NEGATIVE: ((0, 0.5), (-0.5, "0.5", math.inf, math.nan)),
-    options.PIXELS: ((8, (4, 8), [8, 4]), (0, (32, 32, 32), 8.0, (8, -8))),
+    options.PIXELS: ((8, (4, 8), [8, 4]), (0, True, (32, 32, 32), 8.0, (8, -8), (8, True))),
     options.EVEN: ((2, 6), (3, 4.0, 0)),
     options.LOG_SCALE: ((-2.0, 4.6052), ("x", 9.0)),
     options.JSON_DICT: (
