@@ -1,6 +1,6 @@
 """What a GPU makes of the towers, a contrastive training step and texts, in five minutes at most.
 
-    python benchmarks/bench_gpu.py --output benchmarks/gpu.json
+    python benchmarks/bench_gpu.py --output gpu.json
     python benchmarks/bench_gpu.py --device cpu --tiny                  # the script itself, without a GPU
 
 bfloat16, `bench_towers.py`'s sides and weights; outputs are compared before anything is timed. Times are those of CUDA
