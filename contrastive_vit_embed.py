@@ -263,16 +263,14 @@ class _SumOfChunks(torch.autograd.Function):
         needed = ctx.needs_input_grad[2:]
         inputs = [each if each is None else each.detach().requires_grad_(need) for each, need in zip(inputs, needed)]
         learning = [each for each in inputs if each is not None and each.requires_grad]
-        gradients = [torch.zeros_like(each) for each in learning]
         total = inputs[0].new_zeros(())
         for rows in chunks:
             with torch.enable_grad():
                 part = loss(rows, *inputs)
+            if learning:
+                torch.autograd.backward(part, inputs=learning)
             total += part.detach()
-            for gradient, of_chunk in zip(gradients, torch.autograd.grad(part, learning) if learning else ()):
-                gradient += of_chunk
-        of_learning = iter(gradients)
-        ctx.save_for_backward(*(next(of_learning) if need else None for need in needed))
+        ctx.save_for_backward(*(each if each is None else each.grad for each in inputs))
         return total
 
     @staticmethod
