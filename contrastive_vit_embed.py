@@ -29,9 +29,10 @@ MAX_LOGIT_SCALE = math.log(MAX_INVERSE_TEMPERATURE)
 # SigLIP's start: almost every pair of a batch is a negative (arXiv:2303.15343 section 3.2).
 SIGMOID_LOGIT_BIAS_INIT = -10.0
 
-# Of the logits of a joined batch, how many are there at a time: 128 MiB in float32, wide enough for a product to fill a
-# GPU.
-CELLS_OF_A_CHUNK = 2**25
+# Of the logits of a joined batch, how many are there at a time: on a CPU about what its cache holds, elsewhere what
+# fills a GPU (128 MiB); and of how many rows at least, as each chunk reads the embeddings of all.
+CELLS_OF_A_CHUNK, CELLS_ON_A_CPU = 2**25, 2**20
+LEAST_ROWS = 64
 
 
 class _BoundFromAbove(torch.autograd.Function):
@@ -63,6 +64,16 @@ def bounded_logit_scale(logit_scale: torch.Tensor) -> torch.Tensor:
     return _BoundFromAbove.apply(logit_scale.float(), MAX_LOGIT_SCALE).exp()
 
 
+def temperature_scale(logit_scale: torch.Tensor, logit_bias: torch.Tensor | None) -> torch.Tensor:
+    """What cosines are multiplied by, in float32; bounded where there is no bias."""
+    return bounded_logit_scale(logit_scale) if logit_bias is None else logit_scale.float().exp()
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
 def contrastive_logits(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -78,9 +89,8 @@ def contrastive_logits(
         logit_bias: scalar added to every cell, or None.
     """
     device = image_embeds.device
-    has_autocast = torch.amp.is_autocast_available(device.type)
-    with torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
-        scale = bounded_logit_scale(logit_scale) if logit_bias is None else logit_scale.float().exp()
+    with _without_autocast(device):
+        scale = temperature_scale(logit_scale, logit_bias)
         logits = scale.to(device) * (image_embeds.float() @ text_embeds.float().t().to(device))
         return logits if logit_bias is None else logits + logit_bias.float().to(device)
 
@@ -186,9 +196,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows)
-        return torch.stack(parts)
+        joined = rows.new_empty(dist.get_world_size(), *rows.shape)
+        dist.all_gather(list(joined.unbind()), rows)
+        return joined
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
@@ -207,6 +217,8 @@ def gather_batch(embeds: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     Returns:
         (sum of B over processes, D).
     """
+    if min(sizes) == max(sizes):
+        return _GatherRows.apply(embeds.contiguous()).flatten(0, 1)
     padded = F.pad(embeds, (0, 0, 0, max(sizes) - embeds.shape[0]))
     parts = _GatherRows.apply(padded.contiguous())
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
@@ -297,7 +309,7 @@ def joined_loss(
 ) -> torch.Tensor:
     """The loss of the joined batch of all processes: value and, with wrappers that average gradients as
     DistributedDataParallel does, gradients are those of one process with all the rows. Each process computes the rows
-    of its own images and texts, CELLS_OF_A_CHUNK of the logits at a time.
+    of its own images and texts, a chunk of the logits at a time.
 
     Args:
         image_embeds, text_embeds: (b, D) of this process, unit length; b may differ between processes.
@@ -305,36 +317,36 @@ def joined_loss(
         group_ids: (b,) int64 in every process, or None in every one.
         loss: the sum over rows. reads_text_rows: whether it reads by_text.
     """
-    sizes = gather_sizes(image_embeds.shape[0], image_embeds.device)
-    first, num_own, num_all = sum(sizes[: dist.get_rank()]), image_embeds.shape[0], sum(sizes)
-    logit_scale = _MeanGradient.apply(logit_scale)
-    logit_bias = None if logit_bias is None else _MeanGradient.apply(logit_bias)
+    device, num_own = image_embeds.device, image_embeds.shape[0]
+    sizes = gather_sizes(num_own, device)
+    first, num_all = sum(sizes[: dist.get_rank()]), sum(sizes)
     groups = None if group_ids is None else gather_batch(group_ids[:, None], sizes)[:, 0]
+    bias = None if logit_bias is None else _MeanGradient.apply(logit_bias).float().to(device)
 
-    def loss_of(rows: slice, images, texts, all_images, all_texts, scale, bias) -> torch.Tensor:
+    def loss_of(rows: slice, images, texts, all_images, all_texts, bias) -> torch.Tensor:
         own = slice(first + rows.start, first + rows.stop)
-        return loss(
-            PairRows(
-                contrastive_logits(images[rows], all_texts, scale, bias),
-                contrastive_logits(texts[rows], all_images, scale, bias) if reads_text_rows else None,
-                torch.arange(own.start, own.stop, device=images.device),
-                None if groups is None else same_group(groups, own),
-            )
-        )
+        by_image = images[rows] @ all_texts.t()
+        by_text = texts[rows] @ all_images.t() if reads_text_rows else None
+        if bias is not None:
+            by_image, by_text = by_image + bias, None if by_text is None else by_text + bias
+        ignored = None if groups is None else same_group(groups, own)
+        return loss(PairRows(by_image, by_text, torch.arange(own.start, own.stop, device=device), ignored))
 
-    step = max(1, CELLS_OF_A_CHUNK // num_all)
+    cells = CELLS_ON_A_CPU if device.type == "cpu" else CELLS_OF_A_CHUNK
+    step = max(LEAST_ROWS, cells // num_all)
     chunks = [slice(start, min(start + step, num_own)) for start in range(0, num_own, step)]
-    # In float32 as the logits are, once and not in every chunk.
-    total = _sum_of_chunks(
-        loss_of,
-        chunks,
-        image_embeds.float(),
-        text_embeds.float() if reads_text_rows else None,
-        gather_batch(image_embeds, sizes).float() if reads_text_rows else None,
-        gather_batch(text_embeds, sizes).float(),
-        logit_scale,
-        logit_bias,
-    )
+    with _without_autocast(device):
+        # The scale is in the rows rather than in the logits, which are more.
+        scale = temperature_scale(_MeanGradient.apply(logit_scale), logit_bias).to(device)
+        total = _sum_of_chunks(
+            loss_of,
+            chunks,
+            scale * image_embeds.float(),
+            scale * text_embeds.float() if reads_text_rows else None,
+            gather_batch(image_embeds, sizes).float() if reads_text_rows else None,
+            gather_batch(text_embeds, sizes).float(),
+            bias,
+        )
     return _MeanOverProcesses.apply(total * (len(sizes) / num_all))
 
 
