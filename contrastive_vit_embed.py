@@ -166,8 +166,8 @@ def sigmoid_contrastive_loss(rows: PairRows) -> torch.Tensor:
 
     Source: arXiv:2303.15343 algorithm 1.
     """
-    signs = torch.full_like(rows.by_image, -1.0).scatter(1, rows.targets[:, None], 1.0)
-    cells = F.logsigmoid(signs * rows.by_image)
+    pairs = rows.targets[:, None]
+    cells = F.logsigmoid(rows.by_image.neg().scatter_(1, pairs, rows.by_image.gather(1, pairs)))
     return -(cells if rows.ignored is None else cells.masked_fill(rows.ignored, 0)).sum()
 
 
