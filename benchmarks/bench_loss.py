@@ -10,6 +10,7 @@ device, collectives that do nothing), for batches that no machine here holds: by
 """
 
 import argparse
+import itertools
 import logging
 import socket
 import statistics
@@ -193,16 +194,13 @@ def main() -> None:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     cells = []
-    for loss in args.losses:
-        found = {("count", *args.counted): count(loss, *args.counted)}
-        for processes in args.processes:
-            for batch in args.batches:
-                found["gloo", processes, batch] = measure(loss, processes, batch, args.rounds)
-        for (how, processes, batch), values in found.items():
-            shared = {"loss": loss, "processes": processes, "batch": batch, "how": how, "about": about("cpu")}
-            cells += [{**shared, "what": what, what: each} for what, each in values.items()]
-    if args.output:
-        store(args.output, cells, CELL)
+    shapes = [("gloo", *shape) for shape in itertools.product(args.processes, args.batches)]
+    for loss, (how, *shape) in itertools.product(args.losses, [("count", *args.counted), *shapes]):
+        found = count(loss, *shape) if how == "count" else measure(loss, *shape, args.rounds)
+        shared = {"loss": loss, "processes": shape[0], "batch": shape[1], "how": how, "about": about("cpu")}
+        cells += [{**shared, "what": what, what: each} for what, each in found.items()]
+        if args.output:
+            store(args.output, cells, CELL)
     header = ("loss", "processes x pairs", "of a process", *SIDES, "ratio", "range of ratios")
     sys.stdout.write(f"{machine()}\n\n{table(header, lines(cells))}\n")
 
