@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -27,6 +28,11 @@ MAX_LOGIT_SCALE = math.log(MAX_INVERSE_TEMPERATURE)
 
 # SigLIP's start: almost every pair of a batch is a negative (arXiv:2303.15343 section 3.2).
 SIGMOID_LOGIT_BIAS_INIT = -10.0
+
+# Of the logits of a joined batch, how many are there at a time: on a CPU about what its cache holds, elsewhere what
+# fills a GPU (128 MiB); and of how many rows at least, as each chunk reads the embeddings of all.
+CELLS_OF_A_CHUNK, CELLS_ON_A_CPU = 2**25, 2**20
+LEAST_ROWS = 64
 
 
 class _BoundFromAbove(torch.autograd.Function):
@@ -58,6 +64,16 @@ def bounded_logit_scale(logit_scale: torch.Tensor) -> torch.Tensor:
     return _BoundFromAbove.apply(logit_scale.float(), MAX_LOGIT_SCALE).exp()
 
 
+def temperature_scale(logit_scale: torch.Tensor, logit_bias: torch.Tensor | None) -> torch.Tensor:
+    """What cosines are multiplied by, in float32; bounded where there is no bias."""
+    return bounded_logit_scale(logit_scale) if logit_bias is None else logit_scale.float().exp()
+
+
+def _without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
 def contrastive_logits(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -73,28 +89,28 @@ def contrastive_logits(
         logit_bias: scalar added to every cell, or None.
     """
     device = image_embeds.device
-    has_autocast = torch.amp.is_autocast_available(device.type)
-    with torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext():
-        scale = bounded_logit_scale(logit_scale) if logit_bias is None else logit_scale.float().exp()
+    with _without_autocast(device):
+        scale = temperature_scale(logit_scale, logit_bias)
         logits = scale.to(device) * (image_embeds.float() @ text_embeds.float().t().to(device))
         return logits if logit_bias is None else logits + logit_bias.float().to(device)
 
 
-def same_group(group_ids: torch.Tensor) -> torch.Tensor:
-    """(B,) group of each pair -> (B, B) bool, True where image i and text j are of two pairs of one group."""
-    same = group_ids[:, None] == group_ids
-    return same & ~torch.eye(group_ids.shape[0], dtype=torch.bool, device=group_ids.device)
+def same_group(group_ids: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+    """(B,) group of each pair -> (b, B) bool of these rows, True where image i and text j are of two pairs of one
+    group."""
+    pair = torch.arange(group_ids.shape[0], device=group_ids.device)
+    return (group_ids[rows, None] == group_ids) & (pair[rows, None] != pair)
 
 
 class PairRows(NamedTuple):
     """Rows of image-by-text logits and of text-by-image ones, b of a batch of B pairs; b = B without other processes.
 
-    by_image, by_text: (b, B). targets: (b,) index of each row's pair. ignored: (b, B) bool, True for cells off the
-    pairs that are nobody's negatives; None for none.
+    by_image, by_text: (b, B), by_text None where no loss reads it. targets: (b,) index of each row's pair. ignored: (b,
+    B) bool, True for cells off the pairs that are nobody's negatives; None for none.
     """
 
     by_image: torch.Tensor
-    by_text: torch.Tensor
+    by_text: torch.Tensor | None
     targets: torch.Tensor
     ignored: torch.Tensor | None = None
 
@@ -150,14 +166,16 @@ def sigmoid_contrastive_loss(rows: PairRows) -> torch.Tensor:
 
     Source: arXiv:2303.15343 algorithm 1.
     """
-    signs = torch.full_like(rows.by_image, -1.0).scatter(1, rows.targets[:, None], 1.0)
-    cells = F.logsigmoid(signs * rows.by_image)
+    pairs = rows.targets[:, None]
+    cells = F.logsigmoid(rows.by_image.neg().scatter_(1, pairs, rows.by_image.gather(1, pairs)))
     return -(cells if rows.ignored is None else cells.masked_fill(rows.ignored, 0)).sum()
 
 
 # PairRows -> the sum over them; the mean over the batch is the loss. The names are
 # `options_vit_embed.CONTRASTIVE_LOSSES`.
 CONTRASTIVE_LOSSES = {"softmax": softmax_contrastive_loss, "sigmoid": sigmoid_contrastive_loss}
+# Those that read the rows of texts, too.
+READS_TEXT_ROWS = ("softmax",)
 
 
 def has_other_processes() -> bool:
@@ -178,9 +196,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows)
-        return torch.stack(parts)
+        joined = rows.new_empty(dist.get_world_size(), *rows.shape)
+        dist.all_gather(list(joined.unbind()), rows)
+        return joined
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
@@ -199,6 +217,8 @@ def gather_batch(embeds: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     Returns:
         (sum of B over processes, D).
     """
+    if min(sizes) == max(sizes):
+        return _GatherRows.apply(embeds.contiguous()).flatten(0, 1)
     padded = F.pad(embeds, (0, 0, 0, max(sizes) - embeds.shape[0]))
     parts = _GatherRows.apply(padded.contiguous())
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
@@ -233,6 +253,51 @@ class _MeanGradient(torch.autograd.Function):
         return gradient / dist.get_world_size()
 
 
+def _outside_graphs(reason: str) -> Callable[[Callable], Callable]:
+    """Makes a function that torch.compile leaves out of its graphs, and says why; torch 2.6 has no word for the
+    reason."""
+
+    def decorate(function: Callable) -> Callable:
+        try:
+            return torch.compiler.disable(function, reason=reason)
+        except TypeError:
+            return torch.compiler.disable(function)
+
+    return decorate
+
+
+class _SumOfChunks(torch.autograd.Function):
+    """The sum of `loss(rows, *inputs)` over chunks of rows, each with its gradient right after it: what is kept for the
+    backward pass are the gradients of the inputs."""
+
+    @staticmethod
+    def forward(ctx, loss: Callable, chunks: list[slice], *inputs: torch.Tensor | None) -> torch.Tensor:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [each if each is None else each.detach().requires_grad_(need) for each, need in zip(inputs, needed)]
+        learning = [each for each in inputs if each is not None and each.requires_grad]
+        total = inputs[0].new_zeros(())
+        for rows in chunks:
+            with torch.enable_grad():
+                part = loss(rows, *inputs)
+            if learning:
+                torch.autograd.backward(part, inputs=learning)
+            total += part.detach()
+        ctx.save_for_backward(*(each if each is None else each.grad for each in inputs))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, None, *(each if each is None else each * gradient.to(each.device) for each in ctx.saved_tensors)
+
+
+@_outside_graphs("torch.compile knows no function that takes gradients in its forward pass")
+def _sum_of_chunks(loss: Callable, chunks: list[slice], *inputs: torch.Tensor | None) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        return _SumOfChunks.apply(loss, chunks, *inputs)
+    return torch.stack([loss(rows, *inputs) for rows in chunks]).sum()
+
+
 def joined_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
@@ -240,32 +305,49 @@ def joined_loss(
     logit_bias: torch.Tensor | None,
     group_ids: torch.Tensor | None,
     loss: Callable[[PairRows], torch.Tensor],
+    reads_text_rows: bool,
 ) -> torch.Tensor:
     """The loss of the joined batch of all processes: value and, with wrappers that average gradients as
     DistributedDataParallel does, gradients are those of one process with all the rows. Each process computes the rows
-    of its own images and texts.
+    of its own images and texts, a chunk of the logits at a time.
 
     Args:
         image_embeds, text_embeds: (b, D) of this process, unit length; b may differ between processes.
         logit_scale, logit_bias: as in `contrastive_logits`.
         group_ids: (b,) int64 in every process, or None in every one.
-        loss: the sum over rows.
+        loss: the sum over rows. reads_text_rows: whether it reads by_text.
     """
-    sizes = gather_sizes(image_embeds.shape[0], image_embeds.device)
-    first = sum(sizes[: dist.get_rank()])
-    own = slice(first, first + image_embeds.shape[0])
-    logit_scale = _MeanGradient.apply(logit_scale)
-    logit_bias = None if logit_bias is None else _MeanGradient.apply(logit_bias)
-    ignored = None
-    if group_ids is not None:
-        ignored = same_group(gather_batch(group_ids[:, None], sizes)[:, 0])[own]
-    rows = PairRows(
-        contrastive_logits(image_embeds, gather_batch(text_embeds, sizes), logit_scale, logit_bias),
-        contrastive_logits(text_embeds, gather_batch(image_embeds, sizes), logit_scale, logit_bias),
-        torch.arange(first, own.stop, device=image_embeds.device),
-        ignored,
-    )
-    return _MeanOverProcesses.apply(loss(rows) * (len(sizes) / sum(sizes)))
+    device, num_own = image_embeds.device, image_embeds.shape[0]
+    sizes = gather_sizes(num_own, device)
+    first, num_all = sum(sizes[: dist.get_rank()]), sum(sizes)
+    groups = None if group_ids is None else gather_batch(group_ids[:, None], sizes)[:, 0]
+    bias = None if logit_bias is None else _MeanGradient.apply(logit_bias).float().to(device)
+
+    def loss_of(rows: slice, images, texts, all_images, all_texts, bias) -> torch.Tensor:
+        own = slice(first + rows.start, first + rows.stop)
+        by_image = images[rows] @ all_texts.t()
+        by_text = texts[rows] @ all_images.t() if reads_text_rows else None
+        if bias is not None:
+            by_image, by_text = by_image + bias, None if by_text is None else by_text + bias
+        ignored = None if groups is None else same_group(groups, own)
+        return loss(PairRows(by_image, by_text, torch.arange(own.start, own.stop, device=device), ignored))
+
+    cells = CELLS_ON_A_CPU if device.type == "cpu" else CELLS_OF_A_CHUNK
+    step = max(LEAST_ROWS, cells // num_all)
+    chunks = [slice(start, min(start + step, num_own)) for start in range(0, num_own, step)]
+    with _without_autocast(device):
+        # The scale is in the rows rather than in the logits, which are more.
+        scale = temperature_scale(_MeanGradient.apply(logit_scale), logit_bias).to(device)
+        total = _sum_of_chunks(
+            loss_of,
+            chunks,
+            scale * image_embeds.float(),
+            scale * text_embeds.float() if reads_text_rows else None,
+            gather_batch(image_embeds, sizes).float() if reads_text_rows else None,
+            gather_batch(text_embeds, sizes).float(),
+            bias,
+        )
+    return _MeanOverProcesses.apply(total * (len(sizes) / num_all))
 
 
 def contrastive_loss(
@@ -291,7 +373,8 @@ def contrastive_loss(
     row_loss = functools.partial(CONTRASTIVE_LOSSES[config.contrastive_loss], **options)
     if gather and has_other_processes():
         text_embeds = text_embeds.to(image_embeds.device)
-        return joined_loss(image_embeds, text_embeds, logit_scale, logit_bias, group_ids, row_loss)
+        reads_text_rows = config.contrastive_loss in READS_TEXT_ROWS
+        return joined_loss(image_embeds, text_embeds, logit_scale, logit_bias, group_ids, row_loss, reads_text_rows)
     ignored = None if group_ids is None else same_group(group_ids).to(logits.device)
     return row_loss(PairRows.whole(logits, ignored)) / logits.shape[0]
 
@@ -308,16 +391,7 @@ def preserve_buffers(buffers: list[torch.Tensor]) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _outside_graphs(function: Callable) -> Callable:
-    """A function that torch.compile leaves out of its graphs, and says why; torch 2.6 has no word for the reason."""
-    reason = "torch.compile knows no checkpoint that restores buffers; compile the towers instead"
-    try:
-        return torch.compiler.disable(function, reason=reason)
-    except TypeError:
-        return torch.compiler.disable(function)
-
-
-@_outside_graphs
+@_outside_graphs("torch.compile knows no checkpoint that restores buffers; compile the towers instead")
 def _chunks_with_buffers(
     embed: Callable[..., ModelOutput], columns: list[list[torch.Tensor | None]], buffers: list[torch.Tensor]
 ) -> list[ModelOutput]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -123,7 +125,7 @@ def parse(*dataclasses: type, description: str | None = None) -> tuple:
         ValueError: training would write over a run, or an option lacks another one that it needs.
     """
     parser = Parser((*dataclasses, RecipeArguments, TrainingArguments), description)
-    parser.set_defaults(save_total_limit=NUM_CHECKPOINTS)
+    parser.set_defaults(save_total_limit=NUM_CHECKPOINTS, dataloader_num_workers=usual_workers())
     parsed = parser.parse()
     recipe, training = parsed[-2:]
     level = logging.INFO if training.process_index == 0 else logging.ERROR
@@ -142,6 +144,12 @@ def parse(*dataclasses: type, description: str | None = None) -> tuple:
     training.remove_unused_columns = False
     set_seed(training.seed)
     return parsed
+
+
+def usual_workers() -> int:
+    """How many processes read pictures while the model computes: one, which two cores have no use for more of, where a
+    process is a fork, so that it starts at once."""
+    return int(multiprocessing.get_all_start_methods()[0] == "fork" and len(os.sched_getaffinity(0)) > 1)
 
 
 def check_output_dir(training: TrainingArguments) -> None:

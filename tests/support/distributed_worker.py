@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification
+from vit_embed import VitEmbedForContrastive, VitEmbedForImageClassification, contrastive_vit_embed
 
 
 class Case(NamedTuple):
@@ -131,7 +131,9 @@ def train_with_ignored_labels(folder: Path, processes: int) -> dict[str, torch.T
 
 
 def train_step(rank: int, case: Case) -> tuple[torch.Tensor, dict]:
-    """Loss and parameter gradients of one step on this process's rows of the joined batch."""
+    """Loss and parameter gradients of one step on this process's rows of the joined batch, whose logits are there for
+    one or two rows at a time."""
+    contrastive_vit_embed.CELLS_ON_A_CPU, contrastive_vit_embed.LEAST_ROWS = 12, 1
     start = sum(case.sizes[:rank])
     joined = joined_batch(sum(case.sizes), case.grouped)
     batch = {name: rows[start : start + case.sizes[rank]] for name, rows in joined.items()}

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 REPO = Path(__file__).resolve().parents[2]
 TIMEOUT = 300  # seconds
-QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+QUIET = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "dataloader_num_workers": 0}
 # What `accelerate launch` makes of the fsdp_config of `accelerate config`.
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",

@@ -1,5 +1,7 @@
 """recipes/trainer.py, models.py and arguments.py: what all recipes do beside the stock Trainer."""
 
+import multiprocessing
+import os
 import re
 from pathlib import Path
 
@@ -239,6 +241,17 @@ def test_options_are_read_and_the_best_of_errors_is_the_least(parse_with):
     least, greatest = ("loss", "eval_median_scaled_abs_rel", "rmse"), ("delta1", "accuracy")
     for name in (*least, *greatest):
         assert parse_with(do_eval=True, metric_for_best_model=name)[-1].greater_is_better is (name in greatest)
+
+
+@pytest.mark.parametrize(
+    ("methods", "cores", "workers"),
+    [(["fork", "spawn"], 2, 1), (["fork", "spawn"], 1, 0), (["forkserver", "fork"], 2, 0)],
+)
+def test_one_process_reads_ahead_where_it_is_cheap(methods, cores, workers, parse_with, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    assert parse_with(do_eval=True)[-1].dataloader_num_workers == workers
+    assert parse_with(do_eval=True, dataloader_num_workers=3)[-1].dataloader_num_workers == 3
 
 
 def test_an_unfinished_checkpoint_is_left_out(tmp_path, caplog):
