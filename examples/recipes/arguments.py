@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from recipes.command import REPOSITORY, Parser
 HELD_OUT_HELP = "share of the training split to hold out for --do_eval without a validation split, in (0, 1)"
 SHIPPED_CHECKPOINT = str(REPOSITORY)
 NUM_CHECKPOINTS = 2  # kept where --save_total_limit does not say
+SHARED_MEMORY = 2**29  # bytes: three batches of 256 pictures of 224 pixels
 # Endings of the names of metrics of which less is better.
 ERRORS = ("loss", "abs_rel", "rmse", "log10", "mae", "cross_entropy")
 
@@ -147,9 +149,12 @@ def parse(*dataclasses: type, description: str | None = None) -> tuple:
 
 
 def usual_workers() -> int:
-    """How many processes read pictures while the model computes: one, which two cores have no use for more of, where a
-    process is a fork, so that it starts at once."""
-    return int(multiprocessing.get_all_start_methods()[0] == "fork" and len(os.sched_getaffinity(0)) > 1)
+    """How many processes read pictures while the model computes: one, as two cores have no use for more, where it is a
+    fork, which starts at once, and batches have room on their way (Docker gives 64 MiB, where a worker dies of it)."""
+    if multiprocessing.get_all_start_methods()[0] != "fork" or len(os.sched_getaffinity(0)) < 2:
+        return 0
+    shared_memory = Path("/dev/shm")
+    return int(shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > SHARED_MEMORY)
 
 
 def check_output_dir(training: TrainingArguments) -> None:

@@ -3,7 +3,9 @@
 import multiprocessing
 import os
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -244,10 +246,16 @@ def test_options_are_read_and_the_best_of_errors_is_the_least(parse_with):
 
 
 @pytest.mark.parametrize(
-    ("methods", "cores", "workers"),
-    [(["fork", "spawn"], 2, 1), (["fork", "spawn"], 1, 0), (["forkserver", "fork"], 2, 0)],
+    ("methods", "cores", "shared", "workers"),
+    [
+        (["fork", "spawn"], 2, 2**34, 1),
+        (["fork", "spawn"], 1, 2**34, 0),
+        (["forkserver", "fork"], 2, 2**34, 0),
+        (["fork", "spawn"], 2, 2**26, 0),
+    ],
 )
-def test_one_process_reads_ahead_where_it_is_cheap(methods, cores, workers, parse_with, monkeypatch):
+def test_one_process_reads_ahead_where_it_is_cheap(methods, cores, shared, workers, parse_with, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=shared))
     monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: methods)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
     assert parse_with(do_eval=True)[-1].dataloader_num_workers == workers
