@@ -9,9 +9,9 @@ sides, is timed apart. Loss and gradients are compared first: in float32 with ea
 distance to the float32 gradients. "vit_embed, half the patches" is ours with patch_drop_rate=0.5. Memory is counted in
 tensors, see bench_memory.py. A file keeps its other cells.
 
-transformers' depth class has no loss and scales up with other corners: both get the loss of ours, and the peer's
-`align_corners` is set to False. Its maps fit each other where the grid is even, hence 256 pixels for depth with patches
-of 32.
+Depth is the `dpt` head and DPTForDepthEstimation on a Dinov2Backbone. That has no loss and scales up with other
+corners: both get the same loss, and the peer's `align_corners` is set to False. Its maps fit each other where the grid
+is even, hence 256 pixels for depth with patches of 32.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from transformers import (
     CLIPConfig,
     CLIPModel,
+    Dinov2Config,
     DPTConfig,
     DPTForDepthEstimation,
     ViTConfig,
@@ -42,8 +43,9 @@ from transformers import (
 )
 
 import vit_embed
-from vit_embed.conversion.layouts.hf_trunk import embedding_rules
-from vit_embed.conversion.layouts.hf_vit import LAYER_NAMES, NEW_LAYER_NAMES
+from vit_embed.conversion.layouts.dinov2 import HF_LAYER_NAMES
+from vit_embed.conversion.layouts.hf_trunk import NEW_ATTENTION_NAMES, embedding_rules
+from vit_embed.conversion.layouts.hf_vit import NEW_LAYER_NAMES
 from vit_embed.conversion.layouts.rules import Rule, apply_rules, layer_rules, rule
 from vit_embed.depth_vit_embed import resize_depth
 from vit_embed.options_vit_embed import NUM_DPT_TAPS
@@ -81,9 +83,9 @@ def given_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def depth_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean absolute error of a map of the labels' size."""
+    """Mean squared error of a map of the labels' size."""
     depth, labels = model(batch["pixel_values"]).predicted_depth.float(), batch["labels"]
-    return F.l1_loss(depth if depth.shape == labels.shape else resize_depth(depth, tuple(labels.shape[1:])), labels)
+    return F.mse_loss(depth if depth.shape == labels.shape else resize_depth(depth, tuple(labels.shape[1:])), labels)
 
 
 def contrastive_pair(trunk: dict) -> Pair:
@@ -136,21 +138,25 @@ def depth_head_rules() -> list[Rule]:
 
 
 def depth_pair(trunk: dict) -> Pair:
-    config = vit_embed.VitEmbedConfig(**VIT_TRUNK, depth_head_type="dpt", depth_activation="identity", **trunk)
+    """The peer's trunk is a Dinov2Backbone, which normalises what the head reads as ours does."""
+    made = {"depth_head_type": "dpt", "depth_activation": "identity", "layer_scale_init_value": 1.0}
+    config = vit_embed.VitEmbedConfig(**{**VIT_TRUNK, "layer_norm_eps": 1e-6}, **made, **trunk)
     ours = vit_embed.VitEmbedForDepthEstimation._from_config(config, attn_implementation="sdpa")
+    backbone = Dinov2Config(**trunk, out_indices=ours.taps, apply_layernorm=True, reshape_hidden_states=False)
     head = {
         "neck_hidden_sizes": [layer.out_channels for layer in ours.depth_head.projections],
         "fusion_hidden_size": ours.depth_head.head1.in_channels,
-        "backbone_out_indices": [tap - 1 for tap in ours.taps],
+        "readout_type": "ignore",
     }
-    fields = {"hidden_act": "gelu", "is_hybrid": False, "readout_type": "ignore", **head, **trunk}
-    theirs = DPTForDepthEstimation._from_config(DPTConfig(**fields), attn_implementation="sdpa")
+    dpt = DPTConfig(backbone_config=backbone, is_hybrid=False, **head)
+    theirs = DPTForDepthEstimation._from_config(dpt, attn_implementation="sdpa")
     for module in theirs.modules():
         if hasattr(module, "align_corners"):
             module.align_corners = False
-    torch.nn.init.constant_(theirs.head.head[4].bias, 10.0)  # its last ReLU lets all of these pass
-    layers = layer_rules("dpt.encoder.layer.{n}", "vision_model.encoder.layers.{n}", LAYER_NAMES)
-    renamed = renaming(ours, *embedding_rules("dpt."), *layers, *depth_head_rules())
+    torch.nn.init.constant_(theirs.head.head[4].bias, 10.0)  # the labels' mean; its last ReLU lets all of these pass
+    names = {**HF_LAYER_NAMES, **NEW_ATTENTION_NAMES}
+    layers = layer_rules("backbone.encoder.layer.{n}", "vision_model.encoder.layers.{n}", names)
+    renamed = renaming(ours, *embedding_rules("backbone."), *layers, *depth_head_rules())
     ours.load_state_dict(renamed(theirs.state_dict()))
     return Pair(ours, theirs, depth_loss, renamed)
 
@@ -174,7 +180,7 @@ def make_batch(batch_size: int, image_size: int = IMAGE_SIZE, task: str = "contr
     if task == "classification":
         return {"pixel_values": pixel_values, "labels": torch.arange(batch_size) % NUM_LABELS}
     if task == "depth":
-        return {"pixel_values": pixel_values, "labels": 10 * torch.rand(pixel_values[:, 0].shape, generator=generator)}
+        return {"pixel_values": pixel_values, "labels": 20 * torch.rand(pixel_values[:, 0].shape, generator=generator)}
     input_ids = torch.randint(1, START_TOKEN, (batch_size, NUM_TOKENS), generator=generator)
     input_ids[:, 0], input_ids[:, -1] = START_TOKEN, END_TOKEN
     return {"pixel_values": pixel_values, "input_ids": input_ids, "return_loss": True}
