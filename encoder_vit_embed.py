@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -78,7 +77,7 @@ class _HostAttention(torch.autograd.Function):
     """torch's attention of bfloat16 on a CPU with a backward pass of whole matrix products.
 
     torch's own goes through blocks of a few rows, in products too small for the processor's matrix units. As there the
-    weights are computed anew and not kept.
+    weights are computed anew and not kept. Unlike there the gradients have gradients.
     """
 
     generate_vmap_rule = True
@@ -96,27 +95,29 @@ class _HostAttention(torch.autograd.Function):
         ctx.save_for_backward(*states)
 
     @staticmethod
-    @once_differentiable  # as torch's own
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        states = (*ctx.saved_tensors, gradient)
-        results = [torch.empty_like(each) for each in states[:3]]
-        _, heads, rows, _ = gradient.shape
-        length = states[1].shape[2]
+        saved = ctx.saved_tensors  # read once, as checkpoints ask
+        d_query, d_key, d_value = (torch.empty_like(each) for each in saved)
+        batch, heads, rows, _ = gradient.shape
+        length = d_key.shape[2]
         images = max(1, SCORES_AT_ONCE // (heads * rows * length))
-        for *part, d_query, d_key, d_value in zip(*(each.split(images) for each in (*states, *results))):
-            query, key, value, d_mixed = (each.flatten(0, 1) for each in part)  # (images * h, L, D / h), contiguous
+        for start in range(0, batch, images):
+            part = slice(start, start + images)
+            query, key, value, d_mixed = (
+                each[part].flatten(0, 1) for each in (*saved, gradient)
+            )  # (images * h, L, D / h)
             query = query * ctx.scaling
             scores = query @ key.mT
             if ctx.is_causal:
                 hidden = torch.ones(rows, length, dtype=torch.bool, device=query.device).triu(1)
                 scores = scores.masked_fill(hidden, -torch.inf)
             weights = F.softmax(scores, dim=-1)
-            d_value.copy_((weights.mT @ d_mixed).view(d_value.shape))
             d_weights = d_mixed @ value.mT
             d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            d_key.copy_((d_scores.mT @ query).view(d_key.shape))
-            d_query.copy_((d_scores @ key).mul_(ctx.scaling).view(d_query.shape))
-        return *results, None, None
+            d_query[part] = (d_scores @ key).mul_(ctx.scaling).unflatten(0, (-1, heads))
+            d_key[part] = (d_scores.mT @ query).unflatten(0, (-1, heads))
+            d_value[part] = (weights.mT @ d_mixed).unflatten(0, (-1, heads))
+        return d_query, d_key, d_value, None, None
 
 
 def sdpa_attention(

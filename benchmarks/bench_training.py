@@ -17,7 +17,6 @@ is even, hence 256 pixels for depth with patches of 32.
 import argparse
 import contextlib
 import functools
-import gc
 import json
 import logging
 import math
@@ -29,7 +28,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from bench_memory import MIB, LiveBytes
+from bench_memory import MIB, peak_of
 from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, machine, store, table, timed
 from torch.nn import functional as F
 from transformers import (
@@ -196,8 +195,8 @@ def forward_backward(model: torch.nn.Module, batch: Batch, dtype_name: str, loss
     return value.detach()
 
 
-def gradients_of(model: torch.nn.Module, loss: torch.Tensor) -> Batch:
-    """By name, with the loss among them; zeros where there is none. Takes them off the model."""
+def gradients_of(model: torch.nn.Module) -> Batch:
+    """By name, zeros where there is none. Takes them off the model."""
     found = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return found
@@ -216,21 +215,17 @@ def check_equal(what: str, pair: Pair, batch: Batch, dtype_name: str) -> dict[st
         RuntimeError: they differ by more than rounding explains.
     """
     models = {"vit_embed": pair.ours, "transformers": pair.theirs}
-    losses, gradients = {}, {}
-    for name, model in models.items():
-        for dtype in {"fp32", dtype_name}:
-            losses[name, dtype] = forward_backward(model, batch, dtype, pair.loss)
-            gradients[name, dtype] = gradients_of(model, losses[name, dtype])
-    theirs, ours = (losses[name, "fp32"].item() for name in ("transformers", "vit_embed"))
-    renamed = pair.renamed(gradients["transformers", "fp32"])
+    losses = {name: forward_backward(model, batch, "fp32", pair.loss) for name, model in models.items()}
+    gradients = {name: gradients_of(model) for name, model in models.items()}
     errors = {
-        "loss": abs(ours - theirs) / abs(theirs),
-        "gradients": distance(gradients["vit_embed", "fp32"], renamed),
+        "loss": abs(losses["vit_embed"] / losses["transformers"] - 1).item(),
+        "gradients": distance(gradients["vit_embed"], pair.renamed(gradients["transformers"])),
     }
     allowed = dict.fromkeys(errors, TOLERANCE)
     if dtype_name == "bf16":
-        for name in models:
-            errors[f"bf16 gradients, {name}"] = distance(gradients[name, "bf16"], gradients[name, "fp32"])
+        for name, model in models.items():
+            forward_backward(model, batch, "bf16", pair.loss)
+            errors[f"bf16 gradients, {name}"] = distance(gradients_of(model), gradients[name])
         allowed["bf16 gradients, vit_embed"] = BF16_TOLERANCE * errors["bf16 gradients, transformers"]
     logger.info("%s: relative distances %s", what, {name: f"{error:.1e}" for name, error in errors.items()})
     wrong = {name: errors[name] for name, most in allowed.items() if not errors[name] <= most}
@@ -260,16 +255,6 @@ def steps_of(pair: Pair, batch: Batch, dtype_name: str) -> dict[str, Callable[[]
     return sides if pair.loss is depth_loss else {**sides, HALF: dropping(pair, ours)}
 
 
-def peak_of_step(model: torch.nn.Module, step: Callable[[], object], inputs: list[torch.Tensor]) -> float:
-    """MiB above weights and inputs, gradients among them."""
-    gc.collect()
-    model.zero_grad(set_to_none=True)
-    with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
-        step()
-    model.zero_grad(set_to_none=True)
-    return live.peak / MIB
-
-
 def measure(task: str, size: str, dtype_name: str, args: argparse.Namespace) -> list[dict]:
     """A cell for each part: seconds of every round, or MiB."""
     two_patches = 2 * SIZES[size]
@@ -277,7 +262,7 @@ def measure(task: str, size: str, dtype_name: str, args: argparse.Namespace) -> 
     pair = make_pair(task, SIZES[size], image_size, args.fields)
     batch, what = make_batch(args.batch_size, image_size, task), f"{task} {size} {dtype_name}, batch {args.batch_size}"
     cell = {"task": task, "size": size, "dtype": dtype_name, "batch": args.batch_size, "image_size": image_size}
-    errors = check_equal(what, pair, batch, dtype_name)
+    errors = check_equal(what, pair, batch, dtype_name) if "time" in args.parts else {}
     cells, steps = [], steps_of(pair, batch, dtype_name)
     models = {name: pair.theirs if name == "transformers" else pair.ours for name in steps}
     if "time" in args.parts:
@@ -295,9 +280,13 @@ def measure(task: str, size: str, dtype_name: str, args: argparse.Namespace) -> 
             calls[name] = timed(optimizer.step, CLOCKS[args.clock])
         cells.append({**cell, "what": "AdamW", "seconds": interleave(f"AdamW, {what}", calls, args.rounds)})
         del calls, optimizer
-    if "memory" in args.parts:
-        inputs = [each for each in batch.values() if isinstance(each, torch.Tensor)]
-        peaks = {name: [peak_of_step(models[name], step, inputs)] for name, step in steps.items()}
+    if "memory" in args.parts:  # last, as it takes the models' values
+        peaks = {}
+        for name, model in models.items():
+            pair.ours.config.patch_drop_rate = DROP_RATE if name == HALF else 0.0
+            model.zero_grad(set_to_none=True)
+            step = functools.partial(forward_backward, model, dtype_name=dtype_name, loss=pair.loss)
+            peaks[name] = [peak_of(model, batch, args.with_values, step) / MIB]
         cells.append({**cell, "what": "peak memory", "mib": peaks})
     return cells
 
@@ -324,6 +313,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--parts", nargs="+", choices=["time", "optimizer", "memory"], default=["time", "memory"])
+    parser.add_argument("--with_values", action="store_true", help="compute the step whose memory is counted")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--image_size", type=int, default=IMAGE_SIZE)
     parser.add_argument("--rounds", type=int, default=7)
