@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from bench_clip import END_TOKEN, IMAGE_SIZE, START_TOKEN, Batch, make_batch
 from bench_memory import MIB, peak_of
 from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, machine, store, table, timed
 from torch.nn import functional as F
@@ -53,9 +54,6 @@ logger = logging.getLogger("bench_training")
 
 SIZES = {"B/32": 32, "B/16": 16}
 DTYPES = ("fp32", "bf16")
-IMAGE_SIZE = 224  # pixels
-NUM_TOKENS = 77
-START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
 NUM_LABELS = 1000
 DROP_RATE = 0.5
 HALF = "vit_embed, half the patches"
@@ -64,7 +62,6 @@ TOLERANCE = 1e-5  # of loss and gradients in float32, relative: sums taken in an
 BF16_TOLERANCE = 1.1
 CELL = ("task", "size", "dtype", "batch", "what")
 
-Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.nn.Module, Batch], torch.Tensor]
 
 
@@ -77,7 +74,11 @@ class Pair(NamedTuple):
     renamed: Callable[[Batch], Batch]
 
 
-def given_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def contrastive_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return model(**batch, return_loss=True).loss
+
+
+def class_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(**batch).loss
 
 
@@ -94,7 +95,7 @@ def contrastive_pair(trunk: dict) -> Pair:
     config = vit_embed.VitEmbedConfig(**trunk, text_config=text)
     ours = vit_embed.VitEmbedForContrastive._from_config(config, attn_implementation="sdpa")
     ours.load_state_dict(theirs.state_dict())
-    return Pair(ours, theirs, given_loss, lambda tensors: tensors)
+    return Pair(ours, theirs, contrastive_loss, lambda tensors: tensors)
 
 
 # What ViT and DPT of transformers have and CLIP has not, the other way round.
@@ -114,7 +115,7 @@ def classification_pair(trunk: dict) -> Pair:
     layers = layer_rules("vit.layers.{n}", "vision_model.encoder.layers.{n}", NEW_LAYER_NAMES)
     renamed = renaming(ours, *embedding_rules("vit."), *layers, rule("classifier.{p}", "classifier.{p}"))
     ours.load_state_dict(renamed(theirs.state_dict()))
-    return Pair(ours, theirs, given_loss, renamed)
+    return Pair(ours, theirs, class_loss, renamed)
 
 
 def depth_head_rules() -> list[Rule]:
@@ -172,20 +173,22 @@ def make_pair(task: str, patch_size: int, image_size: int, fields: dict[str, int
     return pair
 
 
-def make_batch(batch_size: int, image_size: int = IMAGE_SIZE, task: str = "contrastive") -> Batch:
-    """Pixels (B, 3, H, W) and token ids (B, 77) as long as the model allows, class numbers (B,) or depths (B, H, W)."""
-    generator = torch.Generator().manual_seed(1)
-    pixel_values = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
+def batch_of(task: str, batch_size: int, image_size: int) -> Batch:
+    """Pixels (B, 3, H, W), and texts (B, 77) as long as the model allows, class numbers (B,) or depths (B, H, W)."""
+    batch = make_batch(batch_size, image_size)
+    if task == "contrastive":
+        return batch
+    pixel_values = batch["pixel_values"]
     if task == "classification":
         return {"pixel_values": pixel_values, "labels": torch.arange(batch_size) % NUM_LABELS}
-    if task == "depth":
-        return {"pixel_values": pixel_values, "labels": 20 * torch.rand(pixel_values[:, 0].shape, generator=generator)}
-    input_ids = torch.randint(1, START_TOKEN, (batch_size, NUM_TOKENS), generator=generator)
-    input_ids[:, 0], input_ids[:, -1] = START_TOKEN, END_TOKEN
-    return {"pixel_values": pixel_values, "input_ids": input_ids, "return_loss": True}
+    # One depth an image: of random pixels the gradients would cancel out to rounding.
+    depths = torch.linspace(0, 20, batch_size)[:, None, None]
+    return {"pixel_values": pixel_values, "labels": depths.expand_as(pixel_values[:, 0]).contiguous()}
 
 
-def forward_backward(model: torch.nn.Module, batch: Batch, dtype_name: str, loss: Loss = given_loss) -> torch.Tensor:
+def forward_backward(
+    model: torch.nn.Module, batch: Batch, dtype_name: str, loss: Loss = contrastive_loss
+) -> torch.Tensor:
     """The loss, and new gradients of float32 weights, under autocast for bf16."""
     model.zero_grad(set_to_none=True)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if dtype_name == "bf16" else contextlib.nullcontext()
@@ -260,7 +263,7 @@ def measure(task: str, size: str, dtype_name: str, args: argparse.Namespace) -> 
     two_patches = 2 * SIZES[size]
     image_size = args.image_size if task != "depth" else math.ceil(args.image_size / two_patches) * two_patches
     pair = make_pair(task, SIZES[size], image_size, args.fields)
-    batch, what = make_batch(args.batch_size, image_size, task), f"{task} {size} {dtype_name}, batch {args.batch_size}"
+    batch, what = batch_of(task, args.batch_size, image_size), f"{task} {size} {dtype_name}, batch {args.batch_size}"
     cell = {"task": task, "size": size, "dtype": dtype_name, "batch": args.batch_size, "image_size": image_size}
     errors = check_equal(what, pair, batch, dtype_name) if "time" in args.parts else {}
     cells, steps = [], steps_of(pair, batch, dtype_name)
