@@ -5,9 +5,9 @@
     python benchmarks/bench_training.py --parts memory --output benchmarks/training.json
 
 A step is forward and backward on float32 weights, under autocast for bf16; the optimizer's step, the same on both
-sides, is timed apart. Loss and gradients are compared first: in float32 with each other, in bfloat16 each side's
-distance to the float32 gradients; depth's in float64. "vit_embed, half the patches" is ours with patch_drop_rate=0.5. Memory is counted in
-tensors, see bench_memory.py. A file keeps its other cells.
+sides, is timed apart. Loss and gradients are compared first: in float32 with each other (depth's gradients in float64),
+in bfloat16 each side's distance to the float32 gradients. "vit_embed, half the patches" is ours with
+patch_drop_rate=0.5. Memory is counted in tensors, see bench_memory.py. A file keeps its other cells.
 
 Depth is the `dpt` head and DPTForDepthEstimation on a Dinov2Backbone. That has no loss and scales up with other
 corners: both get the same loss, and the peer's `align_corners` is set to False. Its maps fit each other where the grid
