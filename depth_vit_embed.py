@@ -82,8 +82,10 @@ class FeatureFusion(nn.Module):
         """(B, F, H, W) and the same or None -> (B, F, *size)."""
         if deeper is not None:
             level = self.level_unit(level) + deeper
-        hidden = F.interpolate(self.unit(level), size=size, mode="bilinear", align_corners=False)
-        return self.projection(hidden)
+        # A pixel's projection and a mean of neighbours, whose weights sum to 1, go in either order; the paper's, which
+        # scales up first, is four times the work and keeps the larger map for the backward pass.
+        hidden = self.projection(self.unit(level))
+        return F.interpolate(hidden, size=size, mode="bilinear", align_corners=False)
 
 
 class DPTDepthHead(nn.Module):

@@ -1,14 +1,12 @@
-"""Speed and memory of `VitEmbedForContrastive` against `transformers.CLIPModel` with sdpa, from the same weights.
+"""Speed of `VitEmbedForContrastive` against `transformers.CLIPModel` with sdpa, from the same weights.
 
     python benchmarks/bench_clip.py --part all --rounds 6
 
 Both read one CLIPModel folder of random weights, and their outputs are compared before anything is timed. Every round
-measures both: read the ratios, not the times. Training memory and loading are measured in a fresh process for each
-model.
+measures both: read the ratios, not the times. Loading is measured in a fresh process for each model.
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import statistics
@@ -28,8 +26,6 @@ from timing import (
     interleave,
     keep_freed_memory,
     machine,
-    memory_mib,
-    reset_peak,
     table,
     timed,
 )
@@ -67,10 +63,10 @@ def load(name: str, folder: Path) -> PreTrainedModel:
     return MODELS[name].from_pretrained(folder, attn_implementation="sdpa")
 
 
-def make_batch(batch_size: int) -> Batch:
-    """Pixels (B, 3, 224, 224) and token ids (B, 77), every text as long as the model allows: nothing can be trimmed."""
+def make_batch(batch_size: int, image_size: int = IMAGE_SIZE) -> Batch:
+    """Pixels (B, 3, H, W) and token ids (B, 77), every text as long as the model allows: nothing can be trimmed."""
     generator = torch.Generator().manual_seed(1)
-    pixel_values = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    pixel_values = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
     input_ids = torch.randint(1, START_TOKEN, (batch_size, NUM_TOKENS), generator=generator)
     input_ids[:, 0], input_ids[:, -1] = START_TOKEN, END_TOKEN
     return {"pixel_values": pixel_values, "input_ids": input_ids}
@@ -79,16 +75,6 @@ def make_batch(batch_size: int) -> Batch:
 def features_of(output) -> torch.Tensor:
     """transformers 5 returns an output object where 4.57 and vit_embed return the tensor (B, projection_dim)."""
     return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def forward_backward(model: torch.nn.Module, batch: Batch, dtype_name: str) -> torch.Tensor:
-    """Contrastive loss and new gradients of float32 weights, under autocast for bf16. Returns the loss."""
-    model.zero_grad(set_to_none=True)
-    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if dtype_name == "bf16" else contextlib.nullcontext()
-    with autocast:
-        loss = model(**batch, return_loss=True).loss
-    loss.backward()
-    return loss.detach()
 
 
 def check_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype_name: str) -> None:
@@ -128,37 +114,6 @@ def bench_forward(folders: dict[str, Path], args: argparse.Namespace) -> list[Ro
     return rows
 
 
-def bench_train(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
-    """One contrastive forward and backward pass through both towers."""
-    batch = make_batch(args.batch_size)
-    rows = []
-    for size, folder in folders.items():
-        models = {name: load(name, folder).train() for name in MODELS}
-        for dtype_name in DTYPES:
-            what = f"forward and backward, {size} {dtype_name}"
-            calls = {name: lambda m=m, d=dtype_name: forward_backward(m, batch, d) for name, m in models.items()}
-            check_equal(what, *(calls[name]() for name in MODELS), dtype_name)
-            calls = {name: timed(call, CLOCKS[args.clock]) for name, call in calls.items()}
-            rows.append(make_row(what, interleave(what, calls, args.rounds), "s", 3))
-    return rows
-
-
-def bench_memory(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
-    """Peak memory of training, above that of the process with the model loaded."""
-    rows = []
-    for size, folder in folders.items():
-        for dtype_name in DTYPES:
-            calls = {
-                name: lambda n=name, f=folder, d=dtype_name: in_process("memory", f, args, "--model", n, "--dtype", d)
-                for name in MODELS
-            }
-            reports = interleave(f"memory of training, {size} {dtype_name}", calls, args.memory_rounds)
-            for key in ("forward and backward", "step with AdamW"):
-                values = {name: [report[key] for report in reports[name]] for name in MODELS}
-                rows.append(make_row(f"peak memory, {key}, {size} {dtype_name}", values, "MiB", 0))
-    return rows
-
-
 def bench_load(folders: dict[str, Path], args: argparse.Namespace) -> list[Row]:
     """`from_pretrained` in new processes, everything imported, the files in the disk cache."""
     size = args.sizes[0]
@@ -177,22 +132,6 @@ def in_process(job: str, folder: Path, args: argparse.Namespace, *options: str) 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def job_memory(args: argparse.Namespace) -> dict[str, float]:
-    """Peaks of two training steps, the second with the optimizer's state in place, in MiB above the loaded model."""
-    model, batch = load(args.model, args.folder).train(), make_batch(args.batch_size)
-    for parameter in model.parameters():
-        parameter.detach().sum()  # a weight that is mapped from the file counts only once it has been read
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    reset_peak()
-    before = memory_mib("VmRSS")
-    forward_backward(model, batch, args.dtype)
-    after_backward = memory_mib("VmHWM") - before
-    optimizer.step()
-    forward_backward(model, batch, args.dtype)
-    optimizer.step()
-    return {"forward and backward": after_backward, "step with AdamW": memory_mib("VmHWM") - before}
-
-
 def job_load(args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of loads, each in a fork of this process, which has imported everything and loaded nothing."""
     calls = {name: lambda n=name: in_fork(load_seconds, n, args.folder, args.clock) for name in MODELS}
@@ -205,8 +144,8 @@ def load_seconds(name: str, folder: Path, clock: str) -> float:
     return timed(lambda: load(name, folder), CLOCKS[clock])()
 
 
-PARTS = {"forward": bench_forward, "train": bench_train, "memory": bench_memory, "load": bench_load}
-JOBS = {"memory": job_memory, "load": job_load}
+PARTS = {"forward": bench_forward, "load": bench_load}
+JOBS = {"load": job_load}
 
 
 def parse_args() -> argparse.Namespace:
@@ -214,15 +153,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--sizes", nargs="+", choices=list(PATCH_SIZES), default=list(PATCH_SIZES))
     parser.add_argument("--rounds", type=int, default=6, help="measures of each model in each row")
-    parser.add_argument("--memory_rounds", type=int, default=2, help="the same for peak memory, which hardly varies")
     parser.add_argument("--load_rounds", type=int, default=24, help="the same for loading, which is short")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     for_processes = parser.add_argument_group("for the processes that this script starts")
     for_processes.add_argument("--job", choices=list(JOBS))
-    for_processes.add_argument("--model", choices=list(MODELS))
-    for_processes.add_argument("--dtype", choices=list(DTYPES))
     for_processes.add_argument("--folder", type=Path)
     return parser.parse_args()
 
