@@ -208,11 +208,12 @@ def drop_path(branch: torch.Tensor, rate: float, training: bool, packing: Packin
 
 
 def as_product_input(states: torch.Tensor) -> torch.Tensor:
-    """Under autocast in its dtype, once for the projections that read them: each would make and keep a copy of its
-    own."""
+    """float32 states under autocast in its dtype, once for the projections that read them: each would make and keep a
+    copy of its own."""
     device = states.device.type
     has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if is_traced() or not has_autocast:  # a compiler joins the copies itself
+    # A compiler joins the copies itself, and float64 is computed in float64 under autocast, too.
+    if is_traced() or not has_autocast or states.dtype != torch.float32:
         return states
     return states.to(torch.get_autocast_dtype(device))
 

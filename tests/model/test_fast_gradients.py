@@ -130,6 +130,12 @@ def test_a_step_is_the_plain_step(dtype, monkeypatch):
         assert (found - exact).norm() <= 1.1 * (plain_gradients - exact).norm()
 
 
+def test_float64_stays_float64_under_autocast():
+    model = CLASSES["classification"].model().double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(pixels().double()).logits.dtype == torch.float64
+
+
 def test_projections_share_one_copy_under_autocast():
     model, seen = contrastive(), []
     attention = model.vision_model.encoder.layers[0].self_attn
