@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 import transformers
 from bench_memory import LiveBytes
+from bench_text import END_TOKEN, random_texts
 from bench_tokens import count_tokens, expect_tokens, flat_images, teach_gate, with_field
-from bench_towers import PACKAGES, PEERS, check_equal, is_installed, make_ours, sides_of
+from bench_towers import PACKAGES, PEERS, SIZES, check_equal, is_installed, make_ours, sides_of
 from timing import CLOCK_HELP, CLOCKS, MIB, Ratios, about, interleave, machine, store, table, timed
 
 from vit_embed import (
@@ -48,7 +49,6 @@ BATCHES = (1, 4, 16, 64)
 TOKENS = tuple(1024 * 2**i for i in range(5))
 TOWERS = ("S/16", "B/16", "L/16", "H/16")
 TEXT_LENGTH = 64
-START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
 # Sides of the parts `fewer` and `attention`, and images of each: 3136 patches a call.
 IMAGES = {128: 49, 224: 16, 448: 4, 896: 1}
 MERGED, DROPPED = 13 / 196, 0.5  # of the patches: arXiv:2210.09461, a layer; arXiv:2212.00794
@@ -106,13 +106,6 @@ def by_tower(args: argparse.Namespace) -> Iterator[dict]:
         yield image_cell(cell, tower, 4, IMAGE_SIZE, args)
 
 
-def random_texts(count: int) -> torch.Tensor:
-    """(count, 64) ids, nothing to trim."""
-    ids = torch.randint(1, START_TOKEN, (count, TEXT_LENGTH), generator=torch.Generator().manual_seed(2))
-    ids[:, 0], ids[:, -1] = START_TOKEN, END_TOKEN
-    return ids
-
-
 def by_tokens(args: argparse.Namespace) -> Iterator[dict]:
     """Against transformers alone: open_clip has 77 tokens in every text."""
     torch.manual_seed(0)
@@ -128,7 +121,7 @@ def by_tokens(args: argparse.Namespace) -> Iterator[dict]:
         "vit_embed": ours.get_text_features,
     }
     for total in args.tokens:
-        ids = random_texts(total // TEXT_LENGTH)
+        ids = random_texts(total // TEXT_LENGTH, TEXT_LENGTH)["input_ids"]
         with torch.inference_mode():
             errors = check_equal(f"{total} tokens", sides, exact(ids).text_embeds, ids)
             calls = {name: partial(embed, ids) for name, embed in sides.items()}
@@ -137,7 +130,7 @@ def by_tokens(args: argparse.Namespace) -> Iterator[dict]:
 
 
 def config_of(image_size: int, **fields) -> VitEmbedConfig:
-    return VitEmbedConfig(image_size=image_size, patch_size=PATCH, **fields)
+    return VitEmbedConfig(image_size=image_size, **SIZES["B/16"], **fields)
 
 
 def by_implementation(args: argparse.Namespace) -> Iterator[dict]:
@@ -209,19 +202,15 @@ def adapting(image_size: int, batch: int) -> tuple[Calls, str]:
     return calls, f"{counts.min()} - {counts.max()}" if counts.min() < counts.max() else str(int(counts[0]))
 
 
-FEWER = {
-    "token_merge_size": (merging, "a share of 13 / 196 merged in each layer"),
-    "patch_drop_rate": (dropping, "half dropped, training step"),
-    "adaptive stem": (adapting, "pictures half flat"),
-}
+FEWER = {"token_merge_size": merging, "patch_drop_rate": dropping, "adaptive stem": adapting}
 
 
 def by_fewer(args: argparse.Namespace) -> Iterator[dict]:
-    for what, (make, _) in FEWER.items():
+    for what, make in FEWER.items():
         for image_size, batch in args.images.items():
+            calls, tokens = make(image_size, batch)
+            facts = {"at": image_size, "count": (image_size // PATCH) ** 2, "images": batch, "tokens": tokens}
             with contextlib.nullcontext() if make is dropping else torch.no_grad():
-                calls, tokens = make(image_size, batch)
-                facts = {"at": image_size, "count": (image_size // PATCH) ** 2, "images": batch, "tokens": tokens}
                 yield measure({"part": "fewer", "what": what, **facts}, calls, args)
             del calls
             gc.collect()
@@ -292,7 +281,7 @@ EXPONENTS = ("part", "what", "from - to", "peer", *(f"{kind}, {s}" for kind in (
 RATIOS = ("part", "what", "at", "base", "side", "times as fast", "memory", "rounds")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--pixels", nargs="+", type=int, default=PIXELS, help="sides of an image")
@@ -307,15 +296,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     parser.add_argument("--output", type=Path, help="JSON; cells that are not measured again are kept")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if "transformers" not in args.peers:
         parser.error("--peers must name transformers, whose outputs are what the others are held against")
     args.images = {size: IMAGES[size] for size in args.sizes}
     return args
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
