@@ -143,7 +143,7 @@ def show_times(axis: Axes) -> None:
 
 def draw_towers(cells: Cells) -> Figure:
     """How many times as fast as the fastest peer each of our sides is, cell by cell, eager and compiled."""
-    cells = [cell for cell in cells if not cell["freezing"] and not cell["keep_freed_memory"]]
+    cells = [cell for cell in cells if is_plain(cell)]
     order = {name: place for place, name in enumerate(("B/32", "B/16", "L/14", "fp32", "bf16"))}
     keys = sorted(
         {(cell["size"], cell["dtype"], cell["batch"]) for cell in cells}, key=lambda k: (order[k[0]], order[k[1]], k[2])
@@ -161,7 +161,7 @@ def draw_towers(cells: Cells) -> Figure:
             key = cell["size"], cell["dtype"], cell["batch"]
             alone[key] |= mode == "eager" and set(names) != set(peers_of(cell))
             for side in OURS:
-                spans[side][keys.index(key)] = Span.of(cell, fastest_peer([{"count": 0, **cell}]), side)
+                spans[side][keys.index(key)] = Span.of(cell, fastest_peer([cell]), side)
         for shift, side in zip((-0.17, 0.17), OURS):
             draw_spans(axis, spans[side], side, shift)
         axis.set_title(f"{mode} (peers: {', '.join(names)})", fontsize=9)
@@ -173,6 +173,11 @@ def draw_towers(cells: Cells) -> Figure:
     if any(alone.values()):
         notes[0] += " *: against transformers alone."
     return finish(figure, "Image towers: times as fast as the fastest peer", cells, notes)
+
+
+def is_plain(cell: dict) -> bool:
+    """Whether a cell of the towers is measured as users have it."""
+    return not cell["freezing"] and not cell["keep_freed_memory"]
 
 
 def peers_of(cell: dict) -> list[str]:

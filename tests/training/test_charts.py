@@ -66,3 +66,12 @@ def test_the_page_shows_charts_that_are_there():
     shown = re.findall(r"\]\(\.\./benchmarks/([\w.]+\.png)\)", (REPO / "docs" / "speed.md").read_text())
     assert set(shown) <= {chart.picture for chart in charts.CHARTS.values()}
     assert all((charts.HERE / picture).exists() for picture in shown)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_the_page_states_the_least_and_the_best_of_the_stored_towers(mode):
+    cells = [cell for cell in json.loads((charts.HERE / "towers.json").read_text()) if charts.is_plain(cell)]
+    of_mode = [cell for cell in cells if cell["mode"] == mode]
+    for side in charts.OURS:
+        medians = [charts.Span.of(cell, charts.fastest_peer([cell]), side).median for cell in of_mode]
+        assert f"| {min(medians):.2f} - {max(medians):.2f} |" in (REPO / "docs" / "speed.md").read_text(), side
