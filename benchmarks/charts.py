@@ -40,10 +40,10 @@ STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
 }
-OURS = ("vit_embed", "optimized")
+OURS, HALF = ("vit_embed", "optimized"), "vit_embed, half the patches"
 NAMES = {"vit_embed": "vit_embed", "optimized": "vit_embed, optimized()", "timm": "timm", "padded": "padded rows"}
 COLOURS = {"vit_embed": "#56b4e9", "optimized": "#0b4f8a", "transformers": "#8c8c8c", "open_clip": "#d55e00"}
-COLOURS |= {"timm": "#cc79a7", "padded": "#8c8c8c", "fewer": "#0b4f8a"}
+COLOURS |= {"timm": "#cc79a7", "padded": "#8c8c8c", HALF: "#009e73"}
 CLOCKS = {"cpu": "processor", "wall": "elapsed"}
 GOAL = 1.05  # times as fast as the fastest peer, in every cell
 Cells = list[dict]
@@ -288,70 +288,90 @@ def draw_embed(cells: Cells) -> Figure:
     return finish(figure, "Folders of pictures: embedded a second", cells, notes)
 
 
+def draw_training(cells: Cells) -> Figure:
+    """Steps of training: times as fast as transformers, and their peak memory as a share of its."""
+    keys = list(dict.fromkeys(name_of(cell) for cell in cells))
+    figure, axes = rows_figure(len(keys), 2)
+    panels = ("seconds", "forward and backward: times as fast"), ("mib", "peak memory: share of transformers'")
+    for axis, (field, title) in zip(axes, panels):
+        rows = {keys.index(name_of(cell)): cell for cell in cells if field in cell and cell["what"] != "AdamW"}
+        draw_shares(axis, rows, field)
+        axis.set_title(title, fontsize=9)
+    label_rows(axes[0], keys)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", ncols=2, fontsize=9, handletextpad=0.1)
+    notes = ["Dot: median of the rounds; line: their range. Line at 1: transformers. Memory above weights and inputs."]
+    return finish(figure, "Training steps beside transformers", cells, notes)
+
+
 def draw_memory(cells: Cells) -> Figure:
-    """Peak memory of ours over the peer's, cell by cell."""
-    rows = [cell for cell in cells if "mib" in cell and peers_in(cell["mib"]) and set(OURS) & set(cell["mib"])]
-    figure, (axis,) = rows_figure(len(rows), 1)
-    axis.set_xlim(0, 1.4)
+    """Peak memory of inference as a share of the peer's, class by class."""
+    figure, (axis,) = rows_figure(len(cells), 1)
+    draw_shares(axis, dict(enumerate(cells)), "mib")
+    label_rows(axis, [name_of(cell) for cell in cells])
+    legend_above(axis)
+    notes = ["Line at 1: the peer in transformers; left of it is less. Tensors alive above weights and inputs."]
+    return finish(figure, "Memory of inference: share of the peer's", cells, notes)
+
+
+def draw_shares(axis: Axes, rows: dict[int, dict], field: str) -> None:
+    """Of each row, for each of our sides: the peer's seconds over ours, or our memory over the peer's."""
+    sides = [side for side in (*OURS, HALF) if any(side in cell[field] for cell in rows.values())]
+    spans: dict[str, dict[int, Span]] = {side: {} for side in sides}
+    for row, cell in rows.items():
+        peers = {name: statistics.median(cell[field][name]) for name in cell[field] if name not in (*OURS, HALF)}
+        peer = min(peers, key=peers.__getitem__)
+        for side in (side for side in sides if side in cell[field]):
+            over, under = (peer, side) if field == "seconds" else (side, peer)
+            found = Ratios.of(cell[field][over], cell[field][under])
+            spans[side][row] = Span(found.median, found.lowest, found.highest)
+    medians = [span.median for each in spans.values() for span in each.values()] or [1]
+    axis.set_xlim(min(0.9, min(medians) - 0.1), max(1.15, max(medians) + 0.15))
     draw_bands(axis, range(0, len(rows), 2))
     axis.axvline(1.0, color="black", linewidth=1)
-    for shift, side in zip((-0.17, 0.17), OURS):
-        spans = {}
-        for i, cell in enumerate(rows):
-            if side in cell["mib"]:
-                peer = min(statistics.median(cell["mib"][name]) for name in peers_in(cell["mib"]))
-                spans[i] = Span(statistics.median(cell["mib"][side]) / peer, None, None)
-        if spans:
-            draw_spans(axis, spans, side, shift)
-    label_rows(axis, [name_of(cell) for cell in rows])
+    for shift, side in zip((-0.17, 0.17) if len(sides) > 1 else (0,), sides):
+        draw_spans(axis, spans[side], side, shift)
     show_times(axis)
-    axis.legend(loc="lower left", fontsize=8)
-    return finish(
-        figure, "Peak memory above the weights: share of the peer's", rows, ["Line at 1: the peer. Left of it is less."]
-    )
-
-
-def peers_in(sides: dict) -> list[str]:
-    return [name for name in sides if name not in OURS]
 
 
 def name_of(cell: dict) -> str:
-    parts = (cell.get("what"), cell.get("size"), cell.get("image_size"), cell.get("dtype"))
+    """What tells the cells of memory and of training apart, but for the part of a step."""
+    what = cell.get("task") or cell["what"]
+    parts = (what, cell.get("size"), cell.get("image_size"), cell.get("dtype"))
     return ", ".join(f"{part} pixels" if isinstance(part, int) else str(part) for part in parts if part)
 
 
 class Chart(NamedTuple):
-    """A picture, the files that it is drawn of, of which the first has to be there, and what draws it."""
+    """A picture, the file that it is drawn of, and what draws it."""
 
     picture: str
-    files: tuple[str, ...]
+    file: str
     draw: Callable[[Cells], Figure]
 
 
 CHARTS = {
-    "towers": Chart("towers.png", ("towers.json",), draw_towers),
-    "growth": Chart("growth.png", ("growth.json",), draw_growth),
-    "memory": Chart("memory.png", ("memory.json", "training.json"), draw_memory),
-    "text": Chart("text_speed.png", ("text_speed.json",), draw_text),
-    "sizes": Chart("sizes.png", ("sizes.json",), draw_sizes),
-    "embed": Chart("embed_speed.png", ("embed_speed.json",), draw_embed),
+    "towers": Chart("towers.png", "towers.json", draw_towers),
+    "growth": Chart("growth.png", "growth.json", draw_growth),
+    "training": Chart("training.png", "training.json", draw_training),
+    "memory": Chart("memory.png", "memory.json", draw_memory),
+    "text": Chart("text_speed.png", "text_speed.json", draw_text),
+    "sizes": Chart("sizes.png", "sizes.json", draw_sizes),
+    "embed": Chart("embed_speed.png", "embed_speed.json", draw_embed),
 }
 
 
 def draw(names: Sequence[str], source: Path, folder: Path) -> Iterator[Path]:
     """Draws the charts whose files are in `source` into `folder`, and says which are not there."""
     for name in names:
-        chart = CHARTS[name]
-        there = [source / file for file in chart.files if (source / file).exists()]
-        if not there or there[0].name != chart.files[0]:
-            logger.warning("%s is not drawn: %s is missing", chart.picture, source / chart.files[0])
+        picture, file, make = CHARTS[name]
+        if not (source / file).exists():
+            logger.warning("%s is not drawn: %s is missing", picture, source / file)
             continue
-        cells = [cell for file in there for cell in json.loads(file.read_text())]
         with plt.rc_context(STYLE):
-            figure = chart.draw(cells)
-            figure.savefig(folder / chart.picture, dpi=DPI)
+            figure = make(json.loads((source / file).read_text()))
+            figure.savefig(folder / picture, dpi=DPI)
             plt.close(figure)
-        yield folder / chart.picture
+        yield folder / picture
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -22,9 +22,7 @@ def size_of(picture: Path) -> tuple[int, int]:
     return struct.unpack(">II", head[16:])
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, chart in charts.CHARTS.items() if (charts.HERE / chart.files[0]).exists()]
-)
+@pytest.mark.parametrize("name", [name for name, chart in charts.CHARTS.items() if (charts.HERE / chart.file).exists()])
 def test_a_chart_is_drawn_as_wide_as_a_page_and_no_higher_than_a_screen(name, tmp_path):
     charts.main([name, "--folder", str(tmp_path)])
     (picture,) = tmp_path.iterdir()
@@ -37,7 +35,7 @@ def test_a_missing_file_is_named_and_the_others_are_drawn(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         drawn = list(charts.draw(list(charts.CHARTS), tmp_path, tmp_path))
     assert [path.name for path in drawn] == ["sizes.png"]
-    missing = {chart.files[0] for name, chart in charts.CHARTS.items() if name != "sizes"}
+    missing = {chart.file for name, chart in charts.CHARTS.items() if name != "sizes"}
     assert {Path(record.args[1]).name for record in caplog.records} == missing
 
 
@@ -51,15 +49,21 @@ def test_machine_versions_and_dates_stand_below_a_chart():
     assert re.search(r"Xeon.*1 thread", below)
 
 
-def test_memory_of_one_file_or_of_two_is_drawn(tmp_path):
-    """Cells of inference and of training, with the fields that both have."""
+def test_memory_and_training_are_drawn_of_the_cells_that_their_benchmarks_keep(tmp_path):
     about = json.loads((charts.HERE / "towers.json").read_text())[0]["about"]
     cell = {"what": "image tower", "image_size": 224, "dtype": "fp32", "about": about}
-    (tmp_path / "memory.json").write_text(json.dumps([{**cell, "mib": {"transformers": [4.0], "vit_embed": [3.0]}}]))
-    assert len(list(charts.draw(["memory"], tmp_path, tmp_path))) == 1
-    step = {**cell, "what": "training step", "mib": {"vit_embed": [9.0, 8.0], "transformers": [10.0, 8.0]}}
-    (tmp_path / "training.json").write_text(json.dumps([step, {**cell, "what": "time alone", "seconds": {}}]))
-    assert len(list(charts.draw(["memory"], tmp_path, tmp_path))) == 1
+    cells = [{**cell, "mib": {"transformers": [4.0], "vit_embed": [3.0]}}]
+    (tmp_path / "memory.json").write_text(json.dumps(cells))
+    step = {"task": "depth", "size": "B/16", "dtype": "bf16", "batch": 2, "image_size": 224, "about": about}
+    sides = {"transformers": [2.0, 3.0], "vit_embed": [1.0, 2.0], charts.HALF: [1.0, 1.0]}
+    kinds = {"forward and backward": "seconds", "AdamW": "seconds", "peak memory": "mib"}
+    cells = [{**step, "what": what, kind: sides} for what, kind in kinds.items()]
+    (tmp_path / "training.json").write_text(json.dumps(cells))
+    assert [path.name for path in charts.draw(["memory", "training"], tmp_path, tmp_path)] == [
+        "memory.png",
+        "training.png",
+    ]
+    assert charts.name_of(cells[0]) == charts.name_of(cells[2]) == "depth, B/16, 224 pixels, bf16"
 
 
 def test_the_page_shows_charts_that_are_there():
