@@ -188,7 +188,12 @@ def most_peers(cells: Cells) -> list[str]:
     return max((peers_of(cell) for cell in cells), key=len, default=["transformers"])
 
 
-TITLES = {"pixels": "pixels of a side", "batch": "images a call", "tokens": "tokens of text", "towers": "tower"}
+TITLES = {
+    "pixels": "pixels of a side",
+    "batch": "images a call",
+    "tokens": "tokens of text",
+    "towers": "ViT, patches of 16",
+}
 
 
 def draw_growth(cells: Cells) -> Figure:
@@ -212,7 +217,7 @@ def draw_growth(cells: Cells) -> Figure:
                 lines.append((f"{slope(counts, values):.2f}", colour))
             for place, (text, colour) in enumerate(lines):
                 axis.text(0.04 + 0.24 * place, 0.9, text, color=colour, transform=axis.transAxes, fontweight="bold")
-            axis.set_xticks(counts, [str(cell["at"]).removesuffix("/16") for cell in those])
+            axis.set_xticks(counts, [tick_of(cell["at"]) for cell in those])
             axis.xaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -226,6 +231,13 @@ def draw_growth(cells: Cells) -> Figure:
         "Numbers: exponents over pixels (of area), images, tokens, parameters; 1 is twice the time for twice as many."
     ]
     return finish(figure, "Growth of time and memory", cells, notes)
+
+
+def tick_of(value: int | str) -> str:
+    """224, 16k or S."""
+    if isinstance(value, int) and value >= 1024:
+        return f"{value // 1024}k"
+    return str(value).removesuffix("/16")
 
 
 def draw_text(cells: Cells) -> Figure:
