@@ -150,28 +150,33 @@ def draw_towers(cells: Cells) -> Figure:
     )
     figure, axes = rows_figure(len(keys), 2)
     peers = {mode: most_peers([cell for cell in cells if cell["mode"] == mode]) for mode in ("eager", "compiled")}
-    alone = dict.fromkeys(keys, False)
+    right = max(1.4, 0.05 + max(Span.of(cell, fastest_peer([cell]), side).median for cell in cells for side in OURS))
+    alone = {mode: set() for mode in peers}
     for axis, (mode, names) in zip(axes, peers.items()):
-        axis.set_xlim(0.9, 1.4)
+        axis.set_xlim(0.9, right)
         draw_bands(axis, range(0, len(keys), 2))
         axis.axvline(1.0, color="black", linewidth=1)
         axis.axvline(GOAL, color="black", linewidth=1, linestyle=":")
         spans: dict[str, dict[int, Span]] = {side: {} for side in OURS}
         for cell in (cell for cell in cells if cell["mode"] == mode):
             key = cell["size"], cell["dtype"], cell["batch"]
-            alone[key] |= mode == "eager" and set(names) != set(peers_of(cell))
+            if set(names) != set(peers_of(cell)):
+                alone[mode].add(key)
             for side in OURS:
                 spans[side][keys.index(key)] = Span.of(cell, fastest_peer([cell]), side)
         for shift, side in zip((-0.17, 0.17), OURS):
             draw_spans(axis, spans[side], side, shift)
         axis.set_title(f"{mode} (peers: {', '.join(names)})", fontsize=9)
         show_times(axis)
-    label_rows(axes[0], [f"ViT-{s} {d}, batch {b}{' *' * alone[s, d, b]}" for s, d, b in keys])
+    label_rows(
+        axes[0],
+        [f"ViT-{s} {d}, batch {b}{' *' * any((s, d, b) in each for each in alone.values())}" for s, d, b in keys],
+    )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right", ncols=2, fontsize=9, handletextpad=0.1)
     notes = ["Dot: median of the rounds; line: their range. Full line: the fastest peer; dotted: 1.05 times as fast."]
-    if any(alone.values()):
-        notes[0] += " *: against transformers alone."
+    only = " and ".join(mode for mode, those in alone.items() if those)
+    notes[0] += f" *: {only} against transformers alone." * bool(only)
     return finish(figure, "Image towers: times as fast as the fastest peer", cells, notes)
 
 
