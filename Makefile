@@ -65,8 +65,9 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
-	$(BIN)/python benchmarks/bench_clip.py
+# Draws the charts of docs/ from the measurements in benchmarks/; each page names the command that measures again.
+bench: $(DEMO_READY)
+	$(BIN)/python benchmarks/charts.py
 
 $(VENV)/demo-ready: requirements-demo.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c '$(NEW_ENOUGH)'

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import resource
 import statistics
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +29,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timing import interleave, machine, timed
+from timing import Ratios, about, interleave, store, timed
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor, CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -46,7 +44,9 @@ from vit_embed.retrieval.store import Store
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower", "motorcycle", "retina", "hubble_deep_field")
 SIZES = {"12 megapixels": (4000, 3000), "640 x 480": (640, 480)}
 BATCH = 32
-COLUMNS = ("size", "side", "rate", "ratio", "lowest", "highest")
+# What tells a stored cell from another, and what takes part besides torch and transformers where it is installed.
+CELL = ("size", "dtype")
+PACKAGES = {"sentence-transformers": "sentence_transformers", "clip-retrieval": "clip_retrieval"}
 
 
 def photos() -> list[Image.Image]:
@@ -170,7 +170,6 @@ def clip_retrieval_reader():
 def measure_speed(options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype)
     print("| pictures | side | pictures a second | ratio to transformers | range |\n| --- | --- | --- | --- | --- |")
-    measured = []
     for size in options.sizes:
         with tempfile.TemporaryDirectory() as scratch:
             model_folder, folder = Path(scratch) / "model", Path(scratch) / "pictures"
@@ -181,9 +180,10 @@ def measure_speed(options: argparse.Namespace) -> None:
                 "transformers": transformers_side(model_folder, folder, dtype, options.workers),
                 "vit_embed": our_side(model_folder, folder, options.dtype, options.workers),
             }
-            if importlib.util.find_spec("sentence_transformers"):
+            installed = [name for name, module in PACKAGES.items() if importlib.util.find_spec(module)]
+            if "sentence-transformers" in installed:
                 sides["sentence-transformers"] = sentence_side(model_folder, folder, dtype, Path(scratch) / "sentence")
-            if importlib.util.find_spec("clip_retrieval"):
+            if "clip-retrieval" in installed:
                 sides["clip-retrieval"] = clip_retrieval_side(model_folder, folder, dtype, options.workers)
             expected = sides["transformers"]()
             for name, run in sides.items():  # equal before fast
@@ -192,36 +192,12 @@ def measure_speed(options: argparse.Namespace) -> None:
             clock = time.perf_counter
             times = interleave(size, {name: timed(run, clock) for name, run in sides.items()}, options.rounds)
             for name, seconds in times.items():
-                ratios = [whole / own for whole, own in zip(times["transformers"], seconds)]
-                rate = options.count / statistics.median(seconds)
-                found = (size, name, rate, statistics.median(ratios), min(ratios), max(ratios))
-                measured.append(dict(zip(COLUMNS, found)))
-                figures = f"{rate:.1f} | {found[3]:.2f} | {found[4]:.2f} - {found[5]:.2f}"
+                ratio, spread, _ = Ratios.of(times["transformers"], seconds).cells(2)
+                figures = f"{options.count / statistics.median(seconds):.1f} | {ratio} | {spread}"
                 print(f"| {options.count} of {size}, {options.dtype} | {name} | {figures} |", flush=True)
-    if options.chart:
-        what = f"{options.count} pictures, ViT-B/32 in {options.dtype}, {options.rounds} rounds"
-        about = f"{machine()}; {what}, {date.today()}"
-        options.chart.with_suffix(".json").write_text(json.dumps({"about": about, "measured": measured}, indent=1))
-        draw_chart(options.chart)
-
-
-def draw_chart(target: Path) -> None:
-    """Pictures a second of each side, a panel for each size of picture, from the measurements beside the chart."""
-    import matplotlib.pyplot as plt
-
-    stored = json.loads(target.with_suffix(".json").read_text())
-    sizes = list(dict.fromkeys(row["size"] for row in stored["measured"]))
-    figure, axes = plt.subplots(1, len(sizes), figsize=(4.6 * len(sizes), 2.6), squeeze=False)
-    for axis, size in zip(axes[0], sizes):
-        rows = [row for row in stored["measured"] if row["size"] == size][::-1]
-        colours = ["tab:blue" if row["side"] == "vit_embed" else "lightgrey" for row in rows]
-        bars = axis.barh([row["side"] for row in rows], [row["rate"] for row in rows], color=colours)
-        axis.bar_label(bars, [f"{row['rate']:.0f}  ({row['ratio']:.2f} x)" for row in rows], padding=3)
-        axis.set_xlim(0, 1.5 * max(row["rate"] for row in rows))
-        axis.set_title(f"JPEGs of {size}, a second", fontsize=11)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(target, dpi=110)
+            if options.output:
+                facts = {"size": size, "dtype": options.dtype, "count": options.count, "workers": options.workers}
+                store(options.output, [{**facts, "seconds": times, "about": about("wall", installed)}], CELL)
 
 
 # --- accuracy ---
@@ -382,7 +358,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="speed")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="speed: of every side that has them")
     parser.add_argument("--rounds", type=int, default=7, help="speed")
-    parser.add_argument("--chart", type=Path, help="speed: picture to draw; the measurements are stored beside it")
+    parser.add_argument("--output", type=Path, help="speed: JSON that charts.py draws")
     parser.add_argument("--models", nargs="+", default=["."], help="accuracy: folders")
     parser.add_argument("--rows", type=int, default=1_000_000, help="memory, search: the largest number of rows")
     parser.add_argument("--vectors", help="search: real vectors, of embed_images")

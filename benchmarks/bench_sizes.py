@@ -8,11 +8,10 @@ within the budget of patches, as timm's NaFlex loader makes them. "as they come"
 they are beyond the budget and never larger. Sides: "packed" is what `pixel_mask` does; "padded" is what it does where
 someone looks between the layers, and did everywhere before: stems by size, layers on rows padded to the longest with
 padding masked; "timm" is NaFlexVit with the same weights, given patches that are cut and padded already. Outputs are
-held against each other first. Rows of a file that stands are kept, unless they are measured again.
+held against each other first.
 """
 
 import argparse
-import json
 import logging
 import random
 import statistics
@@ -20,12 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import date
 from functools import partial
 from pathlib import Path
 
 import torch
-from timing import CLOCK_HELP, CLOCKS, Ratios, interleave, keep_freed_memory, machine, table, timed
+from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, keep_freed_memory, machine, store, table, timed
 from torch import nn
 
 from vit_embed import VitEmbedConfig, VitEmbedModel
@@ -42,6 +40,8 @@ SHAPES = (1.0, 4 / 3, 3 / 2, 16 / 9, 5 / 4, 3 / 4, 2 / 3, 9 / 16, 4 / 5)
 # Natural logarithm of the patches of a photo of the web: median 493 (355 x 355 pixels), two thirds within 270 and 900.
 LOG_PATCHES, SPREAD = 6.2, 0.6
 ROWS = [f"{kind}, {budget}, {dtype}" for kind in ("scaled", "as they come") for budget in BUDGETS for dtype in DTYPES]
+# What tells a stored cell from another.
+CELL = ("kind", "budget", "dtype")
 Batch = dict[str, torch.Tensor]
 
 
@@ -173,7 +173,7 @@ def check_equal(calls: dict[str, Callable], reference: torch.Tensor, dtype: str)
 
 
 def measure(row: str, args: argparse.Namespace) -> dict:
-    """One row: what was measured, and the seconds of every round of each side."""
+    """One cell: what was measured, and the seconds of every round of each side."""
     kind, budget, dtype = row.split(", ")
     model = make_model()
     timm_model = naflex_model(model)
@@ -190,30 +190,25 @@ def measure(row: str, args: argparse.Namespace) -> dict:
         check_equal(calls, reference, dtype)
         clocked = {name: timed(call, CLOCKS[args.clock]) for name, call in calls.items()}
         seconds = interleave(row, clocked, args.rounds)
-    return {
-        "photos": args.photos,
-        "sizes": len(set(sizes)),
-        "lengths": len(set(counts)),
-        "padded_by": args.photos * max(counts) / sum(counts),
-        "rounds": args.rounds,
-        "clock": args.clock,
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "seconds": seconds,
-    }
+    facts = {"kind": kind, "budget": int(budget), "dtype": dtype, "photos": args.photos}
+    facts |= {"sizes": len(set(sizes)), "lengths": len(set(counts))}
+    padded_by = args.photos * max(counts) / sum(counts)
+    described = about(args.clock, [] if timm_model is None else ["timm"])
+    return {**facts, "padded_by": padded_by, "seconds": seconds, "about": described}
 
 
 HEADER = ("photos", "padding adds", "packed", "padded / packed", "range", "timm / packed", "range")
 
 
-def cells(row: str, measured: dict) -> tuple[str, ...]:
-    seconds = measured["seconds"]
+def line(cell: dict) -> tuple[str, ...]:
+    seconds = cell["seconds"]
     ratios = [
         Ratios.of(seconds[side], seconds["packed"]).cells(2)[:2] if side in seconds else ("-", "-")
         for side in ("padded", "timm")
     ]
     median = f"{statistics.median(seconds['packed']):.2f} s"
-    return (f"{measured['photos']} {row}", f"{measured['padded_by'] - 1:.0%}", median, *ratios[0], *ratios[1])
+    what = f"{cell['photos']} {cell['kind']}, {cell['budget']}, {cell['dtype']}"
+    return (what, f"{cell['padded_by'] - 1:.0%}", median, *ratios[0], *ratios[1])
 
 
 def parse_args() -> argparse.Namespace:
@@ -223,7 +218,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--photos", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
-    parser.add_argument("--output", type=Path, help="JSON file to store the rounds in")
+    parser.add_argument("--output", type=Path, help="JSON; cells that are not measured again are kept")
     return parser.parse_args()
 
 
@@ -232,16 +227,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    stands = args.output is not None and args.output.exists()
-    rows = json.loads(args.output.read_text()) if stands else {}
+    cells = []
     for row in args.rows:
         started = time.perf_counter()
-        rows[row] = measure(row, args)
-        logger.info("%s, %.0f s", " | ".join(cells(row, rows[row])), time.perf_counter() - started)
+        cells.append(measure(row, args))
+        logger.info("%s, %.0f s", " | ".join(line(cells[-1])), time.perf_counter() - started)
         if args.output is not None:
-            args.output.write_text(json.dumps(rows, indent=1) + "\n")
-    shown = [cells(row, rows[row]) for row in ROWS if row in rows]
-    sys.stdout.write(f"{machine()}, {args.clock} time\n\n{table(HEADER, shown)}\n")
+            store(args.output, cells[-1:], CELL)
+    sys.stdout.write(f"{machine()}, {args.clock} time\n\n{table(HEADER, [line(cell) for cell in cells])}\n")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Texts: short prompts, the class vectors of zero-shot classification, and growth with the number of tokens.
+"""Texts: short prompts, and the class vectors of zero-shot classification.
 
-    python benchmarks/bench_text.py --json benchmarks/text_speed.json
+    python benchmarks/bench_text.py --output benchmarks/text_speed.json
 
 `VitEmbedForContrastive` against `transformers.CLIPModel` with padding=True, and open_clip, which pads every text to 77
 tokens: one text tower of CLIP's size with random weights in all of them, whose outputs are compared before anything is
-timed. Templates and class names are those of ImageNet that open_clip carries.
+timed. Templates and class names are those of ImageNet that open_clip carries. `bench_growth.py` has growth with tokens.
 """
 
 import argparse
-import datetime
-import json
 import logging
 import statistics
 import sys
@@ -19,11 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_clip import END_TOKEN, START_TOKEN, check_equal, features_of, save_checkpoint
-from bench_memory import LiveBytes
-from timing import CLOCK_HELP, CLOCKS, MIB, Ratios, interleave, keep_freed_memory, machine, table, timed
+from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, keep_freed_memory, machine, store, table, timed
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from vit_embed import VitEmbedForContrastive, VitEmbedTextConfig
 from vit_embed.conversion.tokenizer import read_tokenizer
@@ -36,10 +32,14 @@ logger = logging.getLogger("bench_text")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDES = ("vit_embed", "transformers", "open_clip")
 NUM_PROMPTS = 64
-TOTALS = [2**n * 1024 for n in range(5)]  # tokens of text
+START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
 LONGEST = 77
+# Largest relative difference between two equal models: sums taken in another order. 2e-2 is a few steps of bf16.
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 NUM_NAMES = (100, 1000)
 LEAST_SAMPLE = 3  # batches of ours
+# What tells a stored cell from another.
+CELL = ("what", "dtype")
 
 
 class Sides(NamedTuple):
@@ -63,6 +63,25 @@ def open_clip_code() -> Any:
 
         open_clip = import_package("open_clip")
     return open_clip
+
+
+def save_checkpoint(folder: Path) -> None:
+    """A CLIPModel of base size with random weights."""
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config={"bos_token_id": START_TOKEN, "eos_token_id": END_TOKEN})).save_pretrained(folder)
+
+
+def features_of(output) -> torch.Tensor:
+    """transformers 5 returns an output object where 4.57 and vit_embed return the tensor (B, projection_dim)."""
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def check_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype_name: str) -> None:
+    """Raises unless the two agree: a faster wrong answer is not faster."""
+    difference = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
+    if not difference <= TOLERANCE[dtype_name]:
+        raise RuntimeError(f"{what}: outputs differ by {difference:.1e}, expected {TOLERANCE[dtype_name]:.0e} at most")
+    logger.info("%s: outputs agree to %.1e", what, difference)
 
 
 def load_sides(folder: Path, dtype: torch.dtype) -> Sides:
@@ -109,24 +128,14 @@ def features_calls(sides: Sides, inputs: dict[str, torch.Tensor]) -> dict[str, C
 
 
 def measure(what: str, calls: dict, dtype_name: str, args: argparse.Namespace, **facts) -> dict[str, Any]:
-    """Compares what the calls return, times them in turn, and gives an entry of the JSON: seconds of each, and how many
-    times as long as vit_embed each takes, median and range over the rounds."""
+    """Compares what the calls return, times them in turn, and gives a cell: the seconds of each side in every round."""
     outputs = {name: call() for name, call in calls.items()}
     for name in list(outputs)[1:]:
         check_equal(f"{what}, {dtype_name}, {name}", outputs["vit_embed"], outputs[name], dtype_name)
     del outputs
     clock = CLOCKS[args.clock]
     seconds = interleave(what, {name: timed(call, clock) for name, call in calls.items()}, args.rounds)
-    return entry_of(what, dtype_name, seconds, args, **facts)
-
-
-def entry_of(what: str, dtype_name: str, seconds: dict[str, list[float]], args, **facts) -> dict[str, Any]:
-    entry = {"what": what, "dtype": dtype_name, **facts, "rounds": args.rounds}
-    for name, values in seconds.items():
-        ratios = Ratios.of(values, seconds["vit_embed"])
-        entry[name] = {"seconds": statistics.median(values), "ratio": ratios.median, "range": ratios[1:3]}
-    logger.info("%s", json.dumps(entry))
-    return entry
+    return {"what": what, "dtype": dtype_name, **facts, "seconds": seconds}
 
 
 def bench_prompts(sides: Sides, dtype_name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -214,64 +223,21 @@ def measure_sampled(
     expected = F.normalize(features_of(sides.theirs.get_text_features(**given)), dim=-1)
     check_equal(f"{what}, {dtype_name}", embed(sample[0]), expected, dtype_name)
     seconds = interleave(what, {"vit_embed": ours, "transformers": theirs}, args.rounds)
-    return entry_of(what, dtype_name, seconds, args, **facts, nodes=num_nodes(every_batch), padded=num_padded(names))
+    counts = {"nodes": num_nodes(every_batch), "padded": num_padded(names)}
+    return {"what": what, "dtype": dtype_name, **facts, **counts, "seconds": seconds}
 
 
-def bench_growth(sides: Sides, dtype_name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """1 to 16 k tokens of text in one call: texts of 64 tokens with nothing in common, and sentences about classes."""
-    entries = []
-    sentences = [template(name) for name in sides.names[::7] for template in sides.templates]
-    order = torch.randperm(len(sentences), generator=torch.Generator().manual_seed(3)).tolist()
-    lengths = encode(sides, [sentences[i] for i in order])["attention_mask"].sum(1).cumsum(0)
-    for kind in ("random texts of 64 tokens", "sentences about classes"):
-        for total in args.totals:
-            if kind.startswith("random"):
-                inputs = random_texts(total // 64, 64)
-            else:
-                inputs = encode(sides, [sentences[i] for i in order[: int((lengths <= total).sum())]])
-            calls = features_calls(sides, inputs)
-            del calls["open_clip"]  # whose texts all have 77 tokens
-            entry = measure(f"{total} tokens: {kind}", calls, dtype_name, args, part="growth", kind=kind, tokens=total)
-            for name, call in calls.items():
-                model = sides.ours if name == "vit_embed" else sides.theirs
-                with LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as live:
-                    call()
-                entry[name]["peak_mib"] = live.peak / MIB
-            entries.append(entry)
-    return entries
-
-
-def exponents(entries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Of time and memory over tokens, for each kind of text, dtype and side: slopes of straight lines through logs."""
-    rows = []
-    grown = [entry for entry in entries if entry["part"] == "growth"]
-    for kind, dtype_name in dict.fromkeys((entry["kind"], entry["dtype"]) for entry in grown):
-        those = [entry for entry in grown if (entry["kind"], entry["dtype"]) == (kind, dtype_name)]
-        tokens = torch.tensor([float(entry["tokens"]) for entry in those]).log()
-        for name in (each for each in SIDES if each in those[0]):
-            slopes = []
-            for field in ("seconds", "peak_mib"):
-                values = torch.tensor([entry[name][field] for entry in those]).log()
-                centred = tokens - tokens.mean()
-                slopes.append(f"{float((centred * values).sum() / centred.square().sum()):.2f}")
-            rows.append((kind, dtype_name, name, *slopes))
-    return rows
-
-
-PARTS = {"prompts": bench_prompts, "classes": bench_classes, "growth": bench_growth}
+PARTS = {"prompts": bench_prompts, "classes": bench_classes}
 HEADER = ("measured", "dtype", "side", "seconds", "times as long as vit_embed", "range")
 
 
-def rows_of(entries: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def rows_of(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
-    for entry in entries:
-        for name in SIDES:
-            if name in entry:
-                found = entry[name]
-                spread = "{:.2f} - {:.2f}".format(*found["range"])
-                rows.append(
-                    (entry["what"], entry["dtype"], name, f"{found['seconds']:.3f}", f"{found['ratio']:.2f}", spread)
-                )
+    for cell in cells:
+        for name in (side for side in SIDES if side in cell["seconds"]):
+            seconds = cell["seconds"][name]
+            ratio, spread, _ = Ratios.of(seconds, cell["seconds"]["vit_embed"]).cells(2)
+            rows.append((cell["what"], cell["dtype"], name, f"{statistics.median(seconds):.3f}", ratio, spread))
     return rows
 
 
@@ -281,22 +247,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--classes", nargs="+", type=int, default=list(NUM_NAMES), help="numbers of class names")
     parser.add_argument("--every", type=int, default=1, help="runs one of so many batches of the classes part alone")
-    parser.add_argument("--totals", nargs="+", type=int, default=TOTALS, help="tokens of the growth part")
     parser.add_argument("--rounds", type=int, default=7, help="measures of each side of each row")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
-    parser.add_argument("--json", type=Path, help="file for what was measured; parts that were not run are kept")
+    parser.add_argument("--output", type=Path, help="JSON; cells that are not measured again are kept")
     return parser.parse_args()
-
-
-def store(target: Path, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Writes the entries in place of those of the same name; returns all that the file has."""
-    kept = json.loads(target.read_text())["measured"] if target.exists() else []
-    found = {(entry["what"], entry["dtype"]): entry for entry in [*kept, *entries]}
-    measured = list(found.values())
-    about = f"{machine()}; shared machine; {datetime.date.today()}"
-    target.write_text(json.dumps({"about": about, "measured": measured}, indent=1) + "\n")
-    return measured
 
 
 def main() -> None:
@@ -304,22 +259,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    entries = []
+    cells = []
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        save_checkpoint(32, Path(scratch) / "clip")
+        save_checkpoint(Path(scratch) / "clip")
         for dtype_name in args.dtypes:
             sides = load_sides(Path(scratch) / "clip", DTYPES[dtype_name])
+            described = about(args.clock, ["open_clip_torch"])
             for part in args.part:
-                entries += PARTS[part](sides, dtype_name, args)
-                if args.json:
-                    store(args.json, entries)
-    if args.json:
-        entries = store(args.json, entries)
-    sys.stdout.write(f"{machine()}, {args.clock} time\n\n{table(HEADER, rows_of(entries))}\n")
-    grown = exponents(entries)
-    if grown:
-        header = ("texts", "dtype", "side", "exponent of time", "exponent of memory")
-        sys.stdout.write(f"\n{table(header, grown)}\n")
+                found = [{**cell, "about": described} for cell in PARTS[part](sides, dtype_name, args)]
+                cells += found
+                if args.output:
+                    store(args.output, found, CELL)
+    sys.stdout.write(f"{machine()}, {args.clock} time\n\n{table(HEADER, rows_of(cells))}\n")
 
 
 if __name__ == "__main__":

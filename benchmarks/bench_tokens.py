@@ -198,16 +198,18 @@ def bench_drop(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def flat_images(shares: tuple[float, ...], batch_size: int, cell: int) -> tuple[torch.Tensor, torch.Tensor]:
+def flat_images(
+    shares: tuple[float, ...], batch_size: int, cell: int, image_size: int = IMAGE_SIZE
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Noise in which a share of the cells of `cell` pixels, from the top left on, shows one random colour an image.
 
     Returns:
-        (B, 3, 224, 224), and which cells are flat (B, rows, columns).
+        (B, 3, H, W), and which cells are flat (B, rows, columns).
     """
     generator = torch.Generator().manual_seed(3)
-    images = torch.randn(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    images = torch.randn(batch_size, 3, image_size, image_size, generator=generator)
     colours = torch.randn(batch_size, 3, 1, 1, generator=generator)
-    side = IMAGE_SIZE // cell
+    side = image_size // cell
     place = torch.arange(side * side).reshape(side, side)
     is_flat = torch.stack([place < round(shares[i % len(shares)] * side * side) for i in range(batch_size)])
     flat_pixels = is_flat.repeat_interleave(cell, 1).repeat_interleave(cell, 2)[:, None]

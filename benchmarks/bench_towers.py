@@ -27,11 +27,16 @@ import vit_embed
 
 logger = logging.getLogger("bench_towers")
 
+SMALL = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6}
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
 SIZES = {
     "B/32": {"patch_size": 32, "projection_dim": 512},
     "B/16": {"patch_size": 16, "projection_dim": 512},
     "L/14": {"patch_size": 14, "projection_dim": 768, **LARGE},
+    "S/16": {"patch_size": 16, "projection_dim": 384, **SMALL},
+    "L/16": {"patch_size": 16, "projection_dim": 768, **LARGE},
+    "H/16": {"patch_size": 16, "projection_dim": 1024, **HUGE},
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 IMAGE_SIZE = 224  # pixels
@@ -47,15 +52,15 @@ PACKAGES = {"transformers": "transformers", "open_clip": "open_clip_torch", "tim
 Embed = Callable[[torch.Tensor], torch.Tensor]
 
 
-def make_ours(size: str) -> vit_embed.VitEmbedModelWithProjection:
+def make_ours(size: str, image_size: int = IMAGE_SIZE) -> vit_embed.VitEmbedModelWithProjection:
     """Random weights, float32."""
     torch.manual_seed(0)
-    config = vit_embed.VitEmbedConfig(image_size=IMAGE_SIZE, **SIZES[size])
+    config = vit_embed.VitEmbedConfig(image_size=image_size, **SIZES[size])
     return vit_embed.VitEmbedModelWithProjection(config).eval()
 
 
 def make_transformers(ours: vit_embed.VitEmbedModelWithProjection, size: str) -> tuple[torch.nn.Module, str]:
-    config = CLIPVisionConfig(image_size=IMAGE_SIZE, **SIZES[size])
+    config = CLIPVisionConfig(image_size=ours.config.image_size, **SIZES[size])
     model = CLIPVisionModelWithProjection._from_config(config, attn_implementation="sdpa")
     model.load_state_dict(ours.state_dict())
     return model, "image_embeds"
@@ -103,9 +108,9 @@ def embedding(module: torch.nn.Module, field: str) -> Embed:
     return lambda pixels: module(pixels)[field] if field else module(pixels)
 
 
-def sides_of(size: str, dtype: torch.dtype, peers: list[str]) -> dict[str, Embed]:
+def sides_of(size: str, dtype: torch.dtype, peers: list[str], image_size: int = IMAGE_SIZE) -> dict[str, Embed]:
     """What is compared, each (B, 3, H, W) -> (B, projection_dim). Peers that are not installed are left out."""
-    ours = make_ours(size)
+    ours = make_ours(size, image_size)
     sides = {}
     for name in peers:
         try:
@@ -210,7 +215,7 @@ def lines(cells: list[dict]) -> list[tuple[str, ...]]:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["B/32", "B/16", "L/14"])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"])

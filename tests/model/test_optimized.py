@@ -67,6 +67,26 @@ def test_an_mlp_that_takes_a_few_tokens_at_a_time(name, monkeypatch):
     assert any(len(shape) == 2 and shape[0] < 14 for shape in rows)
 
 
+@pytest.mark.parametrize("name", ["contrastive", "text", "layer scale"])
+@torch.no_grad()
+def test_attention_that_takes_a_few_images_or_texts_at_a_time(name, monkeypatch):
+    case, batches = CASES[name], []
+    model = case.model()
+    copied = model.optimized()
+    monkeypatch.setattr(optimized_vit_embed, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(optimized_vit_embed, "LARGE_PROJECTION", 0)
+    whole = OptimizedAttention.projected
+    monkeypatch.setattr(OptimizedAttention, "projected", lambda *args: batches.append(len(args[1])) or whole(*args))
+    assert_close(outputs(case, copied), outputs(case, model))
+    assert 1 in batches
+    batches.clear()
+    for module in copied.modules():
+        if isinstance(module, OptimizedAttention):
+            module.out_proj.register_forward_hook(lambda *_: None)
+    assert_close(outputs(case, copied), outputs(case, model))
+    assert batches and 1 not in batches  # who looks inside sees whole batches
+
+
 @torch.no_grad()
 def test_features_of_a_copy():
     model = CLASSES["contrastive"].model()
