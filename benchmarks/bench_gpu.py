@@ -25,8 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from bench_clip import END_TOKEN, MODELS, START_TOKEN, features_of, make_batch
-from bench_clip import check_equal as check_losses
 from bench_towers import (
     IMAGE_SIZE,
     PACKAGES,
@@ -40,6 +38,8 @@ from bench_towers import (
     make_transformers,
     sides_of,
 )
+from dual_encoders import END_TOKEN, MODELS, START_TOKEN, features_of, make_batch
+from dual_encoders import check_equal as check_losses
 from timing import Ratios, about, interleave, machine, store, table, timed
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

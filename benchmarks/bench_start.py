@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from bench_clip import IMAGE_SIZE, START_TOKEN
+from dual_encoders import IMAGE_SIZE, START_TOKEN
 from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, machine, store, table
 from transformers import CLIPConfig, CLIPModel
 

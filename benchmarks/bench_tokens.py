@@ -17,8 +17,8 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from bench_clip import DTYPES, END_TOKEN, IMAGE_SIZE, NUM_TOKENS, START_TOKEN, Batch, make_batch
 from bench_training import forward_backward
+from dual_encoders import DTYPES, END_TOKEN, IMAGE_SIZE, NUM_TOKENS, START_TOKEN, Batch, make_batch
 from timing import CLOCK_HELP, CLOCKS, Ratios, interleave, keep_freed_memory, machine, table, timed
 from torch import nn
 

@@ -28,8 +28,8 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from bench_clip import END_TOKEN, IMAGE_SIZE, START_TOKEN, Batch, make_batch
 from bench_memory import MIB, peak_of
+from dual_encoders import END_TOKEN, IMAGE_SIZE, START_TOKEN, Batch, make_batch
 from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, machine, store, table, timed
 from torch.nn import functional as F
 from transformers import (
