@@ -1,7 +1,7 @@
 """What is lossy beside `model.optimized()`: token merging and int8 weights; speed, size, and what accuracy they cost.
 
     python benchmarks/bench_lossy.py --vit vit-s14 --emoji data/emoji --icons data/icons --json benchmarks/lossy.json
-    python benchmarks/bench_lossy.py --json benchmarks/lossy.json --draw benchmarks/lossy.png
+    python benchmarks/charts.py lossy
 
 Two trained models: the icon checkpoint, and a folder of a trained tower (`--vit`, docs/convert.md makes one).
 Speed: pooled image features, every side in every round; before anything is timed each side's vectors are compared
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from timing import CLOCK_HELP, CLOCKS, MIB, Ratios, about, interleave, keep_freed_memory, machine, store, table, timed
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor
@@ -294,10 +295,8 @@ def lines(model: str, sides: dict[str, dict]) -> list[tuple[str, ...]]:
     return rows
 
 
-def draw(cells: list[dict], path: Path) -> None:
+def draw(cells: list[dict]) -> Figure:
     """Speed against accuracy (cosines where nothing else is stored), ranges and standard errors, a panel a model."""
-    from matplotlib.figure import Figure
-
     found = {}
     for model, sides in summary(cells).items():
         metric = next((name for name in sides[BASE] if name.startswith("R@1")), "cosine")
@@ -323,7 +322,7 @@ def draw(cells: list[dict], path: Path) -> None:
         panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     about = cells[0]["about"]
     figure.supxlabel(f"{about['machine']}; {about['date']}", fontsize=7)
-    figure.savefig(path, dpi=100)
+    return figure
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -340,19 +339,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     parser.add_argument("--json", type=Path, help="file for what was measured; cells that were not are kept")
-    parser.add_argument("--draw", type=Path, help="draws this chart of the file and measures nothing")
-    args = parser.parse_args(arguments)
-    if args.draw and not args.json:
-        parser.error("--draw needs --json, the file to draw")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if args.draw:
-        draw(store(args.json, [], CELL), args.draw)
-        return
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     pictures, cells = photos(), []

@@ -44,7 +44,7 @@ OURS, HALF = ("vit_embed", "optimized"), "vit_embed, half the patches"
 NAMES = {"vit_embed": "vit_embed", "optimized": "vit_embed, optimized()", "timm": "timm", "padded": "padded rows"}
 COLOURS = {"vit_embed": "#56b4e9", "optimized": "#0b4f8a", "transformers": "#8c8c8c", "open_clip": "#d55e00"}
 COLOURS |= {"timm": "#cc79a7", "padded": "#8c8c8c", HALF: "#009e73"}
-CLOCKS = {"cpu": "processor", "wall": "elapsed"}
+CLOCKS = {"cpu": "processor time", "wall": "elapsed time", "none: tensors are counted": "bytes of tensors"}
 GOAL = 1.05  # times as fast as the fastest peer, in every cell
 Cells = list[dict]
 
@@ -78,7 +78,7 @@ def origin(cells: Cells) -> str:
     dates = sorted({cell["about"]["date"] for cell in cells})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     clock = " and ".join(sorted({CLOCKS[cell["about"]["clock"]] for cell in cells}))
-    return f"{'; '.join(machines)}, a shared machine, {clock} time. {packages}. {when}"
+    return f"{'; '.join(machines)}, a shared machine, {clock}. {packages}. {when}"
 
 
 def finish(figure: Figure, title: str, cells: Cells, notes: Sequence[str] = ()) -> Figure:
@@ -351,9 +351,16 @@ def draw_shares(axis: Axes, rows: dict[int, dict], field: str) -> None:
     show_times(axis)
 
 
+def draw_lossy(cells: Cells) -> Figure:
+    """Speed against accuracy, by the benchmark itself: it knows what its sides are."""
+    from bench_lossy import draw  # for its models it needs packages that no other chart does
+
+    return draw(cells)
+
+
 def name_of(cell: dict) -> str:
     """What tells the cells of memory and of training apart, but for the part of a step."""
-    what = cell.get("task") or cell["what"]
+    what = cell.get("task") or cell["class"]
     parts = (what, cell.get("size"), cell.get("image_size"), cell.get("dtype"))
     return ", ".join(f"{part} pixels" if isinstance(part, int) else str(part) for part in parts if part)
 
@@ -373,6 +380,7 @@ CHARTS = {
     "memory": Chart("memory.png", "memory.json", draw_memory),
     "text": Chart("text_speed.png", "text_speed.json", draw_text),
     "sizes": Chart("sizes.png", "sizes.json", draw_sizes),
+    "lossy": Chart("lossy.png", "lossy.json", draw_lossy),
     "embed": Chart("embed_speed.png", "embed_speed.json", draw_embed),
 }
 

@@ -52,7 +52,7 @@ def given(tmp_path) -> list[str]:
 
 
 def test_speed_size_and_accuracy_of_every_side_are_kept_and_drawn(bench_lossy, given, tmp_path, capsys):
-    stored, chart = tmp_path / "lossy.json", tmp_path / "lossy.png"
+    stored = tmp_path / "lossy.json"
     bench_lossy.main([*given, "--rounds", "1", "--batch", "2", "--json", str(stored)])
     cells = json.loads(stored.read_text())
     models = ("icon checkpoint", "ViT-S/14")
@@ -70,8 +70,7 @@ def test_speed_size_and_accuracy_of_every_side_are_kept_and_drawn(bench_lossy, g
     # The two vendors' drawings are the same pictures here, so each finds its own.
     assert all(figures["R@1 emoji"] == [1, 0] for figures in cells[-1]["figures"].values())
     assert {"R@1 test", "R@1 test_emoji", "cosine"} == set(cells[2]["figures"]["float32"])
-    bench_lossy.main(["--json", str(stored), "--draw", str(chart)])
-    assert Image.open(chart).width > 600
+    assert len(bench_lossy.draw(cells).axes) == len(models)
     assert "| int8, torch | " in capsys.readouterr().out
 
 

@@ -51,7 +51,7 @@ def test_machine_versions_and_dates_stand_below_a_chart():
 
 def test_memory_and_training_are_drawn_of_the_cells_that_their_benchmarks_keep(tmp_path):
     about = json.loads((charts.HERE / "towers.json").read_text())[0]["about"]
-    cell = {"what": "image tower", "image_size": 224, "dtype": "fp32", "about": about}
+    cell = {"class": "image tower", "image_size": 224, "dtype": "fp32", "about": about}
     cells = [{**cell, "mib": {"transformers": [4.0], "vit_embed": [3.0]}}]
     (tmp_path / "memory.json").write_text(json.dumps(cells))
     step = {"task": "depth", "size": "B/16", "dtype": "bf16", "batch": 2, "image_size": 224, "about": about}
