@@ -273,16 +273,16 @@ class _SumOfChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loss: Callable, chunks: list[slice], *inputs: torch.Tensor | None) -> torch.Tensor:
         needed = ctx.needs_input_grad[2:]
-        inputs = [each if each is None else each.detach().requires_grad_(need) for each, need in zip(inputs, needed)]
-        learning = [each for each in inputs if each is not None and each.requires_grad]
-        total = inputs[0].new_zeros(())
+        leaves = [each if each is None else each.detach().requires_grad_(need) for each, need in zip(inputs, needed)]
+        learning = [each for each in leaves if each is not None and each.requires_grad]
+        total = leaves[0].new_zeros(())
         for rows in chunks:
             with torch.enable_grad():
-                part = loss(rows, *inputs)
+                part = loss(rows, *leaves)
             if learning:
                 torch.autograd.backward(part, inputs=learning)
             total += part.detach()
-        ctx.save_for_backward(*(each if each is None else each.grad for each in inputs))
+        ctx.save_for_backward(*(each if each is None else each.grad for each in leaves))
         return total
 
     @staticmethod
