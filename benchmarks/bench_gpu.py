@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from bench_towers import (
+    HEADER,
     IMAGE_SIZE,
     PACKAGES,
     PEERS,
@@ -346,8 +347,7 @@ def tables_of(cells: list[dict]) -> str:
     for cell, line in zip(towers, lines(named)):
         share = cell["peak"].get("optimized")
         rows.append((*line, "-" if share is None else f"{share:.0%}", waits_in_words(cell, "vit_embed")))
-    header = ["pooled image features", "fastest peer", "vit_embed", "optimized()", "images/s, optimized()", "rounds"]
-    parts = [table([*header, "share of peak, optimized()", "waits"], rows)]
+    parts = [table([*HEADER, "share of peak, optimized()", "waits"], rows)]
     for cell in (cell for cell in cells if cell["part"] != "tower"):
         theirs = cell["seconds"]["transformers"]
         rows = []

@@ -4,6 +4,7 @@
     python benchmarks/bench_towers.py --modes compiled --sizes B/32 B/16 --batches 16 --output compiled.json
     python benchmarks/bench_towers.py --peers transformers open_clip timm      # where those are installed
     python benchmarks/bench_towers.py --shares --sizes B/16 --dtypes bf16 --batches 16        # where the time goes
+    python benchmarks/bench_towers.py --products --modes compiled --sizes B/16 --batches 16   # share of products' rate
 
 Every round measures every side. Before anything is timed the outputs are compared: in float32 with transformers', in
 bfloat16 each side's distance to the float32 result with that of transformers. A file keeps its other cells.
@@ -149,6 +150,23 @@ def check_equal(
     return errors
 
 
+def products_alone(config: vit_embed.VitEmbedConfig, batch: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The matrix products that a tower of ours makes of all tokens, one after the other, and nothing else: patches,
+    layers, and of the last layer, which is read at one row an image, keys and values."""
+    gh, gw = config.grid_size
+    width, inner, tokens = config.hidden_size, config.intermediate_size, batch * (gh * gw + 1)
+    layer = [(width, 3 * width), (width, width), (width, inner), (inner, width)]
+    patches = [(config.num_channels * config.patch_size**2, width)]
+    sizes = patches + layer * (config.num_hidden_layers - 1) + [(width, 2 * width)]
+    pairs = [(torch.randn(tokens, wide, dtype=dtype), torch.randn(out, wide, dtype=dtype)) for wide, out in sizes]
+
+    def multiply() -> None:
+        for states, weight in pairs:
+            torch.nn.functional.linear(states, weight)
+
+    return multiply
+
+
 def measure(size: str, dtype_name: str, batch: int, mode: str, args: argparse.Namespace) -> dict:
     """One cell: the seconds of every side in every round."""
     dtype, what = DTYPES[dtype_name], f"{size} {dtype_name}, batch {batch}, {mode}"
@@ -168,9 +186,13 @@ def measure(size: str, dtype_name: str, batch: int, mode: str, args: argparse.Na
         errors = check_equal(what, sides, exact, pixels, of_peer)
         clock = CLOCKS[args.clock]
         calls = {name: timed(lambda e=embed: e(pixels), clock) for name, embed in sides.items()}
+        if args.products:
+            calls["products alone"] = timed(products_alone(make_ours(size).config, batch, dtype), clock)
         rounds = args.large_rounds if size == "L/14" and batch > 1 else args.rounds
         seconds = interleave(what, calls, rounds)
-    return {"size": size, "dtype": dtype_name, "batch": batch, "mode": mode, "seconds": seconds, "errors": errors}
+    products = {"products": seconds.pop("products alone")} if args.products else {}
+    cell = {"size": size, "dtype": dtype_name, "batch": batch, "mode": mode, "seconds": seconds, "errors": errors}
+    return {**cell, **products}
 
 
 # What a pass of a tower is made of, by the names of torch's operations. What is copied are biases, into the output
@@ -209,8 +231,15 @@ def share_lines(size: str, dtype_name: str, batch: int, args: argparse.Namespace
     return [("share of time", *sides), *((part, *(f"{share:.0%}" for share in row)) for part, row in rows)]
 
 
+HEADER = (
+    *("pooled image features", "fastest peer", "vit_embed", "optimized()", "images/s, optimized()"),
+    *("products / optimized()", "rounds"),
+)
+
+
 def lines(cells: list[dict]) -> list[tuple[str, ...]]:
-    """How many times as fast as the fastest peer each of our sides is: median and range over the rounds."""
+    """How many times as fast as the fastest peer each of our sides is, median and range over the rounds; and, if
+    measured, which share of the copy's time its matrix products alone take."""
     result = []
     for cell in cells:
         seconds = cell["seconds"]
@@ -220,7 +249,9 @@ def lines(cells: list[dict]) -> list[tuple[str, ...]]:
         spans = (f"{r.median:.2f} ({r.lowest:.2f} - {r.highest:.2f})" for r in ratios.values())
         what = f"{cell['size']} {cell['dtype']}, batch {cell['batch']}, {cell['mode']}"
         rate = cell["batch"] / statistics.median(seconds["optimized"])
-        result.append((what, fastest, *spans, f"{rate:.1f}", str(len(seconds[fastest]))))
+        products = cell.get("products")
+        share = f"{Ratios.of(products, seconds['optimized']).median:.2f}" if products else ""
+        result.append((what, fastest, *spans, f"{rate:.1f}", share, str(len(seconds[fastest]))))
     return result
 
 
@@ -238,6 +269,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help=CLOCK_HELP)
     parser.add_argument("--output", type=Path, help="JSON that a chart can be drawn of")
     parser.add_argument("--shares", action="store_true", help="in place of times what each is spent on, eager")
+    parser.add_argument("--products", action="store_true", help="beside the sides, their matrix products alone")
     parser.add_argument("--keep_freed_memory", action="store_true", help="malloc keeps what was freed, as a server may")
     args = parser.parse_args()
     if "transformers" not in args.peers:
@@ -268,8 +300,7 @@ def main() -> None:
                     cells.append({**cell, **settings, "about": about(args.clock, installed)})
                     if args.output:
                         store(args.output, cells[-1:], CELL)
-    header = ("pooled image features", "fastest peer", "vit_embed", "optimized()", "images/s, optimized()", "rounds")
-    sys.stdout.write(f"{machine()}, {args.clock} time; times as fast as the peer\n\n{table(header, lines(cells))}\n")
+    sys.stdout.write(f"{machine()}, {args.clock} time; times as fast as the peer\n\n{table(HEADER, lines(cells))}\n")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vit_embed import VitEmbedConfig, VitEmbedModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_growth  # noqa: E402
+import bench_towers  # noqa: E402
 
 TINY = {
     "hidden_size": 16,
@@ -80,3 +85,15 @@ def test_an_exponent_is_the_power_of_the_count():
     assert bench_growth.exponents(cells) == [
         ("batch", "x", "1 to 64", "timm", "1.00", "2.00", "0.50", "1.00", "1.00", "1.00")
     ]
+
+
+def test_products_alone_are_those_of_the_tower():
+    config = VitEmbedConfig(**{**TINY, "num_hidden_layers": 6}, image_size=(64, 32), patch_size=8)
+    model, flops = VitEmbedModelWithProjection(config).eval(), []
+    pixels = torch.randn(3, 3, 64, 32)
+    for call in (lambda: model.get_image_features(pixels), bench_towers.products_alone(config, 3, torch.float32)):
+        with torch.inference_mode(), FlopCounterMode(display=False) as counted:
+            call()
+        products = (torch.ops.aten.addmm, torch.ops.aten.mm)
+        flops.append(sum(counted.get_flop_counts()["Global"].get(product, 0) for product in products))
+    assert flops[1] == pytest.approx(flops[0], rel=0.03)  # less the rows of the last layer and of no patch
