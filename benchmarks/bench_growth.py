@@ -26,9 +26,10 @@ from pathlib import Path
 import torch
 import transformers
 from bench_memory import LiveBytes
-from bench_text import END_TOKEN, random_texts
+from bench_text import random_texts
 from bench_tokens import count_tokens, expect_tokens, flat_images, teach_gate, with_field
 from bench_towers import PACKAGES, PEERS, SIZES, check_equal, is_installed, make_ours, sides_of
+from dual_encoders import END_TOKEN
 from timing import CLOCK_HELP, CLOCKS, MIB, Ratios, about, interleave, machine, store, table, timed
 
 from vit_embed import (

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from dual_encoders import DTYPES, END_TOKEN, NUM_TOKENS, START_TOKEN, check_equal, features_of
 from timing import CLOCK_HELP, CLOCKS, Ratios, about, interleave, keep_freed_memory, machine, store, table, timed
 from torch.nn import functional as F
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
@@ -29,13 +30,8 @@ from vit_embed.zero_shot_vit_embed import TOKENS_OF_A_PASS, text_batches
 
 logger = logging.getLogger("bench_text")
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIDES = ("vit_embed", "transformers", "open_clip")
 NUM_PROMPTS = 64
-START_TOKEN, END_TOKEN = 49406, 49407  # of CLIP's vocabulary
-LONGEST = 77
-# Largest relative difference between two equal models: sums taken in another order. 2e-2 is a few steps of bf16.
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 NUM_NAMES = (100, 1000)
 LEAST_SAMPLE = 3  # batches of ours
 # What tells a stored cell from another.
@@ -69,19 +65,6 @@ def save_checkpoint(folder: Path) -> None:
     """A CLIPModel of base size with random weights."""
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config={"bos_token_id": START_TOKEN, "eos_token_id": END_TOKEN})).save_pretrained(folder)
-
-
-def features_of(output) -> torch.Tensor:
-    """transformers 5 returns an output object where 4.57 and vit_embed return the tensor (B, projection_dim)."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
-def check_equal(what: str, ours: torch.Tensor, theirs: torch.Tensor, dtype_name: str) -> None:
-    """Raises unless the two agree: a faster wrong answer is not faster."""
-    difference = ((ours.float() - theirs.float()).norm() / theirs.float().norm()).item()
-    if not difference <= TOLERANCE[dtype_name]:
-        raise RuntimeError(f"{what}: outputs differ by {difference:.1e}, expected {TOLERANCE[dtype_name]:.0e} at most")
-    logger.info("%s: outputs agree to %.1e", what, difference)
 
 
 def load_sides(folder: Path, dtype: torch.dtype) -> Sides:
@@ -119,7 +102,7 @@ def random_texts(count: int, length: int) -> dict[str, torch.Tensor]:
 def features_calls(sides: Sides, inputs: dict[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
     """`get_text_features` of each; open_clip's texts are padded to 77."""
     ids = inputs["input_ids"]
-    full = F.pad(ids.masked_fill(inputs["attention_mask"] == 0, 0), (0, LONGEST - ids.shape[1]))
+    full = F.pad(ids.masked_fill(inputs["attention_mask"] == 0, 0), (0, NUM_TOKENS - ids.shape[1]))
     return {
         "vit_embed": lambda: sides.ours.get_text_features(**inputs),
         "transformers": lambda: features_of(sides.theirs.get_text_features(**inputs)),

@@ -1,7 +1,7 @@
 """Draws the charts of docs/ from the measurements that are stored beside this file; measures nothing.
 
     python benchmarks/charts.py                              # make bench
-    python benchmarks/charts.py towers growth --folder /tmp/charts
+    python benchmarks/charts.py towers growth --folder charts
 
 Each chart is 840 pixels wide, as wide as a README is shown, with machine, versions and date below it.
 """
